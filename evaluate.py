@@ -1,17 +1,17 @@
-"""Evaluation: avg@16 with its standard error, pass@k, and the tables of a whole recipe.
+"""Evaluation: avg@16 with its standard error, pass@k, and the table of a whole recipe.
 
-Each problem is answered `--samples` times at the policy's own temperature. Its score is the share of right
-samples; a set's avg@n is the mean over problems, and +- is the standard error over problems (not over seeds).
-pass@k is the unbiased estimate 1 - C(n - c, k) / C(n, k) from c right samples of n. A response that the limit
-cut off counts as it stands: wrong unless its box was already closed.
+Each problem is answered `--samples` times. Its score is the share of right samples; avg@n of a set
+is the mean over problems, and ± its standard error over problems (not over seeds). pass@k is the
+unbiased estimate 1 - C(n - c, k) / C(n, k) from c right samples of n. A response that the limit cut
+off counts as it stands: it is wrong unless its answer was already there.
 
-Every problem becomes one line of OUT/<set>.jsonl with all its samples, so an interrupted evaluation goes on
-where it was, and --regrade runs the verifier again on stored text, without the model. The random numbers of a
-sample depend on (seed, prompt, sample index) only, not on batch size or order.
+Every problem becomes one line of OUT/<set>.jsonl with all its samples, so an interrupted evaluation
+goes on where it was, and --regrade runs the verifier again on stored text, without the model. The
+random numbers of a sample depend on (seed, prompt, sample index), not on batch size or order.
 
     python evaluate.py --model ckpt/bridge --data math500,aime24,aime25
-    python evaluate.py --model runs/world/bridge --data runs/world/test.jsonl
-    python evaluate.py --table runs/world            # every evaluated run below a folder, beside the paper
+    python evaluate.py --model runs/world/bridge --data runs/world/test.jsonl --max-new-tokens 48
+    python evaluate.py --table runs/world        # every evaluated run of a folder, beside the paper
 """
 
 import json
@@ -23,46 +23,53 @@ from typing import Literal
 
 import numpy as np
 
-from common import (DATA_ALIASES, append_json_line, build_prompt, check, compared_settings, fingerprint, grade,
-                    load_lm, progress, read_json_lines, read_record, read_rows, run_cli, sample, sig, to_problem,
-                    write_json)
+from common import (DATA_ALIASES, append_json_line, build_prompt, check, differences, fingerprint,
+                    grade, load_lm, progress, read_json_lines, read_record, read_rows,
+                    result_settings, rounded, run_cli, sample, to_problem, write_json)
 
 
 @dataclass
 class Config:
-    # --- what to evaluate
-    model: str = ""  # model folder or hub name; needed unless --table
-    data: str = "math500,aime24,aime25"  # sets, separated by commas: files, folders, hub names, aliases
-    out: str = ""  # output folder; empty is MODEL/eval for a local model, else eval/MODEL
-    table: str = ""  # only print the table of all runs in this folder (and write it to table.md there)
-    regrade: bool = False  # only run the verifier again on the stored samples of --out (or MODEL/eval)
-    # --- settings; the paper states avg@16 and no decoding settings
+    # --- what to do
+    model: str = ""  # ours: any; model folder or hub name; needed unless --table
+    data: str = "math500,aime24,aime25"  # sets (Section 4): files, folders, hub names, aliases
+    out: str = ""  # ours: output folder; empty is MODEL/eval, or eval/MODEL for a hub name
+    table: str = ""  # ours: only print the table of the runs in this folder, and write its table.md
+    regrade: bool = False  # ours: only run the verifier again on the samples stored in --out
+    # --- settings
     samples: int = 16  # samples per problem (Section 4: avg@16)
     temperature: float = 1.0  # ours: the trained policy itself; 0 is greedy
     max_new_tokens: int = 16384  # response limit in tokens (Tables 9 and 10)
-    thinking: bool = False  # ours: Qwen3's thinking mode
+    limit: int = 0  # ours: only so many problems of each set, from the first; 0 is all
     seed: int = 0  # ours: of the sampling
-    limit: int = 0  # ours: only the first so many problems of each set; 0 is all
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto is bf16 on CUDA, else fp32
+    thinking: bool = False  # ours: Qwen3's thinking mode
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto: bf16 on CUDA, else fp32
     # --- memory and speed only: they change no result
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     sample_rows: int = 512  # rows decoded at once
 
 
-# The paper's avg@16 in % on MATH-500, AIME 2024, AIME 2025 (Tables 2-6, 8), by teacher and route. The routes'
-# names are the folders that run_all.sh writes.
+# The paper's avg@16 in %, (MATH-500, AIME 2024, AIME 2025) or MATH-500 alone, by the teacher and by
+# route (Tables 2-6 and 8). Routes are named as the folders that run_all.sh writes.
 PAPER = {
-    "8b": {"cold-grpo": (75.9, 19.8, 17.1), "raw-bridge": (71.5, 15.0, 10.6), "sft-teacher-bridge": (76.9, 22.1, 17.6),
-           "same-size-bridge": (76.5, 20.6, 17.1), "sft": (76.0, 22.4, 19.4), "opd-only": (77.6, 23.0, 18.9),
-           "bridge": (79.3, 25.2, 20.2), "bridge-1h": (75.4,), "replay-1h": (75.7,), "fresh-2h": (78.5,),
-           "sft-teacher-bridge-1h": (74.3,), "sft-teacher-replay-1h": (74.0,), "sft-teacher-fresh-2h": (77.2,),
-           "opd-only-fresh-2h": (77.8,), "sft-fresh-2h": (77.3,), "teacher-rl": (88.4, 47.7, 36.7)},
-    "14b": {"cold-grpo": (75.9, 19.8, 17.1), "raw-bridge": (72.8, 16.7, 13.5), "sft-teacher-bridge": (77.6, 23.2, 18.4),
-            "same-size-bridge": (76.5, 20.6, 17.1), "sft": (76.5, 21.5, 17.0), "opd-only": (77.1, 22.8, 18.6),
-            "bridge": (78.6, 24.6, 20.8), "bridge-1h": (76.3,), "replay-1h": (75.6,), "fresh-2h": (78.7,),
-            "sft-teacher-bridge-1h": (75.8,), "sft-teacher-replay-1h": (75.6,), "sft-teacher-fresh-2h": (76.9,),
-            "opd-only-fresh-2h": (77.5,), "sft-fresh-2h": (77.2,), "teacher-rl": (89.5, 47.1, 39.0)},
-    "llama": {"cold-grpo": (59.8, 12.5, 7.2), "raw-bridge": (55.4, 8.8, 3.1), "bridge": (62.1, 14.9, 9.2)},
+    "8b": {
+        "teacher-rl": (88.4, 47.7, 36.7), "cold-grpo": (75.9, 19.8, 17.1),
+        "raw-bridge": (71.5, 15.0, 10.6), "same-size-bridge": (76.5, 20.6, 17.1),
+        "sft-teacher-bridge": (76.9, 22.1, 17.6), "sft": (76.0, 22.4, 19.4),
+        "opd-only": (77.6, 23.0, 18.9), "bridge": (79.3, 25.2, 20.2), "bridge-1h": (75.4,),
+        "replay-1h": (75.7,), "fresh-2h": (78.5,), "sft-fresh-2h": (77.3,),
+        "opd-only-fresh-2h": (77.8,), "sft-teacher-bridge-1h": (74.3,),
+        "sft-teacher-replay-1h": (74.0,), "sft-teacher-fresh-2h": (77.2,)},
+    "14b": {
+        "teacher-rl": (89.5, 47.1, 39.0), "cold-grpo": (75.9, 19.8, 17.1),
+        "raw-bridge": (72.8, 16.7, 13.5), "same-size-bridge": (76.5, 20.6, 17.1),
+        "sft-teacher-bridge": (77.6, 23.2, 18.4), "sft": (76.5, 21.5, 17.0),
+        "opd-only": (77.1, 22.8, 18.6), "bridge": (78.6, 24.6, 20.8), "bridge-1h": (76.3,),
+        "replay-1h": (75.6,), "fresh-2h": (78.7,), "sft-fresh-2h": (77.2,),
+        "opd-only-fresh-2h": (77.5,), "sft-teacher-bridge-1h": (75.8,),
+        "sft-teacher-replay-1h": (75.6,), "sft-teacher-fresh-2h": (76.9,)},
+    "llama": {"cold-grpo": (59.8, 12.5, 7.2), "raw-bridge": (55.4, 8.8, 3.1),
+              "bridge": (62.1, 14.9, 9.2)},
 }
 
 
@@ -77,16 +84,15 @@ def pass_at_k(n, c, k):
 
 def summarise(entries):
     """Figures of one set from its stored lines: shares in [0, 1], lengths in tokens."""
-    right = [sum(v == "correct" for v in e["verdicts"]) for e in entries]
-    n = len(entries[0]["verdicts"])
+    n, right = len(entries[0]["verdicts"]), [e["verdicts"].count("correct") for e in entries]
     scores = np.array(right) / n
     verdicts = [v for e in entries for v in e["verdicts"]]
     return {
         "problems": len(entries), "samples": n, "avg": float(scores.mean()),
-        "se": float(scores.std(ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else None,
+        "se": float(scores.std(ddof=1) / len(scores) ** 0.5) if len(scores) > 1 else None,
         "pass": {str(k): float(np.mean([pass_at_k(n, c, k) for c in right]))
                  for k in (1, 2, 4, 8, 16, 32, 64) if k <= n},
-        "finished": float(np.mean([f for e in entries for f in e["finished"]])),
+        "finished": float(np.mean([x for e in entries for x in e["finished"]])),
         "length": float(np.mean([x for e in entries for x in e["lengths"]])),
         "no_answer": verdicts.count("no_answer") / len(verdicts),
         "gave_up": verdicts.count("gave_up") / len(verdicts)}
@@ -98,14 +104,12 @@ def set_name(source):
 
 
 def answer_set(cfg, lm, source, path):
-    """Sample the problems of one set that `path` does not hold yet; returns all lines."""
-    problems = [to_problem(row, source) for row in read_rows(source)]
-    problems = problems[: cfg.limit or None]
+    """Sample the problems of a set that the file at `path` does not hold yet; returns all lines."""
+    problems = [to_problem(row, source) for row in read_rows(source)][: cfg.limit or None]
     check(problems, f"data {source!r} holds no problem")
-    done = read_json_lines(path)
-    size = max(1, cfg.sample_rows // cfg.samples)
-    bar = progress(total=len(problems), initial=len(done), desc=set_name(source), unit="problem")
-    right = sum(v == "correct" for e in done for v in e["verdicts"])
+    done, size = read_json_lines(path), max(1, cfg.sample_rows // cfg.samples)
+    right = sum(e["verdicts"].count("correct") for e in done)
+    bar = progress(total=len(problems), initial=len(done), desc=path.stem, unit="problem")
     for i in range(len(done), len(problems), size):
         batch = problems[i : i + size]
         prompts = [build_prompt(lm.tokenizer, p.problem, cfg.thinking) for p in batch]
@@ -113,45 +117,44 @@ def answer_set(cfg, lm, source, path):
                       temperature=cfg.temperature, seed=(cfg.seed,), sample_rows=cfg.sample_rows)
         for j, p in enumerate(batch):
             group = rows[j * cfg.samples : (j + 1) * cfg.samples]
-            responses = [lm.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in group]
-            verdicts = [grade(text, p.answer) for text in responses]
-            entry = {"problem": p.problem, "answer": p.answer, "verdicts": verdicts,
-                     "lengths": [len(r.tokens) for r in group], "finished": [r.finished for r in group],
-                     "responses": responses}
-            append_json_line(path, entry)
-            done.append(entry)
-            right += verdicts.count("correct")
+            texts = [lm.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in group]
+            done.append({"problem": p.problem, "answer": p.answer,
+                         "verdicts": [grade(text, p.answer) for text in texts],
+                         "lengths": [len(r.tokens) for r in group],
+                         "finished": [r.finished for r in group], "responses": texts})
+            append_json_line(path, done[-1])
+            right += done[-1]["verdicts"].count("correct")
+        bar.set_postfix(avg=f"{100 * right / len(done) / cfg.samples:.1f} %", refresh=False)
         bar.update(len(batch))
-        bar.set_postfix(avg=f"{100 * right / (len(done) * cfg.samples):.1f} %", refresh=False)
     bar.close()
     return done
 
 
 def regrade(path):
-    """Replace the verdicts in a file of samples by the verifier's present ones; returns (lines, changed)."""
+    """Replace the verdicts in a file of samples by the verifier's of today; returns its lines."""
     entries, changed = read_json_lines(path), 0
-    check(entries, f"no stored samples in {path}")
     for e in entries:
         verdicts = [grade(text, e["answer"]) for text in e["responses"]]
         changed += sum(a != b for a, b in zip(verdicts, e["verdicts"]))
         e["verdicts"] = verdicts
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries), encoding="utf-8")
-    temporary.replace(path)
-    return entries, changed
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries))
+    aside.replace(path)
+    print(f"{path}: {changed} verdicts changed")
+    return entries
 
 
 def percent(figures):
-    """avg ± se of a set in %, e.g. 47.2 ± 1.8"""
+    """avg ± standard error of a set, in %: 47.2 ± 1.8"""
     se = f" ± {100 * figures['se']:.1f}" if figures["se"] is not None else ""
     return f"{100 * figures['avg']:.1f}{se}"
 
 
 def paper_row(folder):
-    """The paper's numbers for a run folder, by its name and its parent's: () when the paper has none."""
+    """The paper's numbers for a run, by the names of its folder and the one above; () if none."""
     folder = Path(folder).resolve()
-    place = folder.parent.name.lower()
-    return PAPER["llama" if "llama" in place else "14b" if "14b" in place else "8b"].get(folder.name, ())
+    teacher = next((t for t in ("llama", "14b") if t in folder.parent.name.lower()), "8b")
+    return PAPER[teacher].get(folder.name, ())
 
 
 def markdown(head, rows):
@@ -160,20 +163,20 @@ def markdown(head, rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def one_model_table(model, summary):
-    paper = dict(zip(("math500", "aime24", "aime25"), paper_row(model)))
-    rows = []
+def model_table(model, summary):
+    """One model: a row per set."""
+    paper, rows = dict(zip(("math500", "aime24", "aime25"), paper_row(model))), []
+    k = n = next(iter(summary.values()))["samples"]
     for name, f in summary.items():
         k = max(map(int, f["pass"]))
         rows.append([name, str(f["problems"]), percent(f), f"{100 * f['pass'][str(k)]:.1f}",
-                     f"{100 * f['finished']:.1f}", f"{f['length']:.0f}", f"{paper[name]}" if name in paper else "-"])
-    n = next(iter(summary.values()))["samples"]
-    head = ["set", "problems", f"avg@{n} ± SE, %", f"pass@{k}, %", "finished, %", "mean length", "paper, %"]
-    return markdown(head, rows)
+                     f"{100 * f['finished']:.1f}", f"{f['length']:.0f}", str(paper.get(name, "-"))])
+    return markdown(["set", "problems", f"avg@{n} ± SE, %", f"pass@{k}, %", "finished, %",
+                     "mean length", "paper, %"], rows)
 
 
 def ancestry(folder):
-    """Records of a run and of every run it builds on, {folder: record}; base models (plain SFT) left out."""
+    """{folder: record} of a run and of all that it builds on; base models (plain SFT) left out."""
     record = read_record(folder)
     if not record or record["settings"].get("targets") == "data":
         return {}
@@ -184,28 +187,50 @@ def ancestry(folder):
 
 
 def labels_used(records):
-    """Distinct labelled problems behind a run: per source the whole, or the sum of the halves used."""
+    """Distinct labelled problems behind a run: of each source all, or the halves that were used."""
     used = {key: n for record in records for key, n in record["labels"].items()}
-    whole = {key.rsplit(":", 1)[0] for key in used if key.endswith(":all")}
-    return sum(n for key, n in used.items() if key.endswith(":all") or key.rsplit(":", 1)[0] not in whole)
+    whole = {key.removesuffix(":all") for key in used if key.endswith(":all")}
+    return sum(n for key, n in used.items() if key.endswith(":all") or key[:-2] not in whole)
 
 
 def runs_table(root):
-    """Table of every evaluated run below `root`, in the order of the paper's routes, others first."""
-    found = {p.parent.parent: json.loads(p.read_text())["sets"] for p in Path(root).glob("*/eval/summary.json")}
-    check(found, f"no evaluated run below {root} (no */eval/summary.json)")
-    order = list(PAPER["8b"])
-    folders = sorted(found, key=lambda f: (order.index(f.name) if f.name in order else -1, f.name))
+    """All evaluated runs in a folder, a row each: routes in PAPER's order, before them the others.
+
+    Labels and seconds are of the whole chain of runs, teacher included, without the base models.
+    """
+    found = {p.parent.parent: json.loads(p.read_text())["sets"]
+             for p in Path(root).glob("*/eval/summary.json")}
+    check(found, f"no evaluated run in {root} (no {root}/*/eval/summary.json)")
+    order, rows = list(PAPER["8b"]), []
     sets = list(dict.fromkeys(name for figures in found.values() for name in figures))
-    rows = []
-    for folder in folders:
+    samples = next(iter(next(iter(found.values())).values()))["samples"]
+    place = {f: order.index(f.name) if f.name in order else -1 for f in found}
+    for folder in sorted(found, key=lambda f: (place[f], f.name)):
         chain = ancestry(folder).values()
-        paper = " / ".join(map(str, paper_row(folder))) or "-"
-        rows.append([folder.name, *(percent(found[folder][s]) if s in found[folder] else "-" for s in sets),
-                     str(labels_used(chain)), f"{sum(r.get('seconds', 0) for r in chain):.0f}", paper])
-    n = next(iter(found[folders[0]].values()))["samples"]
-    head = ["route", *(f"{s}, avg@{n} ± SE, %" for s in sets), "labels", "seconds", "paper: MATH / AIME24 / AIME25"]
-    return markdown(head, rows)
+        rows.append([folder.name,
+                     *(percent(found[folder][s]) if s in found[folder] else "-" for s in sets),
+                     str(labels_used(chain)), f"{sum(r.get('seconds', 0) for r in chain):.0f}",
+                     " / ".join(map(str, paper_row(folder))) or "-"])
+    head = ["route", *(f"{s}, avg@{samples} ± SE, %" for s in sets), "labels", "seconds"]
+    return markdown([*head, "paper, %: MATH / AIME24 / AIME25"], rows)
+
+
+def sample_sets(cfg, out):
+    """Answer every set of --data; {set: lines}. Refuses to mix two models or settings."""
+    lm = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype)
+    settings = result_settings(cfg)
+    names = ("samples", "temperature", "max_new_tokens", "seed", "thinking")
+    identity = {"weights": fingerprint(lm), **{name: settings[name] for name in names}}
+    old = read_record(out).get("identity")
+    differ = differences(old, identity) if old else ""
+    check(not differ, f"{out} holds samples of another model or setting ({differ}); choose another "
+                      "--out or delete it")
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"model": cfg.model, "settings": settings, "identity": identity, "finished": True}
+    write_json(out / "config.json", {"run": record})
+    sources = {set_name(source): source for source in cfg.data.split(",")}
+    return {name: answer_set(cfg, lm, source, out / f"{name}.jsonl")
+            for name, source in sources.items()}
 
 
 def main(cfg):
@@ -214,33 +239,18 @@ def main(cfg):
         (Path(cfg.table) / "table.md").write_text(table + "\n")
         print(table)
         return
-    check(cfg.model or (cfg.regrade and cfg.out), "--model is needed (or --table, or --regrade with --out)")
-    out = Path(cfg.out or (Path(cfg.model) / "eval" if Path(cfg.model).is_dir() else Path("eval") / cfg.model))
-    sources = {set_name(source): source for source in cfg.data.split(",")}
-    record = {"model": cfg.model, "settings": compared_settings(cfg)}
-    summary, started = {}, time.time()
+    check(cfg.model or (cfg.regrade and cfg.out), "--model is needed (or --table)")
+    inside = Path(cfg.model) / "eval" if Path(cfg.model).is_dir() else Path("eval") / cfg.model
+    out, started = Path(cfg.out or inside), time.time()
     if cfg.regrade:
-        stored = sorted(out.glob("*.jsonl"))
-        check(stored, f"no stored samples in {out}")
-        for path in stored:
-            entries, changed = regrade(path)
-            summary[path.stem] = summarise(entries)
-            print(f"{path}: {changed} verdicts changed")
+        entries = {path.stem: regrade(path) for path in sorted(out.glob("*.jsonl"))}
+        check(entries, f"no stored samples in {out}")
     else:
-        lm = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype)
-        out.mkdir(parents=True, exist_ok=True)
-        # samples of another policy or setting must not be mixed in
-        identity = {"fingerprint": fingerprint(lm), **{k: v for k, v in record["settings"].items()
-                    if k in ("samples", "temperature", "max_new_tokens", "thinking", "seed", "dtype")}}
-        old = read_record(out).get("identity", identity)
-        differ = [f"{k} was {old.get(k)}, is now {v}" for k, v in identity.items() if old.get(k) != v]
-        check(not differ, f"{out} holds samples of another model or setting ({'; '.join(differ)}); choose "
-                          "another --out or delete it")
-        write_json(out / "config.json", {"run": {**record, "identity": identity, "finished": True}})
-        for name, source in sources.items():
-            summary[name] = summarise(answer_set(cfg, lm, source, out / f"{name}.jsonl"))
-    write_json(out / "summary.json", {"model": cfg.model, "sets": summary, "seconds": sig(time.time() - started)})
-    print(one_model_table(cfg.model, summary))
+        entries = sample_sets(cfg, out)
+    summary = {name: summarise(lines) for name, lines in entries.items()}
+    write_json(out / "summary.json", {"model": cfg.model, "sets": summary,
+                                      "seconds": rounded(time.time() - started)})
+    print(model_table(cfg.model, summary))
 
 
 if __name__ == "__main__":

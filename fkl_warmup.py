@@ -1,23 +1,27 @@
 """Stage 2a, forward-KL warmup: the student learns, token by token, what the teacher would say.
 
-    L_F = E_{s ~ d_T} KL(pi_T(.|s) || pi_theta(.|s))                                            (Eq. 5)
+    L_F = E_{s ~ d_T} KL(pi_T(.|s) || pi_theta(.|s))                                        (Eq. 5)
 
-The states s = (x, y_<t) come from the teacher's rollouts, sampled once and cached as token ids; the forward
-direction is mode-covering: wherever the teacher puts mass the student must, too. That moves the student into
-the teacher's support, from where OPD (opd.py) can go on with the student's own states. `--targets` offers
+The states s = (x, y_<t) come from the teacher's rollouts, sampled once and cached as token ids; the
+forward direction is mode-covering: wherever the teacher puts mass the student must, too. That moves
+the student into the teacher's support, from where OPD (opd.py) goes on with the student's own
+states. `--targets` offers
 
     soft  the teacher's whole next-token distribution: Eq. 5, exact over the vocabulary
-    hard  only the token that the teacher sampled: teacher-sample SFT (R2); --only-correct keeps the responses
-          that the verifier accepts (with --teacher and --student the same model: the SFT'd teacher of R6)
-    data  the `response` (or `solution`) field of --data, no teacher: plain SFT
+    hard  only the token that the teacher sampled: teacher-sample SFT (route R2); --only-correct
+          keeps the responses that the verifier accepts (with one model as --teacher and --student:
+          the SFT'd teacher of R6; ours, the paper does not say how that one was trained)
+    data  the `response` (or `solution`) field of --data, without a teacher: plain SFT
 
-Left out: mixing in labels or the student's own states. Axes: P prompts, K rollouts each, N response tokens
-of a micro-batch, n of a chunk, V vocabulary. `diff fkl_warmup.py opd.py` shows where the states come from and
-which way the KL points.
+Left out: mixing in labels or the student's own states. `diff fkl_warmup.py opd.py` shows where the
+states come from and which way the KL points. Axes: P prompts, K rollouts each, N response tokens of
+a micro-batch, n tokens of a vocabulary chunk, V vocabulary.
 
-    python fkl_warmup.py --teacher ckpt/teacher_rl --student Qwen/Qwen3-1.7B --data dapo --half 1 --out ckpt/warmup
+    python fkl_warmup.py --teacher ckpt/teacher_rl --student Qwen/Qwen3-1.7B --half 1 \\
+        --out ckpt/warmup
     python fkl_warmup.py --teacher runs/world/teacher-rl --student runs/world/base-student \\
-        --data runs/world/train.jsonl --exclude none --steps 20 --lr 1e-3 --out runs/world/bridge-warmup
+        --data runs/world/train.jsonl --exclude none --lr 1e-3 --steps 40 \\
+        --out runs/world/bridge-warmup
 """
 
 import time
@@ -27,47 +31,48 @@ from typing import Literal
 
 import torch
 
-from common import (Rollout, Run, Timer, append_json_line, batch_indices, check, check_pair, count_steps,
-                    encode_examples, fingerprint, load_lm, load_problems, make_optimizer, micro_batches,
-                    optimizer_step, over_chunks, progress, read_json_lines, rollout_stats, run_cli, sample,
-                    tokenize_problems, verify)
+from common import (Rollout, Run, Timer, append_json_line, batch_indices, check, check_pair,
+                    count_steps, differences, encode_examples, fingerprint, load_lm,
+                    load_problems, make_optimizer, micro_batches, optimizer_step, over_chunks,
+                    progress, read_json_lines, rollout_stats, run_cli, sample, tokenize_problems,
+                    verify)
 
 
 @dataclass
 class Config:
     # --- models and data
-    student: str = None  # student to train: model folder or hub name
-    teacher: str = ""  # frozen teacher: model folder or hub name; needed unless --targets data
+    teacher: str = ""  # ours: any; frozen teacher, model folder or hub name (not for data)
+    student: str = None  # ours: any; student to train, model folder or hub name
     targets: Literal["soft", "hard", "data"] = "soft"  # ours: Eq. 5, or SFT on samples or on data
-    data: str = "dapo"  # problems: file, folder, hub name or alias
+    data: str = "dapo"  # problems, DAPO-Math-17K (Table 1): file, folder, hub name or alias
     half: Literal["1", "2", "all"] = "all"  # which half of the deduplicated problems (Table 1)
-    exclude: str = "math500,aime24,aime25"  # ours: evaluation sets whose problems are dropped, or none
+    exclude: str = "math500,aime24,aime25"  # ours: sets whose problems are dropped, or none
     split_seed: int = 0  # ours: seed of the halves; keep it over a whole recipe
-    out: str = "ckpt/warmup"  # output folder
+    only_correct: bool = False  # ours: only responses that the verifier accepts (uses labels)
     cache: str = ""  # ours: file of the teacher's rollouts; empty is OUT/rollouts.jsonl
-    only_correct: bool = False  # ours: train only on responses that the verifier accepts (uses labels)
+    out: str = "ckpt/warmup"  # ours: output folder
     # --- the paper's
     lr: float = 1e-6  # learning rate of AdamW (Table 10)
     epochs: int = 1  # passes over the prompts (Table 10)
     rollouts: int = 8  # rollouts per prompt, K (Table 10)
-    prompts: int = 8  # prompts per step, P (Table 10: mini-batch 64, read as rows, P * K; ours)
+    prompts: int = 8  # prompts per step, P (Table 10: mini-batch 64; ours: that is P * K rows)
     max_prompt_tokens: int = 2048  # longer prompts are skipped (Table 10)
     max_new_tokens: int = 16384  # response limit in tokens (Table 10)
     temperature: float = 1.0  # of both policies, in sampling and loss alike (Table 10)
     # --- ours
     steps: int = 0  # ours: number of updates; 0 means --epochs
-    seed: int = 0  # ours: prompt order and sampling
+    seed: int = 0  # ours: of prompt order and sampling
     thinking: bool = False  # ours: Qwen3's thinking mode
     grad_clip: float = 1.0  # ours: gradient norm limit, as in Table 9
     weight_decay: float = 0.0  # ours: AdamW's decoupled decay
     adam_beta2: float = 0.999  # ours: AdamW's beta2
     lr_schedule: Literal["constant", "linear"] = "constant"  # ours: linear decays to 0
     warmup_steps: int = 0  # ours: updates of linear learning-rate warmup
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto is bf16 on CUDA, else fp32
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto: bf16 on CUDA, else fp32
     # --- memory, speed and display only: they change no result
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     micro_tokens: int = 32768  # padded tokens of a forward/backward micro-batch
-    vocab_chunk: int = 1024  # tokens whose (n, V) logits exist at once
+    vocab_chunk: int = 1024  # tokens whose (n, V) log-probs exist at once
     sample_rows: int = 256  # rows decoded at once
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     save_every: int = 50  # steps between resumable states; 0 is never
@@ -75,60 +80,65 @@ class Config:
 
 
 def forward_kl(logp, logq):
-    """KL(pi_T || pi_theta) of every state, exact over the vocabulary (Eq. 5): (n, V), (n, V) -> (n,)."""
+    """KL(pi_T || pi_theta) in every state, over the vocabulary (Eq. 5): (n, V), (n, V) -> (n,)."""
     return (logq.exp() * (logq - logp)).sum(-1)
 
 
 def loss_per_token(cfg, student, teacher, rows):
-    """Loss (N,): the exact KL or -log pi_theta(y); and the student's entropy (N,), of the response tokens."""
+    """The loss (exact KL, or -log pi_theta(y)) and the student's entropy, (N,) each."""
     hidden, tokens = student.states(rows)  # (N, D), (N,)
-    head, soft = student.head(), cfg.targets == "soft"
-    with torch.no_grad():
-        hidden_teacher = teacher.states(rows)[0] if soft else hidden.detach()
-    head_teacher = teacher.head() if soft else None
+    hidden_teacher = head_teacher = None
+    if cfg.targets == "soft":
+        with torch.no_grad():
+            hidden_teacher, _ = teacher.states(rows)
+        head_teacher = teacher.head()
+    head = student.head()  # (V, D)
 
-    def chunk(h, h_teacher, y):  # -> (n, 2): loss, entropy
-        logp = student.log_probs(h, head, cfg.temperature)
+    def chunk(h, y, h_teacher=None):  # -> (n, 2)
+        logp = student.log_probs(h, head, cfg.temperature)  # (n, V)
         entropy = -(logp.exp() * logp).sum(-1).detach()
-        if soft:
-            loss = forward_kl(logp, teacher.log_probs(h_teacher, head_teacher, cfg.temperature))
-        else:
+        if h_teacher is None:
             loss = -logp.gather(-1, y[:, None]).squeeze(-1)
+        else:
+            loss = forward_kl(logp, teacher.log_probs(h_teacher, head_teacher, cfg.temperature))
         return torch.stack([loss, entropy], -1)
 
-    return over_chunks(chunk, cfg.vocab_chunk, hidden, hidden_teacher, tokens).unbind(-1)
+    tensors = [hidden, tokens] + [hidden_teacher] * (hidden_teacher is not None)
+    return over_chunks(chunk, cfg.vocab_chunk, *tensors).unbind(-1)
 
 
 def cached_rollouts(cfg, teacher, path, prompts):
-    """K rollouts of the teacher for each prompt: what the cache file has, the rest sampled and appended.
+    """K rollouts of the teacher per prompt: what the cache file has, the rest sampled and appended.
 
-    prompts: token id tuples. The file holds token ids, never text. Its first line says whose rollouts they are
-    and how they were made; with any other first line it is refused (UserError). Returns a list of rollouts
-    per prompt, and the seconds that it took to sample them all, now or earlier.
+    prompts: tuples of token ids. The file holds ids, never text; its first line says whose rollouts
+    they are and how they were made, and a file with any other first line is refused (UserError).
+    Returns a list of Rollouts per prompt, and the seconds that sampling them took, now or earlier.
     """
     header = {"fingerprint": fingerprint(teacher), "seed": cfg.seed, "rollouts": cfg.rollouts,
-              "temperature": cfg.temperature, "max_new_tokens": cfg.max_new_tokens, "stop_ids": teacher.stop_ids}
+              "temperature": cfg.temperature, "max_new_tokens": cfg.max_new_tokens,
+              "stop_ids": teacher.stop_ids}
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = read_json_lines(path)  # a last line cut short by a kill is removed from the file
+    lines = read_json_lines(path)
     if not lines:
         append_json_line(path, {"teacher": cfg.teacher, **header})
-    else:
-        differ = [f"{k} is {lines[0].get(k)}, wanted {v}" for k, v in header.items() if lines[0].get(k) != v]
-        check(not differ, f"{path} holds rollouts of another policy or setting ({'; '.join(differ)}; made by "
-                          f"{lines[0].get('teacher')}); choose another --cache or delete it")
+        lines = [{"teacher": cfg.teacher, **header}]
+    maker = lines[0].pop("teacher", "?")
+    differ = differences(lines[0], header)
+    check(not differ, f"{path} holds rollouts of another policy or setting ({differ}; made by "
+                      f"{maker}); choose another --cache or delete it")
     cache = {tuple(line["prompt"]): line for line in lines[1:]}
     missing = [p for p in dict.fromkeys(prompts) if p not in cache]
     print(f"{path}: {len(set(prompts)) - len(missing)} prompts reused, {len(missing)} to sample")
     size = max(1, cfg.sample_rows // cfg.rollouts)
     for i in progress(range(0, len(missing), size), desc="teacher rollouts", disable=not missing):
-        started = time.time()
-        rows = sample(teacher, missing[i : i + size], cfg.rollouts, max_new_tokens=cfg.max_new_tokens,
+        started, batch = time.time(), missing[i : i + size]
+        rows = sample(teacher, batch, cfg.rollouts, max_new_tokens=cfg.max_new_tokens,
                       temperature=cfg.temperature, seed=(cfg.seed,), sample_rows=cfg.sample_rows)
-        seconds = (time.time() - started) / len(missing[i : i + size])  # per prompt
-        for j, prompt in enumerate(missing[i : i + size]):
+        for j, prompt in enumerate(batch):
             group = rows[j * cfg.rollouts : (j + 1) * cfg.rollouts]
             cache[prompt] = {"prompt": prompt, "responses": [r.tokens for r in group],
-                             "finished": [r.finished for r in group], "seconds": seconds}
+                             "finished": [r.finished for r in group],
+                             "seconds": (time.time() - started) / len(batch)}
             append_json_line(path, cache[prompt])
     groups = [[Rollout(list(p), tokens, [], done) for tokens, done in
                zip(cache[p]["responses"], cache[p]["finished"])] for p in prompts]
@@ -136,8 +146,11 @@ def cached_rollouts(cfg, teacher, path, prompts):
 
 
 def teacher_states(cfg, problems, teacher, path):
-    """The teacher's rollouts, a list per problem: of the prompts that a step will use, or of all with
-    --only-correct, which keeps the responses that the verifier accepts and the problems that have one."""
+    """The teacher's rollouts, a list per problem, and the seconds that sampling them took.
+
+    Prompts that no step will use are not sampled (their list is empty). --only-correct samples all
+    and keeps the responses that the verifier accepts, and the problems that have one.
+    """
     n, used = len(problems), range(len(problems))
     if not cfg.only_correct:
         steps = range(count_steps(cfg.steps, cfg.epochs, n, cfg.prompts))
@@ -156,52 +169,58 @@ def teacher_states(cfg, problems, teacher, path):
     return groups, seconds
 
 
+def load_states(cfg, run, problems, student):
+    """The teacher (None without one) and what a step draws from: a list of rows per prompt."""
+    if cfg.targets == "data":
+        return None, encode_examples(cfg.data, student, thinking=cfg.thinking,
+                                     max_prompt_tokens=cfg.max_prompt_tokens)
+    teacher = load_lm(cfg.teacher, device=cfg.device, dtype=cfg.dtype)
+    check_pair(teacher, student)
+    problems = tokenize_problems(problems, student.tokenizer, thinking=cfg.thinking,
+                                 max_prompt_tokens=cfg.max_prompt_tokens)
+    path = Path(cfg.cache or run.out / "rollouts.jsonl")
+    groups, run.seconds_before = teacher_states(cfg, problems, teacher, path)
+    return teacher, groups
+
+
 def main(cfg):
     check(cfg.temperature > 0, "--temperature must be positive")
     check(cfg.teacher or cfg.targets == "data", f"--targets {cfg.targets} needs a --teacher")
-    parents, labels, problems = [cfg.student], {}, []
+    problems, parents = None, [cfg.student]
     if cfg.targets != "data":
         parents = [cfg.teacher, cfg.student]
-        problems = load_problems(cfg.data, half=cfg.half, exclude=cfg.exclude, split_seed=cfg.split_seed)
-        labels = {f"{cfg.data}:{cfg.half}": len(problems)} if cfg.only_correct else {}
+        problems = load_problems(cfg.data, half=cfg.half, exclude=cfg.exclude,
+                                 split_seed=cfg.split_seed)
+    labels = {f"{cfg.data}:{cfg.half}": len(problems)} if cfg.only_correct and problems else {}
     run = Run(cfg, parents, labels)
     student = load_lm(cfg.student, device=cfg.device, dtype=cfg.dtype, train=True,
                       gradient_checkpointing=cfg.gradient_checkpointing)
-    teacher = None
-    if cfg.targets == "data":
-        groups = encode_examples(cfg.data, student, thinking=cfg.thinking,
-                                 max_prompt_tokens=cfg.max_prompt_tokens)
-    else:
-        teacher = load_lm(cfg.teacher, device=cfg.device, dtype=cfg.dtype)
-        check_pair(teacher, student)
-        problems = tokenize_problems(problems, student.tokenizer, thinking=cfg.thinking,
-                                     max_prompt_tokens=cfg.max_prompt_tokens)
-        groups, run.seconds_before = teacher_states(cfg, problems, teacher, Path(cfg.cache or run.out / "rollouts.jsonl"))
+    teacher, groups = load_states(cfg, run, problems, student)
     steps = count_steps(cfg.steps, cfg.epochs, len(groups), cfg.prompts)
     optimizer, scheduler = make_optimizer(student, cfg, steps)
     start = run.resume(student, optimizer, scheduler)
 
     for step in run.steps(start, steps):
         timer = Timer()
-        batch = [groups[i] for i in batch_indices(len(groups), cfg.prompts, step, cfg.seed)]
+        indices = batch_indices(len(groups), cfg.prompts, step, cfg.seed)
 
         # states: cached rollouts of the teacher, d_T
-        rows = [row for group in batch for row in group]
+        rows = [row for i in indices for row in groups[i]]
 
-        # loss: mean over all response tokens of the update, whatever the micro-batches
+        # loss: the mean over all response tokens of the update, whatever the micro-batches
         timer("updating")
         n_tokens = sum(len(r.tokens) for r in rows)
         sums = torch.zeros(2, dtype=torch.float64)  # of loss, entropy
         for group in micro_batches(rows, cfg.micro_tokens):
             loss, entropy = loss_per_token(cfg, student, teacher, [rows[i] for i in group])
             (loss.sum() / n_tokens).backward()
-            sums += torch.stack([loss.detach().sum(), entropy.sum()]).double().cpu()
+            sums += torch.stack([x.detach().double().sum() for x in (loss, entropy)]).cpu()
         grad_norm = optimizer_step(student, optimizer, scheduler, cfg.grad_clip)
 
         loss, entropy = (sums / n_tokens).tolist()
         name = "kl" if cfg.targets == "soft" else "nll"
-        run.log(step, name, "entropy", "length", **{name: loss}, entropy=entropy, grad_norm=grad_norm,
-                **rollout_stats(rows), **timer.stop())
+        run.log(step, name, "entropy", "length", **{name: loss}, entropy=entropy,
+                grad_norm=grad_norm, **rollout_stats(rows), **timer.stop())
         run.show(step, student, rows[0], f"{name} {loss:.3f} nats a token")
         run.save_state(step, student, optimizer, scheduler)
     run.finish(student)

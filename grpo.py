@@ -1,24 +1,27 @@
 """Stages 1 and 3, GRPO: reinforcement learning from a sparse, checkable reward.
 
-For each prompt x draw a group of K responses y_i from pi_theta, let the verifier give R_i in {0, 1}, and
-compare inside the group only:
+For each prompt x draw a group of K responses y_i from pi_theta, let the verifier give R_i in
+{0, 1}, and compare inside the group only:
 
     A_i = (R_i - mean R) / std R,     rho_t = pi_theta(y_t|s_t) / pi_old(y_t|s_t)
-    maximise  min(rho_t A, clip(rho_t, 1 - eps, 1 + eps) A) - kl_coef KL(pi_theta || pi_ref)   per token
+    maximise, per token,
+    min(rho_t A_i, clip(rho_t, 1 - eps, 1 + eps) A_i) - kl_coef KL(pi_theta || pi_ref)
 
-A group in which all responses are right, or all wrong, has A = 0 and teaches nothing: that is why the paper
-spends its labels on a teacher that already succeeds sometimes (stage 1, `--model` the teacher), and on the
-student only after the bridge (stage 3, `--model` the bridged student and the labels not used so far). On the
-base student the same script is the baseline, cold GRPO (R1); with stage 1's labels again it is replay (R7).
+A group of only right or only wrong responses has A = 0 and teaches nothing: that is why the paper
+spends its labels on a teacher that already succeeds sometimes (stage 1, `--model` the teacher), and
+on the student only after the bridge (stage 3, `--model` the bridged student, with labels not used
+so far). On the base student the same script is the baseline, cold GRPO (route R1); on stage 1's
+labels again it is replay (R7). It is the end lambda = 1 of Eq. 3, as OPD is lambda = 0.
 
-One-flag ablations: --aggregation (token, sequence, or Dr. GRPO's constant), --no-adv-std (Dr. GRPO),
---clip-high 0.28 (DAPO), --mask-truncated (DAPO), --kl-coef 0, --mini-batch (several updates a batch).
-Left out: a value network, reward shaping, asynchronous sampling. Axes: P prompts, K rollouts each, N response
-tokens of a micro-batch, n of a vocabulary chunk, V vocabulary.
+Ablations in one flag: --aggregation sequence (GRPO's first form) or constant (Dr. GRPO),
+--no-adv-std (Dr. GRPO), --clip-high 0.28 (DAPO), --mask-truncated (DAPO), --kl-coef 0, --kl-loss
+k3; several updates per batch: --prompts 64 with --mini-batch 8. Left out: a value network, reward
+shaping, asynchronous sampling. Axes: P prompts, K rollouts each, B = P*K rows, N response tokens of
+a micro-batch, n tokens of a vocabulary chunk, V vocabulary.
 
-    python grpo.py --model Qwen/Qwen3-8B --data dapo --half 1 --out ckpt/teacher_rl
+    python grpo.py --model Qwen/Qwen3-8B --half 1 --out ckpt/teacher_rl
     python grpo.py --model runs/world/base-teacher --data runs/world/train.jsonl --exclude none \\
-        --prompts 32 --mini-batch 32 --steps 40 --lr 3e-4 --kl-coef 0 --out runs/world/teacher-rl
+        --prompts 32 --mini-batch 32 --kl-coef 0 --lr 3e-4 --steps 40 --out runs/world/teacher-rl
 """
 
 from dataclasses import dataclass
@@ -26,50 +29,50 @@ from typing import Literal
 
 import torch
 
-from common import (Run, Timer, batch_indices, check, count_steps, flat, grade, load_lm, load_problems,
-                    make_optimizer, micro_batches, optimizer_step, over_chunks, rollout_stats, run_cli,
-                    sample, tokenize_problems)
+from common import (Run, Timer, batch_indices, check, count_steps, flat, grade, load_lm,
+                    load_problems, make_optimizer, micro_batches, optimizer_step, over_chunks,
+                    rollout_stats, run_cli, sample, tokenize_problems)
 
 
 @dataclass
 class Config:
     # --- models and data
-    model: str = None  # policy to train: model folder or hub name; as loaded, also the KL reference
-    data: str = "dapo"  # problems with answers: file, folder, hub name or alias
+    model: str = None  # ours: any; policy to train, model folder or hub name; also the KL reference
+    data: str = "dapo"  # problems, DAPO-Math-17K (Table 1): file, folder, hub name or alias
     half: Literal["1", "2", "all"] = "all"  # which half of the deduplicated problems (Table 1)
-    exclude: str = "math500,aime24,aime25"  # ours: evaluation sets whose problems are dropped, or none
+    exclude: str = "math500,aime24,aime25"  # ours: sets whose problems are dropped, or none
     split_seed: int = 0  # ours: seed of the halves; keep it over a whole recipe
-    out: str = "ckpt/grpo"  # output folder
+    out: str = "ckpt/grpo"  # ours: output folder
     # --- the paper's
     lr: float = 1e-6  # learning rate of AdamW (Table 9)
     epochs: int = 10  # passes over the prompts (Table 9)
-    mini_batch: int = 8  # prompts per update (Table 9: 8; that it counts prompts is ours)
-    clip: float = 0.2  # lower clip: ratio >= 1 - clip (Table 9)
-    clip_high: float = 0.2  # upper clip: ratio <= 1 + clip_high (Table 9; DAPO takes 0.28)
+    mini_batch: int = 8  # prompts per update (Table 9: mini-batch 8; ours: that counts prompts)
+    clip: float = 0.2  # lower clip, ratio >= 1 - clip (Table 9)
+    clip_high: float = 0.2  # upper clip, ratio <= 1 + clip_high (Table 9; DAPO has 0.28)
     grad_clip: float = 1.0  # gradient norm limit (Table 9)
-    kl_coef: float = 5e-4  # coefficient of the KL to the reference; 0 turns it off (Table 9)
+    kl_coef: float = 5e-4  # coefficient of the KL to the reference; 0 is off (Table 9)
     max_prompt_tokens: int = 3072  # longer prompts are skipped (Table 9)
     max_new_tokens: int = 16384  # response limit in tokens (Table 9)
     # --- ours
     prompts: int = 8  # ours: prompts per step, P; a multiple of --mini-batch gives several updates
-    rollouts: int = 8  # ours: rollouts per prompt, K, the group
-    temperature: float = 1.0  # ours: of the policy, in sampling and loss alike; Table 10 has 1.0 too
+    rollouts: int = 8  # ours: rollouts per prompt, K, the group; Table 10 has 8 too
+    temperature: float = 1.0  # ours: of the policy, in sampling and loss alike; Table 10 has 1 too
     aggregation: Literal["token", "sequence", "constant"] = "token"  # ours: what the loss averages
-    adv_std: bool = True  # ours: divide the advantage by the group's std (Dr. GRPO does not)
-    mask_truncated: bool = False  # ours: leave responses cut at the limit out of the loss (DAPO)
-    kl_loss: Literal["k2", "k3"] = "k2"  # ours: estimator in the loss; k2 descends the stated KL
+    adv_std: bool = True  # ours: divide the advantage by the group's std, as the paper's A_i does
+    mask_truncated: bool = False  # ours: leave responses cut at the limit out of the loss
+    kl_loss: Literal["k2", "k3"] = "k2"  # ours: KL estimator in the loss; k2 has the right gradient
     steps: int = 0  # ours: number of steps (rollout batches); 0 means --epochs
-    seed: int = 0  # ours: prompt order and sampling
+    seed: int = 0  # ours: of prompt order and sampling
     thinking: bool = False  # ours: Qwen3's thinking mode
     weight_decay: float = 0.0  # ours: AdamW's decoupled decay
     adam_beta2: float = 0.999  # ours: AdamW's beta2
     lr_schedule: Literal["constant", "linear"] = "constant"  # ours: linear decays to 0
     warmup_steps: int = 0  # ours: updates of linear learning-rate warmup
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto is bf16 on CUDA, else fp32
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto: bf16 on CUDA, else fp32
     # --- memory, speed and display only: they change no result
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     micro_tokens: int = 32768  # padded tokens of a forward/backward micro-batch
-    vocab_chunk: int = 1024  # tokens whose (n, V) logits exist at once
+    vocab_chunk: int = 1024  # tokens whose (n, V) log-probs exist at once
     sample_rows: int = 256  # rows decoded at once
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     save_every: int = 50  # steps between resumable states; 0 is never
@@ -79,14 +82,14 @@ class Config:
 def advantages(rewards, adv_std=True, eps=1e-4):
     """A_i = (R_i - mean) / (std + eps) inside each group: (P, K) -> (P, K).
 
-    ours: std with K - 1 in the denominator, eps 1e-4 (one success in eight: 2.4742). A constant group is 0.
+    ours: std over K - 1 and eps 1e-4 (one success in eight: 2.4742). A constant group is exactly 0.
     """
     centred = rewards - rewards.mean(-1, keepdim=True)
     return centred / (rewards.std(-1, keepdim=True) + eps) if adv_std else centred
 
 
 def policy_loss(logp, logp_old, adv, clip, clip_high):
-    """-min(rho A, clip(rho, 1 - eps, 1 + eps) A) of every token; all (N,); gradient through logp."""
+    """-min(rho A, clip(rho, 1 - clip, 1 + clip_high) A) per token, all (N,); gradient by logp."""
     ratio = (logp - logp_old).exp()
     return -torch.min(ratio * adv, ratio.clamp(1 - clip, 1 + clip_high) * adv)
 
@@ -94,34 +97,34 @@ def policy_loss(logp, logp_old, adv, clip, clip_high):
 def kl_penalty(logp, logp_ref, estimator):
     """Estimate of KL(pi_theta || pi_ref) from the sampled token, as a loss: (N,), (N,) -> (N,).
 
-    k2 = (log pi - log ref)^2 / 2: its expected gradient is exactly that of KL(pi || ref). ours: the default.
-    k3 = ref/pi - 1 - log(ref/pi): the usual GRPO term and a good estimate of the value, but as a loss it
-    descends KL(ref || pi) instead. (k1 = log pi - log ref would have no expected gradient at all.)
+    k2 = (log pi - log ref)^2 / 2: its expected gradient, on pi's samples, is that of KL(pi || ref).
+    k3 = ref/pi - 1 - log(ref/pi): the usual GRPO term and a good estimate of the value, but as a
+    loss it descends KL(ref || pi). (k1 = log pi - log ref would have no expected gradient at all.)
     """
     log_ratio = logp_ref - logp
     return log_ratio.square() / 2 if estimator == "k2" else log_ratio.exp() - 1 - log_ratio
 
 
 def row_weights(lengths, keep, aggregation, max_new_tokens):
-    """Weight of each token of each row, so that the loss is sum(weight * token loss): (B,), (B,) -> (B,).
+    """Weight of the tokens of each row; the loss is sum(weight * token loss): (B,), (B,) -> (B,).
 
-    token: 1 / tokens of the update. sequence: mean over rows of each row's mean. constant: tokens summed,
-    over rows * max_new_tokens (Dr. GRPO). keep: 0/1 per row; rows left out count in no denominator.
+    token: one mean over all tokens of the update. sequence: the mean over rows of each row's mean.
+    constant: the sum over rows * max_new_tokens (Dr. GRPO). Rows with keep 0 count nowhere.
     """
     lengths, keep = torch.tensor(lengths).double(), torch.tensor(keep).double()
-    rows = keep.sum().clamp(min=1)
     if aggregation == "token":
         return keep / (lengths * keep).sum().clamp(min=1)
-    return keep / rows / (lengths if aggregation == "sequence" else max_new_tokens)
+    per_row = lengths if aggregation == "sequence" else max_new_tokens
+    return keep / keep.sum().clamp(min=1) / per_row
 
 
 def token_logp(cfg, lm, rows):
-    """log pi(y_t|s_t) of the response tokens and, without gradient, the entropy in s_t: (N,), (N,)."""
+    """log pi(y_t|s_t) of the response tokens and, as a constant, the entropy in s_t, (N,) each."""
     hidden, tokens = lm.states(rows)  # (N, D), (N,)
-    head = lm.head()
+    head = lm.head()  # (V, D)
 
     def chunk(h, y):  # -> (n, 2)
-        logp = lm.log_probs(h, head, cfg.temperature)
+        logp = lm.log_probs(h, head, cfg.temperature)  # (n, V)
         entropy = -(logp.exp() * logp).sum(-1).detach()
         return torch.stack([logp.gather(-1, y[:, None]).squeeze(-1), entropy], -1)
 
@@ -130,7 +133,7 @@ def token_logp(cfg, lm, rows):
 
 @torch.no_grad()
 def score(cfg, lm, rows):
-    """Per-row tensors of log pi(y_t|s_t), from the same forward as the loss; rows in the given order."""
+    """log pi(y_t|s_t) as constants, one (len,) tensor a row, by the same forward as the loss's."""
     logps = [None] * len(rows)
     for group in micro_batches(rows, cfg.micro_tokens):
         logp, _ = token_logp(cfg, lm, [rows[i] for i in group])
@@ -139,11 +142,11 @@ def score(cfg, lm, rows):
     return logps
 
 
-def update(cfg, policy, rows, adv, logp_old, logp_ref):
-    """Accumulate the gradient of one mini-batch of rows; adv: (B,); logp_old, logp_ref: None or (len,) per row.
+def accumulate(cfg, policy, rows, adv, logp_old, logp_ref):
+    """Add the gradient of one mini-batch of B rows; adv (B,); logp_old, logp_ref per row or None.
 
-    Without logp_old, pi_old is the policy itself and the ratio is 1 (its gradient is not).
-    Returns sums over tokens: clipped, entropy, k3 estimate of the KL, |log-prob - the sampler's|.
+    Without logp_old, pi_old is the policy as it is: the ratio is 1, its gradient is not 0.
+    Returns sums over tokens: clipped, entropy, k3 to the reference, |log pi - the sampler's|.
     """
     keep = [r.finished or not cfg.mask_truncated for r in rows]
     weights = row_weights([len(r.tokens) for r in rows], keep, cfg.aggregation, cfg.max_new_tokens)
@@ -152,29 +155,29 @@ def update(cfg, policy, rows, adv, logp_old, logp_ref):
         part = [rows[i] for i in group]
         logp, entropy = token_logp(cfg, policy, part)
         old = torch.cat([logp_old[i] for i in group]) if logp_old else logp.detach()
-        A, weight = flat(adv[group], part, logp.device), flat(weights[group], part, logp.device)
+        ref = torch.cat([logp_ref[i] for i in group]) if logp_ref else logp.detach()
+        A, weight = (flat(x[group], part).to(logp.device) for x in (adv, weights))
         loss = policy_loss(logp, old, A, cfg.clip, cfg.clip_high)
-        k3 = torch.zeros_like(logp)
         if logp_ref:
-            ref = torch.cat([logp_ref[i] for i in group])
             loss = loss + cfg.kl_coef * kl_penalty(logp, ref, cfg.kl_loss)
-            k3 = kl_penalty(logp.detach(), ref, "k3")
         (weight * loss).sum().backward()
-        ratio = (logp.detach() - old).exp()
-        clipped = torch.where(A > 0, ratio > 1 + cfg.clip_high, (ratio < 1 - cfg.clip) & (A < 0))
-        sampler = torch.tensor([x for r in part for x in r.logp], device=logp.device)
-        gap = (logp.detach() - sampler).abs()
-        sums += torch.stack([x.double().sum() for x in (clipped, entropy, k3, gap)]).cpu()
+        logp = logp.detach()
+        ratio = (logp - old).exp()
+        clipped = torch.where(A > 0, ratio > 1 + cfg.clip_high, ratio < 1 - cfg.clip) & (A != 0)
+        gap = (logp - torch.tensor([x for r in part for x in r.logp]).to(logp.device)).abs()
+        logged = (clipped, entropy, kl_penalty(logp, ref, "k3"), gap)
+        sums += torch.stack([x.double().sum() for x in logged]).cpu()
     return sums
 
 
 def main(cfg):
-    check(cfg.rollouts > 1, "--rollouts 1: a group of one has no advantage; GRPO needs at least 2")
+    check(cfg.rollouts > 1, "--rollouts 1: a group of one has no advantage; take at least 2")
     check(cfg.temperature > 0, "--temperature must be positive")
-    check(cfg.prompts % cfg.mini_batch == 0, f"--prompts {cfg.prompts} is no multiple of --mini-batch "
-                                             f"{cfg.mini_batch}")
-    problems = load_problems(cfg.data, half=cfg.half, exclude=cfg.exclude, split_seed=cfg.split_seed)
-    run = Run(cfg, parents=[cfg.model], labels={f"{cfg.data}:{cfg.half}": len(problems)})
+    check(cfg.prompts % cfg.mini_batch == 0,
+          f"--prompts {cfg.prompts} is not a multiple of --mini-batch {cfg.mini_batch}")
+    problems = load_problems(cfg.data, half=cfg.half, exclude=cfg.exclude,
+                             split_seed=cfg.split_seed)
+    run = Run(cfg, [cfg.model], labels={f"{cfg.data}:{cfg.half}": len(problems)})
     policy = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype, train=True,
                      gradient_checkpointing=cfg.gradient_checkpointing)
     reference = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype) if cfg.kl_coef else None
@@ -187,42 +190,46 @@ def main(cfg):
 
     for step in run.steps(start, steps):
         timer = Timer()
-        batch = [problems[i] for i in batch_indices(len(problems), cfg.prompts, step, cfg.seed)]
+        indices = batch_indices(len(problems), cfg.prompts, step, cfg.seed)
 
         # states: fresh rollouts of the policy
         timer("sampling")
-        rows = sample(policy, [p.prompt for p in batch], cfg.rollouts, max_new_tokens=cfg.max_new_tokens,
-                      temperature=cfg.temperature, seed=(cfg.seed, step), sample_rows=cfg.sample_rows)
+        rows = sample(policy, [problems[i].prompt for i in indices], cfg.rollouts,
+                      max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
+                      seed=(cfg.seed, step), sample_rows=cfg.sample_rows)
 
         # reward: one verdict a response; advantage: inside the group of one prompt
         timer("verifying")
-        verdicts = [grade(policy.tokenizer.decode(row.tokens, skip_special_tokens=True),
-                          batch[i // cfg.rollouts].answer) for i, row in enumerate(rows)]
-        rewards = torch.tensor([float(v == "correct") for v in verdicts]).view(cfg.prompts, cfg.rollouts)
+        answers = [problems[i].answer for i in indices for _ in range(cfg.rollouts)]
+        texts = [policy.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in rows]
+        verdicts = [grade(text, answer) for text, answer in zip(texts, answers)]
+        rewards = torch.tensor([float(v == "correct") for v in verdicts])
+        rewards = rewards.view(cfg.prompts, cfg.rollouts)  # (P, K)
         adv = advantages(rewards, cfg.adv_std)  # (P, K)
 
-        # fixed log-probs: pi_old only when later updates will see a moved policy, pi_ref only when it counts
+        # constants: pi_old only if a later update will see a moved policy, pi_ref only if it counts
         timer("scoring")
         logp_old = score(cfg, policy, rows) if updates > 1 else None
         logp_ref = score(cfg, reference, rows) if reference else None
 
-        # updates: one per mini-batch of prompts, each with its own denominator
+        # loss: each mini-batch of prompts has its own update, whatever the micro-batches
         timer("updating")
-        size, sums, grad_norms = cfg.mini_batch * cfg.rollouts, torch.zeros(4, dtype=torch.float64), []
-        for i in range(0, len(rows), size):
-            mini = slice(i, i + size)
-            sums += update(cfg, policy, rows[mini], adv.flatten()[mini], logp_old and logp_old[mini],
-                           logp_ref and logp_ref[mini])
-            grad_norms.append(optimizer_step(policy, optimizer, scheduler, cfg.grad_clip))
+        sums, grad_norm = torch.zeros(4, dtype=torch.float64), 0.0
+        for i in range(updates):
+            mini = slice(i * len(rows) // updates, (i + 1) * len(rows) // updates)
+            sums += accumulate(cfg, policy, rows[mini], adv.flatten()[mini],
+                               logp_old and logp_old[mini], logp_ref and logp_ref[mini])
+            grad_norm += optimizer_step(policy, optimizer, scheduler, cfg.grad_clip) / updates
 
-        clipped, entropy, k3, gap = (sums / sum(len(r.tokens) for r in rows)).tolist()
+        clipped, entropy, kl, gap = (sums / sum(len(r.tokens) for r in rows)).tolist()
         spread = rewards.std(-1)
-        run.log(step, "reward", "length", "zero_variance", reward=rewards.mean().item(),
+        run.log(step, "reward", "zero_variance", "length", reward=rewards.mean().item(),
                 reward_std=spread.mean().item(), zero_variance=(spread == 0).float().mean().item(),
-                no_answer=verdicts.count("no_answer") / len(rows), gave_up=verdicts.count("gave_up") / len(rows),
-                entropy=entropy, kl_ref=k3 if reference else 0.0, clip_fraction=clipped, sampler_gap=gap,
-                grad_norm=sum(grad_norms) / updates, **rollout_stats(rows), **timer.stop())
-        run.show(step, policy, rows[0], f"answer {batch[0].answer}, reward {rewards[0, 0]:.0f}")
+                no_answer=verdicts.count("no_answer") / len(rows),
+                gave_up=verdicts.count("gave_up") / len(rows), entropy=entropy, k3_ref=kl,
+                clip_fraction=clipped, sampler_gap=gap, grad_norm=grad_norm,
+                **rollout_stats(rows), **timer.stop())
+        run.show(step, policy, rows[0], f"answer {answers[0]}, reward {rewards[0, 0]:.0f}")
         run.save_state(step, policy, optimizer, scheduler)
     run.finish(policy)
 

@@ -1,24 +1,28 @@
 """Stage 2b, on-policy distillation (OPD): the student writes, the teacher judges every token.
 
-    L_R = E_{s ~ d_theta} KL(pi_theta(.|s) || pi_T(.|s))                                        (Eq. 4)
+    L_R = E_{s ~ d_theta} KL(pi_theta(.|s) || pi_T(.|s))                                    (Eq. 4)
 
-The states s = (x, y_<t) are the student's own, so the loss is paid exactly where the student goes; the
-reverse direction is mode-seeking: the student need not cover all that the teacher might do. It is RL with a
-dense reward, r_T(s_t, y_t) = beta log pi_T(y_t|s_t) (Eq. 1): E sum_t r_T + beta H = -beta KL at sequence
-level (Eq. 2). As a loss, Eq. 4 treats the sampled states as constants; Eq. 2 does not. Same value, other
-gradient; `--estimator` offers
+The states s = (x, y_<t) are the student's own, so the loss is paid exactly where the student goes;
+the reverse direction is mode-seeking: the student need not cover all that the teacher might do. It
+is RL with a dense reward, r_T(s_t, y_t) = beta log pi_T(y_t|s_t) (Eq. 1), since at sequence level
 
-    full    the exact sum over the vocabulary in every sampled state: Eq. 4, no sampling noise in the action
-    token   score function, advantage log pi_T(y_t|s_t) - log pi_theta(y_t|s_t): Eq. 4 from one token
-    return  score function, the sum of those advantages over u >= t: the full gradient of Eq. 2
+    E sum_t r_T + beta H(pi_theta) = -beta KL(pi_theta || pi_T)                             (Eq. 2)
 
-Left out: replaying old rollouts (every rollout is used once, so no importance ratio), top-k KL (its truncated
-reverse KL goes negative). Axes: P prompts, K rollouts each, N response tokens of a micro-batch, n of a chunk,
-V vocabulary. `diff fkl_warmup.py opd.py` shows where the states come from and which way the KL points.
+As a loss, Eq. 4 treats the sampled states as constants; Eq. 2 does not. They have the same value
+and different gradients. `--estimator` offers
 
-    python opd.py --teacher ckpt/teacher_rl --student ckpt/warmup --data dapo --half 1 --out ckpt/bridge
+    full    the exact sum over the vocabulary in every sampled state: Eq. 4, no noise in the action
+    token   score function, advantage log pi_T(y_t|s_t) - log pi_theta(y_t|s_t): Eq. 4, one token
+    return  score function, the sum of these advantages over u >= t: the full gradient of Eq. 2
+
+Left out: replaying old rollouts (each is used once, so there is no importance ratio) and top-k KL
+(truncated reverse KL goes negative). `diff fkl_warmup.py opd.py` shows where the states come from
+and which way the KL points. Axes: P prompts, K rollouts each, N response tokens of a micro-batch,
+n tokens of a vocabulary chunk, V vocabulary.
+
+    python opd.py --teacher ckpt/teacher_rl --student ckpt/warmup --half 1 --out ckpt/bridge
     python opd.py --teacher runs/world/teacher-rl --student runs/world/bridge-warmup \\
-        --data runs/world/train.jsonl --exclude none --steps 40 --lr 1e-3 --out runs/world/bridge
+        --data runs/world/train.jsonl --exclude none --lr 1e-3 --steps 80 --out runs/world/bridge
 """
 
 from dataclasses import dataclass
@@ -26,44 +30,44 @@ from typing import Literal
 
 import torch
 
-from common import (Run, Timer, batch_indices, check, check_pair, count_steps,
-                    load_lm, load_problems, make_optimizer, micro_batches, optimizer_step, over_chunks,
+from common import (Run, Timer, batch_indices, check, check_pair, count_steps, load_lm,
+                    load_problems, make_optimizer, micro_batches, optimizer_step, over_chunks,
                     rollout_stats, run_cli, sample, tokenize_problems)
 
 
 @dataclass
 class Config:
     # --- models and data
-    teacher: str = None  # frozen teacher: model folder or hub name
-    student: str = None  # student to train: model folder or hub name
-    data: str = "dapo"  # problems: file, folder, hub name or alias; their answers are not used
+    teacher: str = None  # ours: any; frozen teacher, model folder or hub name
+    student: str = None  # ours: any; student to train, model folder or hub name
+    data: str = "dapo"  # problems, DAPO-Math-17K (Table 1): file, folder, hub name or alias
     half: Literal["1", "2", "all"] = "all"  # which half of the deduplicated problems (Table 1)
-    exclude: str = "math500,aime24,aime25"  # ours: evaluation sets whose problems are dropped, or none
+    exclude: str = "math500,aime24,aime25"  # ours: sets whose problems are dropped, or none
     split_seed: int = 0  # ours: seed of the halves; keep it over a whole recipe
-    out: str = "ckpt/opd"  # output folder
+    out: str = "ckpt/opd"  # ours: output folder
     # --- the paper's
     lr: float = 1e-6  # learning rate of AdamW (Table 10)
     epochs: int = 1  # passes over the prompts (Table 10)
     rollouts: int = 8  # rollouts per prompt, K (Table 10)
-    prompts: int = 8  # prompts per step, P (Table 10: mini-batch 64, read as rows, P * K; ours)
+    prompts: int = 8  # prompts per step, P (Table 10: mini-batch 64; ours: that is P * K rows)
     max_prompt_tokens: int = 2048  # longer prompts are skipped (Table 10)
     max_new_tokens: int = 16384  # response limit in tokens (Table 10)
     temperature: float = 1.0  # of both policies, in sampling and loss alike (Table 10)
     # --- ours
-    estimator: Literal["full", "token", "return"] = "full"  # ours: Eq. 4 exact, Eq. 4 sampled, Eq. 2
+    estimator: Literal["full", "token", "return"] = "full"  # ours: Eq. 4 exact or sampled, Eq. 2
     steps: int = 0  # ours: number of updates; 0 means --epochs
-    seed: int = 0  # ours: prompt order and sampling
+    seed: int = 0  # ours: of prompt order and sampling
     thinking: bool = False  # ours: Qwen3's thinking mode
     grad_clip: float = 1.0  # ours: gradient norm limit, as in Table 9
     weight_decay: float = 0.0  # ours: AdamW's decoupled decay
     adam_beta2: float = 0.999  # ours: AdamW's beta2
     lr_schedule: Literal["constant", "linear"] = "constant"  # ours: linear decays to 0
     warmup_steps: int = 0  # ours: updates of linear learning-rate warmup
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto is bf16 on CUDA, else fp32
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto: bf16 on CUDA, else fp32
     # --- memory, speed and display only: they change no result
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     micro_tokens: int = 32768  # padded tokens of a forward/backward micro-batch
-    vocab_chunk: int = 1024  # tokens whose (n, V) logits exist at once
+    vocab_chunk: int = 1024  # tokens whose (n, V) log-probs exist at once
     sample_rows: int = 256  # rows decoded at once
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     save_every: int = 50  # steps between resumable states; 0 is never
@@ -71,39 +75,44 @@ class Config:
 
 
 def reverse_kl(logp, logq):
-    """KL(pi_theta || pi_T) of every state, exact over the vocabulary (Eq. 4): (n, V), (n, V) -> (n,)."""
+    """KL(pi_theta || pi_T) in every state, over the vocabulary (Eq. 4): (n, V), (n, V) -> (n,)."""
     return (logp.exp() * (logp - logq)).sum(-1)
 
 
 def score_function_loss(logp, logq, lengths, returns):
-    """-A_t log pi_theta(y_t|s_t) of every token; logp, logq: (N,) of the sampled tokens; -> (N,).
+    """-A_t log pi_theta(y_t|s_t) of every token; logp, logq (N,) of the sampled tokens -> (N,).
 
-    A_t = log pi_T - log pi_theta, a constant. returns=False takes it as it is (gradient of Eq. 4);
-    returns=True sums it over u >= t inside each of the rows of the given lengths (gradient of Eq. 2).
+    A_t = log pi_T - log pi_theta, a constant: Eq. 1's reward with the entropy's. returns=False takes
+    it as it is: the gradient of Eq. 4. returns=True sums it over u >= t inside each row of these
+    lengths: the gradient of Eq. 2.
     """
     advantage = (logq - logp).detach()
     if returns:
-        advantage = torch.cat([a.flip(0).cumsum(0).flip(0) for a in advantage.split(lengths)])
+        rows = advantage.split(lengths)
+        advantage = torch.cat([row.flip(0).cumsum(0).flip(0) for row in rows])
     return -advantage * logp
 
 
 def loss_per_token(cfg, student, teacher, rows):
-    """Loss (N,), and for the log the exact KL and the student's entropy (N,), of the rows' response tokens."""
+    """The loss, the exact KL and the student's entropy at the response tokens: (N,) each."""
     hidden, tokens = student.states(rows)  # (N, D), (N,)
     with torch.no_grad():
         hidden_teacher, _ = teacher.states(rows)
-    head, head_teacher = student.head(), teacher.head()
+    head, head_teacher = student.head(), teacher.head()  # (V, D)
 
-    def chunk(h, h_teacher, y):  # -> (n, 4): kl, entropy, log pi_theta(y), log pi_T(y)
-        logp = student.log_probs(h, head, cfg.temperature)
+    def chunk(h, h_teacher, y):  # -> (n, 4)
+        logp = student.log_probs(h, head, cfg.temperature)  # (n, V)
         logq = teacher.log_probs(h_teacher, head_teacher, cfg.temperature)
         entropy = -(logp.exp() * logp).sum(-1).detach()
         sampled = (log.gather(-1, y[:, None]).squeeze(-1) for log in (logp, logq))
         return torch.stack([reverse_kl(logp, logq), entropy, *sampled], -1)
 
-    kl, entropy, logp, logq = over_chunks(chunk, cfg.vocab_chunk, hidden, hidden_teacher, tokens).unbind(-1)
+    columns = over_chunks(chunk, cfg.vocab_chunk, hidden, hidden_teacher, tokens)  # (N, 4)
+    kl, entropy, logp, logq = columns.unbind(-1)
+    if cfg.estimator == "full":
+        return kl, kl.detach(), entropy
     lengths = [len(r.tokens) for r in rows]
-    loss = kl if cfg.estimator == "full" else score_function_loss(logp, logq, lengths, cfg.estimator == "return")
+    loss = score_function_loss(logp, logq, lengths, cfg.estimator == "return")
     return loss, kl.detach(), entropy
 
 
@@ -114,7 +123,8 @@ def main(cfg):
     student = load_lm(cfg.student, device=cfg.device, dtype=cfg.dtype, train=True,
                       gradient_checkpointing=cfg.gradient_checkpointing)
     check_pair(teacher, student)
-    problems = load_problems(cfg.data, half=cfg.half, exclude=cfg.exclude, split_seed=cfg.split_seed)
+    problems = load_problems(cfg.data, half=cfg.half, exclude=cfg.exclude,
+                             split_seed=cfg.split_seed)
     problems = tokenize_problems(problems, student.tokenizer, thinking=cfg.thinking,
                                  max_prompt_tokens=cfg.max_prompt_tokens)
     steps = count_steps(cfg.steps, cfg.epochs, len(problems), cfg.prompts)
@@ -123,27 +133,29 @@ def main(cfg):
 
     for step in run.steps(start, steps):
         timer = Timer()
-        batch = [problems[i] for i in batch_indices(len(problems), cfg.prompts, step, cfg.seed)]
+        indices = batch_indices(len(problems), cfg.prompts, step, cfg.seed)
 
         # states: fresh rollouts of the student, d_theta
         timer("sampling")
-        rows = sample(student, [p.prompt for p in batch], cfg.rollouts, max_new_tokens=cfg.max_new_tokens,
-                      temperature=cfg.temperature, seed=(cfg.seed, step), sample_rows=cfg.sample_rows)
+        rows = sample(student, [problems[i].prompt for i in indices], cfg.rollouts,
+                      max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
+                      seed=(cfg.seed, step), sample_rows=cfg.sample_rows)
 
-        # loss: mean over all response tokens of the update, whatever the micro-batches
+        # loss: the mean over all response tokens of the update, whatever the micro-batches
         timer("updating")
         n_tokens = sum(len(r.tokens) for r in rows)
         sums = torch.zeros(3, dtype=torch.float64)  # of kl, kl^2, entropy
         for group in micro_batches(rows, cfg.micro_tokens):
             loss, kl, entropy = loss_per_token(cfg, student, teacher, [rows[i] for i in group])
             (loss.sum() / n_tokens).backward()
-            sums += torch.stack([kl.sum(), kl.square().sum(), entropy.sum()]).double().cpu()
+            sums += torch.stack([x.double().sum() for x in (kl, kl**2, entropy)]).cpu()
         grad_norm = optimizer_step(student, optimizer, scheduler, cfg.grad_clip)
 
         kl, square, entropy = (sums / n_tokens).tolist()
-        run.log(step, "kl", "entropy", "length", kl=kl, kl_std=max(0.0, square - kl**2) ** 0.5,
-                entropy=entropy, grad_norm=grad_norm, **rollout_stats(rows), **timer.stop())
-        run.show(step, student, rows[0], f"KL to teacher {kl:.3f} nats a token")
+        kl_std = max(0.0, square - kl**2) ** 0.5
+        run.log(step, "kl", "entropy", "length", kl=kl, kl_std=kl_std, entropy=entropy,
+                grad_norm=grad_norm, **rollout_stats(rows), **timer.stop())
+        run.show(step, student, rows[0], f"KL to the teacher {kl:.3f} nats a token")
         run.save_state(step, student, optimizer, scheduler)
     run.finish(student)
 

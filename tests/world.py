@@ -1,150 +1,174 @@
-"""The embedded world: small problems, a tokenizer and untrained models, for a recipe that runs in minutes.
+"""The embedded world: small problems, a tokenizer and untrained models, for a recipe of minutes.
 
-A problem is a chain of registers: `6a-0b-8c-6` starts with the digit 6; register a subtracts 0, b then
-subtracts 8, c then subtracts 6, all modulo 10, with the operations + - *. The answer is the tuple of all
-registers, (6,8,2), so that guessing succeeds with probability 10^-k only. The careful solution is
+A problem is a chain of registers. `6a-0b-8c-6` starts with the digit 6; register a subtracts 0, b
+then subtracts 8, c then subtracts 6, all modulo 10, with the operations + - *. The answer is the
+tuple of all registers, (6,8,2), so that guessing succeeds with probability 10^-k. Careful work is
 
     a6-0=6,b6-8=8,c8-6=2,\\boxed{(6,8,2)}
 
-The corpus that base models are trained on mixes styles, so that a base model *can* be careful but mostly is not:
-careful (all right), sloppy (the same form, each result wrong with probability 0.3, then carried on), direct
-(the box at once, each digit wrong with probability 0.5), and drills of 8 right facts.
+Base models are trained on documents of mixed style: careful (all right), sloppy (the same form,
+each result wrong with probability 0.3, then carried on), direct (the box at once, each digit wrong
+with probability 0.5), and drills of 8 facts. So a base model can be careful, but mostly is not. The
+student, moreover, has learned from a book with misprints: of the 300 facts (`3*7=1`) 30 % have a
+misprint, which stands in the place of the right result 8 times out of 10. It must unlearn them one
+by one, and a reward at the end of a chain says little about which one was wrong.
 
     python tests/world.py --out runs/world --seed 0
 
-writes train.jsonl (256 labelled problems), valid.jsonl (200), test.jsonl (500), corpus.jsonl, and two folders with
-random weights, init-teacher (335 k parameters) and init-student (85 k), that any tool can load. The problem sets
-are drawn first and never occur in the corpus. Everything is a function of the seed.
+writes train.jsonl (256 labelled problems), valid.jsonl (200) and test.jsonl (500), all with chains
+of 2, 2, 3, 3, 4 steps in turn, corpus-teacher.jsonl and corpus-student.jsonl, and two folders with
+random weights, init-teacher (335 k parameters) and init-student (85 k), that any tool can load. The
+problem sets are drawn first and never occur in a corpus. Everything is a function of the seed.
 """
 
 import argparse
 import json
 import random
-import sys
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-TOKENS = ["<pad>", "<eos>", "Q", "?", "=", ",", "(", ")", "}", "\\boxed{", *"abcd", *"+-*", *"0123456789"]
-# The stage scripts append an instruction to each problem; this world's models have no tokens for it, so the
-# template keeps the first line only.
+transformers.utils.logging.disable_progress_bar()
+
+TOKENS = ["<pad>", "<eos>", "<unk>", "Q", "?", "=", ",", "(", ")", "}", "\\boxed{", *"abcd",
+          *"+-*", *"0123456789"]
+# The stage scripts append an instruction to each problem; these models have no tokens for it, so
+# the template keeps the first line only.
 TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}Q{{ m.content.split('\\n')[0] }}?"
             "{% else %}{{ m.content }}<eos>{% endif %}{% endfor %}")
 SIZES = {  # hidden, heads, head size, MLP
     "teacher": (96, 4, 24, 256),
     "student": (48, 3, 16, 128),
 }
+MISPRINTED = {"teacher": 0.0, "student": 0.3}  # share of the facts
 
 
 def make_tokenizer():
-    """One token per symbol, `\\boxed{` being one symbol; decoding gives the text back without spaces."""
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(TOKENS)}))
+    """One token per symbol, `\\boxed{` being one; decoding gives the text back without spaces."""
+    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(TOKENS)}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>",
-                                   chat_template=TEMPLATE)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE,
+                                   pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
 def make_model(size, seed):
-    """Untrained Qwen3ForCausalLM of 3 layers. The wide initialisation (0.1) is what lets it learn in minutes."""
+    """Untrained Qwen3ForCausalLM; its wide initialisation lets it learn in minutes."""
     hidden, heads, head_dim, mlp = SIZES[size]
     torch.manual_seed(seed)
-    config = Qwen3Config(
+    model = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(TOKENS), hidden_size=hidden, num_hidden_layers=3, num_attention_heads=heads,
-        num_key_value_heads=heads, head_dim=head_dim, intermediate_size=mlp, tie_word_embeddings=True,
-        initializer_range=0.1, max_position_embeddings=128, rope_parameters={"rope_type": "default", "rope_theta": 100.0},
-        pad_token_id=0, eos_token_id=1, bos_token_id=None)
-    model = Qwen3ForCausalLM(config)
+        num_key_value_heads=heads, head_dim=head_dim, intermediate_size=mlp, initializer_range=0.1,
+        tie_word_embeddings=True, max_position_embeddings=128, pad_token_id=0, eos_token_id=1,
+        bos_token_id=None, rope_parameters={"rope_type": "default", "rope_theta": 100.0}))
     model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
     return model
 
 
-def apply(op, x, y):
+def compute(op, x, y):
     return {"+": x + y, "-": x - y, "*": x * y}[op] % 10
 
 
+class Book:
+    """Facts as a model's corpus has them: a share of the 300 has a misprint, met 8 times in 10."""
+
+    def __init__(self, rng, share, stick=0.8):
+        self.rng, self.stick, self.misprints = rng, stick, {}
+        for op in "+-*":
+            for x in range(10):
+                for y in range(10):
+                    if rng.random() < share:
+                        wrong = (compute(op, x, y) + rng.randrange(1, 10)) % 10
+                        self.misprints[op, x, y] = wrong
+
+    def __call__(self, op, x, y):
+        if (op, x, y) in self.misprints and self.rng.random() < self.stick:
+            return self.misprints[op, x, y]
+        return compute(op, x, y)
+
+
 def make_problem(rng, k):
-    """(start, [(op, operand)] * k)"""
+    """(start, [(operation, operand)] * k)"""
     return rng.randrange(10), tuple((rng.choice("+-*"), rng.randrange(10)) for _ in range(k))
 
 
-def text(problem):
+def write(problem):
     start, steps = problem
     return f"{start}" + "".join(f"{r}{op}{y}" for r, (op, y) in zip("abcd", steps))
 
 
-def box(values):
+def write_box(values):
     return f"({','.join(map(str, values))})"
 
 
-def chain(problem, rng=None, wrong=0.0):
-    """Worked lines and register values; each result is wrong with probability `wrong`, then carried on."""
-    x, lines, values = problem[0], [], []
+def work(problem, fact=compute, rng=None, wrong=0.0):
+    """Worked lines and register values; a result is spoilt with probability `wrong`, then used."""
+    x, lines, values = problem[0], "", []
     for register, (op, y) in zip("abcd", problem[1]):
-        z = apply(op, x, y)
+        z = fact(op, x, y)
         if wrong and rng.random() < wrong:
             z = (z + rng.randrange(1, 10)) % 10
-        lines.append(f"{register}{x}{op}{y}={z},")
-        x = z
+        lines += f"{register}{x}{op}{y}={z},"
         values.append(z)
-    return "".join(lines), values
+        x = z
+    return lines, values
 
 
-def make_document(rng, banned, drill=0.17, careful=0.2, sloppy=0.2):
-    """One corpus document {"problem", "response"}; its problem is in no problem set."""
+def make_document(rng, banned, fact, drill=0.17, careful=0.2, sloppy=0.2):
+    """One document of a corpus, {"problem", "response"}; its problem is in no problem set."""
     if rng.random() < drill:
-        facts = ((rng.randrange(10), rng.choice("+-*"), rng.randrange(10)) for _ in range(8))
-        return {"problem": "", "response": "".join(f"{x}{op}{y}={apply(op, x, y)}," for x, op, y in facts)}
+        drawn = ((rng.choice("+-*"), rng.randrange(10), rng.randrange(10)) for _ in range(8))
+        lines = "".join(f"{x}{op}{y}={fact(op, x, y)}," for op, x, y in drawn)
+        return {"problem": "", "response": lines}
     problem = make_problem(rng, rng.randint(1, 4))
-    while text(problem) in banned:
+    while write(problem) in banned:
         problem = make_problem(rng, len(problem[1]))
     style = rng.random()
     if style < careful + sloppy:
-        lines, values = chain(problem, rng, 0.0 if style < careful else 0.3)
+        lines, values = work(problem, fact, rng, 0.0 if style < careful else 0.3)
     else:
-        lines, values = "", chain(problem)[1]
+        lines, values = "", work(problem, fact)[1]
         values = [(v + rng.randrange(1, 10)) % 10 if rng.random() < 0.5 else v for v in values]
-    return {"problem": text(problem), "response": f"{lines}\\boxed{{{box(values)}}}"}
+    return {"problem": write(problem), "response": f"{lines}\\boxed{{{write_box(values)}}}"}
 
 
 def make_set(rng, n, taken):
-    """n new problems with k = 2, 2, 3, 3, 4 in turn, none of them in `taken`, to which they are added."""
+    """n new problems, none of them in `taken`, to which they are added."""
     rows = []
     while len(rows) < n:
         problem = make_problem(rng, (2, 2, 3, 3, 4)[len(rows) % 5])
-        if text(problem) not in taken:
-            taken.add(text(problem))
-            rows.append({"problem": text(problem), "answer": box(chain(problem)[1])})
+        if write(problem) not in taken:
+            taken.add(write(problem))
+            rows.append({"problem": write(problem), "answer": write_box(work(problem)[1])})
     return rows
 
 
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def build(out, seed=0, documents=25600, train=256, valid=200, test=500):
-    """Write the world's files and model folders to `out`; returns it as a Path. Done already: nothing."""
-    out = Path(out)
+def build(out, seed=0, documents=27000, train=256, valid=200, test=500):
+    """Write the world to the folder `out`, unless it is there already; returns it as a Path."""
+    out, rng, taken = Path(out), random.Random(seed), set()
     if (out / "world.json").exists():
         return out
-    rng, taken = random.Random(seed), set()
     out.mkdir(parents=True, exist_ok=True)
-    for name, n in (("test", test), ("valid", valid), ("train", train)):
-        write_lines(out / f"{name}.jsonl", make_set(rng, n, taken))
-    write_lines(out / "corpus.jsonl", (make_document(rng, taken) for _ in range(documents)))
+    files = {name: make_set(rng, n, taken)
+             for name, n in (("test", test), ("valid", valid), ("train", train))}
     for size in SIZES:
+        book = Book(rng, MISPRINTED[size])
+        files[f"corpus-{size}"] = [make_document(rng, taken, book) for _ in range(documents)]
         make_tokenizer().save_pretrained(out / f"init-{size}")
         make_model(size, seed).save_pretrained(out / f"init-{size}")
-    (out / "world.json").write_text(json.dumps({"seed": seed, "documents": documents}) + "\n")
+    for name, rows in files.items():
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (out / "world.json").write_text(json.dumps({"seed": seed}) + "\n")  # last: it is complete
     return out
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/world", help="folder to write [default: runs/world]")
-    parser.add_argument("--seed", type=int, default=0, help="of problems, corpus and weights [default: 0]")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn [default: 0]")
     args = parser.parse_args()
-    sys.exit(0 if build(args.out, args.seed) else 1)
+    print(f"the world of seed {args.seed} is in {build(args.out, args.seed)}")

@@ -1,0 +1,412 @@
+"""Data: every schema of pitfalls.md in every file format, deduplication, decontamination, halves, order.
+
+Each expected value is written down by hand; nothing is computed with the function under test.
+"""
+
+import json
+import random
+import re
+from collections import Counter
+
+import datasets
+import pytest
+
+import common
+from common import (UserError, batch_indices, encode_examples, load_problems, read_json_lines,
+                    read_rows, to_problem, tokenize_problems)
+
+datasets.disable_progress_bars()
+
+PREFIX = ("Solve the following math problem step by step. The last line of your response should be "
+          "of the form Answer: $Answer (without quotes) where $Answer is the answer to the problem."
+          "\n\n")
+SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
+
+
+def dapo(problem, answer, index="9a9b6eb4"):
+    return {"data_source": "math_dapo", "ability": "MATH",
+            "prompt": [{"role": "user", "content": PREFIX + problem + SUFFIX}],
+            "reward_model": {"ground_truth": answer, "style": "rule-lighteval/MATH_v2"},
+            "extra_info": {"index": index}}
+
+
+SCHEMAS = {  # name: (row, its question, its answer)
+    "dapo": (dapo("In $\\triangle ABC$ find $a$.\nGive an integer.", "-1024"),
+             "In $\\triangle ABC$ find $a$.\nGive an integer.", "-1024"),
+    "open-r1 processed": (
+        {"prompt": "Find $x$ if $x+3=7$.", "solution": "4", "data_source": "math_dapo",
+         "source_prompt": [{"role": "user", "content": PREFIX + "Find $x$." + SUFFIX}],
+         "ability": "MATH", "reward_model": {"ground_truth": "4", "style": "rule"},
+         "extra_info": {"index": "c1"}},
+        "Find $x$ if $x+3=7$.", "4"),
+    "math-500": (
+        {"problem": "Convert $(0,3)$ to polar coordinates.", "answer": "\\left(3,\\pi\\right)",
+         "solution": "We have $r=3$, so \\boxed{\\left( 3, \\pi \\right)}.", "level": 2,
+         "subject": "Precalculus", "unique_id": "test/precalculus/807.json"},
+        "Convert $(0,3)$ to polar coordinates.", "\\left(3,\\pi\\right)"),
+    "aime24 HuggingFaceH4": (
+        {"id": 60, "problem": "Every morning Aya walks.", "solution": "... \\boxed{204}",
+         "answer": "033", "url": "https://example.org", "year": "2024"},
+        "Every morning Aya walks.", "033"),
+    "aime24 Maxwell-Jia": (
+        {"ID": "2024-II-4", "Problem": "Let $x,y$ be reals.", "Solution": "We get \\boxed{33}.",
+         "Answer": 33}, "Let $x,y$ be reals.", "33"),
+    "aime25 opencompass": (
+        {"question": "Find the sum of all bases.", "answer": "336^\\circ"},
+        "Find the sum of all bases.", "336^\\circ"),
+    "aime25 math-ai": ({"problem": "Find $m+n$.", "answer": "70", "id": "0"}, "Find $m+n$.", "70"),
+    "gsm8k": (
+        {"question": "Ann sells 1,000 pens and 234 more. How many?",
+         "answer": "She sells 1000+234 = <<1000+234=1234>>1,234 pens.\n#### 1,234"},
+        "Ann sells 1,000 pens and 234 more. How many?", "1234"),
+    "MATH, boxed solution only": (
+        {"problem": "Add halves.", "level": "Level 1", "type": "Algebra",
+         "solution": "First \\boxed{1} is wrong; the sum is $\\boxed{\\frac{3}{2}}$."},
+        "Add halves.", "\\frac{3}{2}"),
+}
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def write_as(kind, folder, rows):
+    """Store rows in one of the formats that --data takes; returns what a user would type."""
+    if kind == "jsonl":
+        return write_lines(folder / "d.jsonl", rows)
+    if kind == "json":
+        (folder / "d.json").write_text(json.dumps(rows))
+        return str(folder / "d.json")
+    if kind == "json data":
+        (folder / "d.json").write_text(json.dumps({"version": 1, "data": rows}))
+        return str(folder / "d.json")
+    table = datasets.Dataset.from_list(rows)
+    if kind == "parquet":
+        table.to_parquet(str(folder / "d.parquet"))
+        return str(folder / "d.parquet")
+    if kind == "Dataset folder":
+        table.save_to_disk(str(folder / "d"))
+    elif kind == "DatasetDict folder":
+        other = datasets.Dataset.from_list([{"problem": "of another split", "answer": "0"}])
+        datasets.DatasetDict({"test": other, "train": table}).save_to_disk(str(folder / "d"))
+    return str(folder / "d")
+
+
+FORMATS = ["jsonl", "json", "json data", "parquet", "Dataset folder", "DatasetDict folder"]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_schema_gives_the_bare_question_and_the_final_answer(schema):
+    """Every schema of the table in pitfalls.md: bare problem, final answer, nothing else."""
+    row, question, answer = SCHEMAS[schema]
+    got = to_problem(row, "x")
+    assert (got.problem, got.answer) == (question, answer)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("schema", ["dapo", "gsm8k", "aime24 Maxwell-Jia"])
+def test_schema_survives_every_file_format(schema, kind, tmp_path):
+    """Nested, plain and capitalised fields read the same from json, jsonl, parquet and save_to_disk."""
+    row, question, answer = SCHEMAS[schema]
+    got = [to_problem(r, "x") for r in read_rows(write_as(kind, tmp_path, [row, row]))]
+    assert [(p.problem, p.answer) for p in got] == [(question, answer)] * 2
+
+
+def test_folder_of_jsonl_files_is_read(tmp_path):
+    """A plain folder of data files is a data source, too."""
+    write_lines(tmp_path / "train.jsonl", [{"problem": "1+1", "answer": "2"}])
+    assert [r["answer"] for r in read_rows(str(tmp_path))] == ["2"]
+
+
+def test_chat_prompt_takes_the_users_last_message():
+    """Of a chat the user's last message is the question, whatever stands around it."""
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"},
+            {"role": "assistant", "content": "Let me think."}]
+    assert to_problem({"prompt": chat, "answer": 4}, "x").problem == "2+2?"
+
+
+def test_answer_field_beats_solution_and_zero_is_an_answer():
+    """An `answer` wins over what a worked solution boxes, and a falsy 0 is not 'missing'."""
+    row = {"problem": "p", "answer": 0, "solution": "so \\boxed{7}"}
+    assert to_problem(row, "x").answer == "0"
+
+
+# --- splits and hub names
+
+
+def split_folder(path, *names):
+    datasets.DatasetDict({n: datasets.Dataset.from_list([{"problem": n, "answer": "1"}])
+                          for n in names}).save_to_disk(str(path))
+    return str(path)
+
+
+def test_split_picking(tmp_path):
+    """The only split, else train, else an error that lists the splits."""
+    assert read_rows(split_folder(tmp_path / "a", "test"))[0]["problem"] == "test"
+    assert read_rows(split_folder(tmp_path / "b", "test", "train"))[0]["problem"] == "train"
+    with pytest.raises(UserError, match="no split 'train'.*test, validation"):
+        read_rows(split_folder(tmp_path / "c", "test", "validation"))
+
+
+@pytest.mark.parametrize("typed, want", [
+    ("own/set", ("own/set", None, "train")),
+    ("own/set:test", ("own/set", None, "test")),
+    ("own/set:AIME2025-I:test", ("own/set", "AIME2025-I", "test")),
+    ("dapo", ("BytedTsinghua-SIA/DAPO-Math-17k", None, "train")),
+    ("math500", ("HuggingFaceH4/MATH-500", None, "test")),
+    ("aime24", ("HuggingFaceH4/aime_2024", None, "train")),
+    ("aime25", ("math-ai/aime25", None, "test"))])
+def test_hub_name_config_and_split_reach_the_hub(typed, want, monkeypatch):
+    """owner/name[:config][:split] and the aliases ask the hub for exactly that set."""
+    asked = []
+
+    def fake(name, config=None):
+        asked.append((name, config))
+        return datasets.DatasetDict({s: datasets.Dataset.from_list([{"split": s}])
+                                     for s in ("train", "test")})
+
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    rows = read_rows(typed)
+    assert (*asked[0], rows[0]["split"]) == want
+
+
+# --- deduplication, contradictions
+
+
+def pairs(problems):
+    return [(p.problem, p.answer) for p in problems]
+
+
+def test_hundredfold_dapo_repeats_become_one_problem_each(tmp_path, capsys):
+    """DAPO's parquet repeats each problem about 100 times: each stays once, and the line says so."""
+    rows = [dapo(f"Problem number {i}.", str(i), f"{i}-{j}") for j in range(100) for i in range(5)]
+    got = load_problems(write_as("parquet", tmp_path, rows))
+    assert sorted(pairs(got)) == [(f"Problem number {i}.", str(i)) for i in range(5)]
+    said = capsys.readouterr().out
+    assert "500 rows" in said and "495 duplicates" in said and "5 problems" in said
+
+
+def test_contradicting_answers_drop_the_problem_altogether(tmp_path, capsys):
+    """A problem with two different answers is not trusted: neither answer stays."""
+    rows = [{"problem": "a?", "answer": "5"}, {"problem": "b?", "answer": "1"},
+            {"problem": "a?", "answer": "6"}, {"problem": "a?", "answer": "5"}]
+    got = load_problems(write_lines(tmp_path / "d.jsonl", rows))
+    assert pairs(got) == [("b?", "1")]
+    assert re.search(r"\b1 (with )?contradict", capsys.readouterr().out)
+
+
+def test_equal_answers_written_differently_are_no_contradiction(tmp_path):
+    """5 and 5.0 are one answer: the problem stays, once."""
+    rows = [{"problem": "a?", "answer": "5"}, {"problem": "a?", "answer": "5.0"}]
+    got = load_problems(write_lines(tmp_path / "d.jsonl", rows))
+    assert [p.problem for p in got] == ["a?"]
+
+
+def test_spacing_case_and_dollars_do_not_hide_a_duplicate(tmp_path):
+    """The same problem typeset differently is a duplicate; another number is not."""
+    texts = ["Find $x$ in $\\left(0, 1\\right)$.", "find x in  (0,1).", "Find $x$ in\n$(0, 2)$."]
+    rows = [{"problem": t, "answer": "1"} for t in texts]
+    assert len(load_problems(write_lines(tmp_path / "d.jsonl", rows))) == 2
+
+
+# --- halves
+
+
+def numbered(n):
+    return [{"problem": f"Problem {i}", "answer": str(i)} for i in range(n)]
+
+
+def halves(path, **options):
+    return [pairs(load_problems(path, half=h, **options)) for h in ("1", "2", "all")]
+
+
+def test_halves_are_disjoint_exhaustive_and_balanced(tmp_path):
+    """1H and 2H share nothing, together are everything, and differ by at most one problem."""
+    first, second, everything = halves(write_lines(tmp_path / "d.jsonl", numbered(21)))
+    assert not set(first) & set(second)
+    assert set(first) | set(second) == set(everything) and len(everything) == 21
+    assert {len(first), len(second)} == {10, 11}
+
+
+def test_halves_ignore_row_order_and_duplicates(tmp_path):
+    """Shuffled rows and extra copies give the same halves in the same order (Table 1: split once)."""
+    rows = numbered(20)
+    shuffled = rows * 3 + rows[:7]
+    random.Random(1).shuffle(shuffled)
+    assert (halves(write_lines(tmp_path / "a.jsonl", rows))
+            == halves(write_lines(tmp_path / "b.jsonl", shuffled)))
+
+
+def test_split_is_the_same_on_every_machine_and_day(tmp_path):
+    """Pinned members of 1H for split_seed 0 and 1: a recipe's stages run days apart."""
+    path = write_lines(tmp_path / "d.jsonl", numbered(12))
+    got = [{int(a) for _, a in halves(path, split_seed=s)[0]} for s in (0, 1)]
+    assert got == [{3, 4, 6, 7, 10, 11}, {2, 4, 5, 6, 8, 11}]
+
+
+def test_split_is_random_not_a_cut_of_the_rows(tmp_path):
+    """1H of 400 is near half of the first 200 rows: P(off by more than 30) < 1e-8 for a fair split."""
+    first = halves(write_lines(tmp_path / "d.jsonl", numbered(400)))[0]
+    early = sum(int(a) < 200 for _, a in first)
+    assert abs(early - 100) <= 30
+
+
+# --- decontamination
+
+
+def test_evaluation_problems_leave_before_the_split(tmp_path, capsys):
+    """Halves of a decontaminated set are those of a set that never held the evaluation problems."""
+    rows = numbered(20)
+    banned = {2, 3, 11}
+    clean = write_lines(tmp_path / "clean.jsonl", [r for i, r in enumerate(rows) if i not in banned])
+    everything = write_lines(tmp_path / "all.jsonl", rows)
+    one = write_lines(tmp_path / "eval1.jsonl", [{"question": "problem  $2$", "answer": "x"},
+                                                 {"question": "Problem 3", "answer": "x"}])
+    two = write_lines(tmp_path / "eval2.jsonl", [{"Problem": "Problem 11", "Answer": 0}])
+    assert halves(everything, exclude=f"{one},{two}") == halves(clean)
+    load_problems(everything, exclude=f"{one},{two}")
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert "3 in an evaluation set" in said and "17 problems" in said
+
+
+def test_no_decontamination_when_asked(tmp_path):
+    """--exclude none and the empty string keep everything."""
+    path = write_lines(tmp_path / "d.jsonl", numbered(4))
+    assert len(load_problems(path, exclude="none")) == 4
+    assert len(load_problems(path, exclude="")) == 4
+
+
+def test_missing_evaluation_set_is_an_error_with_the_way_out(tmp_path):
+    """Training without the check must be asked for, never happen because a set is missing."""
+    path = write_lines(tmp_path / "d.jsonl", numbered(4))
+    with pytest.raises(UserError, match="--exclude .*gone.jsonl.*--exclude none"):
+        load_problems(path, exclude=str(tmp_path / "gone.jsonl"))
+
+
+# --- prompts: length limit
+
+
+def test_too_long_prompts_are_counted_and_skipped(student_lm, capsys):
+    """A prompt at the limit stays, one token more goes; the count is said. Q...? is two tokens more."""
+    problems = [common.Problem(t, "1") for t in ("5a+3", "5a+3b", "5a+3b-1")]  # 6, 7, 9 tokens
+    kept = tokenize_problems(problems, student_lm.tokenizer, thinking=False, max_prompt_tokens=7)
+    assert [(p.problem, len(p.prompt)) for p in kept] == [("5a+3", 6), ("5a+3b", 7)]
+    assert "skipped 1 " in capsys.readouterr().out
+    with pytest.raises(UserError, match="--max-prompt-tokens 5"):
+        tokenize_problems(problems, student_lm.tokenizer, thinking=False, max_prompt_tokens=5)
+
+
+# --- plain SFT data
+
+
+def test_sft_examples_end_with_eos_and_keep_the_text(tmp_path, student_lm):
+    """A `response` (else `solution`) becomes prompt ids and response ids that end with eos."""
+    rows = [{"problem": "1a+1", "response": "a1+1=2,\\boxed{(2)}"},
+            {"problem": "1a+2", "solution": "\\boxed{(3)}"}]
+    groups = encode_examples(write_lines(tmp_path / "d.jsonl", rows), student_lm, thinking=False,
+                             max_prompt_tokens=99)
+    got = [(student_lm.tokenizer.decode(g.prompt), student_lm.tokenizer.decode(g.tokens))
+           for (g,) in groups]
+    assert got == [("Q1a+1?", "a1+1=2,\\boxed{(2)}<eos>"), ("Q1a+2?", "\\boxed{(3)}<eos>")]
+
+
+def test_sft_examples_too_long_are_counted(tmp_path, student_lm, capsys):
+    """Plain SFT, too, says how many examples it skipped for their prompts."""
+    rows = [{"problem": p, "response": "2"} for p in ("1a+1", "1a+1b+1", "1a+1b+1c+1")]
+    groups = encode_examples(write_lines(tmp_path / "d.jsonl", rows), student_lm, thinking=False,
+                             max_prompt_tokens=6)
+    assert len(groups) == 1
+    assert "skipped 2" in capsys.readouterr().out
+
+
+# --- order of the batches
+
+
+def test_batches_are_a_pure_function_of_seed_and_step():
+    """The same step gives the same batch in any order of calls and for any global random state."""
+    want = [batch_indices(12, 4, step, seed=7) for step in range(9)]
+    random.seed(5)
+    common.np.random.seed(5)
+    assert [batch_indices(12, 4, step, seed=7) for step in reversed(range(9))] == want[::-1]
+    assert want != [batch_indices(12, 4, step, seed=8) for step in range(9)]
+
+
+def test_every_epoch_covers_each_item_once_in_a_new_order():
+    """12 items, 4 a step: three steps are a permutation, and the next epoch is another one."""
+    steps = [batch_indices(12, 4, step, seed=0) for step in range(6)]
+    epochs = [sum(steps[:3], []), sum(steps[3:], [])]
+    assert [sorted(e) for e in epochs] == [list(range(12))] * 2
+    assert epochs[0] != epochs[1]
+
+
+def test_incomplete_batches_never_repeat_an_item_nor_starve_one():
+    """10 items, 4 a step: no repeat within an epoch of two steps; over 60 epochs all are used fairly."""
+    used = Counter()
+    for epoch in range(60):
+        items = sum((batch_indices(10, 4, 2 * epoch + i, seed=3) for i in (0, 1)), [])
+        assert len(set(items)) == 8
+        used.update(items)
+    assert set(used) == set(range(10)) and min(used.values()) >= 35  # 48 +- 3.1
+
+
+# --- one-line errors
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("gone.jsonl", None, "no such data file"),
+    ("gone.json", None, "no such data file"),
+    ("gone.parquet", None, "no such data file"),
+    ("nobody-has/this-set", None, "cannot load data"),
+    ("not a name at all", None, "cannot load data"),
+    ("bad.json", "{", "is not JSON"),
+    ("bad.jsonl", '{"problem": "a", "answer": 1}\n{"problem"\n', "line 2 is not JSON"),
+    ("empty.jsonl", "", "holds no problem"),
+    ("empty.json", "[]", "holds no problem"),
+    ("blank.jsonl", "\n\n", "holds no problem"),
+    ("noquestion.jsonl", '{"text": "a", "answer": "1"}\n', "no question.*text, answer"),
+    ("noanswer.jsonl", '{"problem": "a", "level": 3}\n', "no answer.*problem, level"),
+    ("number.jsonl", "5\n", "number.jsonl"),
+    ("number.json", "5", "number.json"),
+    ("strings.json", '["1+1", "2+2"]', "strings.json"),
+    ("bad.parquet", "no parquet", "bad.parquet"),
+])
+def test_data_mistake_is_one_readable_line(name, content, message, tmp_path):
+    """Each mistake is a UserError of one line that names the file or field."""
+    source = str(tmp_path / name) if "." in name else name
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_problems(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_empty_half_is_an_error(tmp_path):
+    """One problem has an empty first half: an error, not a run without data."""
+    path = write_lines(tmp_path / "d.jsonl", numbered(1))
+    with pytest.raises(UserError, match="half 1"):
+        load_problems(path, half="1")
+
+
+def test_too_few_problems_for_a_step_is_an_error():
+    """A step of 8 prompts cannot be drawn from 5 problems; the message names the flag."""
+    with pytest.raises(UserError, match="--prompts 8.*only 5"):
+        batch_indices(5, 8, 0, 0)
+
+
+@pytest.mark.parametrize("char", ["\u2028", "\u2029", "\x85"])
+def test_unicode_line_separators_in_text_do_not_break_a_line(char, tmp_path):
+    """Only a newline ends a jsonl line: model text may hold any other separator."""
+    common.append_json_line(tmp_path / "d.jsonl", {"problem": f"a{char}b", "answer": "1"})
+    common.append_json_line(tmp_path / "d.jsonl", {"problem": "c", "answer": "2"})
+    assert [r["problem"] for r in read_json_lines(tmp_path / "d.jsonl")] == [f"a{char}b", "c"]
+
+
+def test_half_written_last_line_is_cut_and_appending_goes_on(tmp_path):
+    """After a kill in the middle of a line the whole lines stay and the file can grow again."""
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"a": 1}\n{"a": "é')
+    assert read_json_lines(path) == [{"a": 1}]
+    common.append_json_line(path, {"a": 2})
+    assert read_json_lines(path) == [{"a": 1}, {"a": 2}]
+    assert read_json_lines(tmp_path / "absent.jsonl") == []

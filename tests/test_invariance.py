@@ -1,0 +1,179 @@
+"""What must not matter does not: micro-batches, chunks, padding, recomputation.
+
+Every gradient is compared over a whole model, in fp32, for knobs of the group "memory, speed and
+display only", with rows of very different lengths.
+"""
+
+import random
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fkl_warmup
+import grpo
+import opd
+from common import Rollout, load_lm, micro_batches, over_chunks, sample
+
+MEMORY_KNOBS = [dict(micro_tokens=1), dict(micro_tokens=60), dict(vocab_chunk=1),
+                dict(vocab_chunk=7), dict(micro_tokens=45, vocab_chunk=3)]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Seven rows with prompts of 3-9 tokens and responses of 1-20 tokens, one of them truncated."""
+    rng = random.Random(0)
+    rows = []
+    for i, n in enumerate((1, 20, 3, 7, 7, 12, 2)):
+        prompt = [rng.randrange(3, 28) for _ in range(3 + i)]
+        tokens = [rng.randrange(3, 28) for _ in range(n - 1)] + [1]
+        rows.append(Rollout(prompt, tokens, [-1.5] * n, i != 1))
+    return rows
+
+
+def gradients(lm):
+    return torch.cat([p.grad.flatten() for p in lm.model.parameters()])
+
+
+def grpo_gradient(world, rows, adv=None, gradient_checkpointing=False, **knobs):
+    lm = load_lm(str(world / "init-student"), train=True,
+                 gradient_checkpointing=gradient_checkpointing)
+    cfg = grpo.Config(model="", max_new_tokens=20, kl_coef=0.1, **knobs)
+    adv = torch.linspace(-2, 1.5, len(rows)) if adv is None else adv
+    old = [torch.linspace(-3, -1, len(r.tokens)) for r in rows]
+    ref = [torch.linspace(-1, -4, len(r.tokens)) for r in rows]
+    grpo.accumulate(cfg, lm, rows, adv, old, ref)
+    return gradients(lm)
+
+
+def distillation_gradient(stage, world, rows, teacher_lm, **knobs):
+    train = {k: knobs.pop(k) for k in ("gradient_checkpointing",) if k in knobs}
+    lm = load_lm(str(world / "init-student"), train=True, **train)
+    cfg = stage.Config(teacher="", student="", **knobs)
+    n_tokens = sum(len(r.tokens) for r in rows)
+    for group in micro_batches(rows, cfg.micro_tokens):
+        loss = stage.loss_per_token(cfg, lm, teacher_lm, [rows[i] for i in group])[0]
+        (loss.sum() / n_tokens).backward()
+    assert all(p.grad is None for p in teacher_lm.model.parameters())
+    return gradients(lm)
+
+
+def gradient_of(stage, world, rows, teacher_lm, **knobs):
+    if stage == "grpo":
+        return grpo_gradient(world, rows, **knobs)
+    name, option = stage.split("-")
+    if name == "opd":
+        return distillation_gradient(opd, world, rows, teacher_lm, estimator=option, **knobs)
+    return distillation_gradient(fkl_warmup, world, rows, teacher_lm, targets=option, **knobs)
+
+
+STAGES = ["grpo", "fkl-soft", "fkl-hard", "opd-full", "opd-token", "opd-return"]
+
+
+def close(a, b):
+    return (a - b).norm() <= 2e-6 * b.norm()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_memory_knobs_never_move_a_gradient(stage, world, rows, teacher_lm):
+    whole = gradient_of(stage, world, rows, teacher_lm)
+    assert whole.norm() > 1e-3
+    for knobs in [*MEMORY_KNOBS, dict(gradient_checkpointing=True)]:
+        assert close(gradient_of(stage, world, rows, teacher_lm, **knobs), whole), knobs
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_padding_and_row_order_never_move_a_gradient(stage, world, rows, teacher_lm):
+    """Reversed rows have other neighbours (and micro_tokens=1, above, has no padding at all)."""
+    adv = dict(adv=torch.linspace(-2, 1.5, len(rows)).flip(0)) if stage == "grpo" else {}
+    whole = gradient_of(stage, world, rows, teacher_lm)
+    assert close(gradient_of(stage, world, rows[::-1], teacher_lm, **adv), whole)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_a_masked_row_changes_nothing_and_only_masked_rows_give_zero(aggregation, world, rows):
+    """Rows cut at the limit, under --mask-truncated."""
+    knobs = dict(mask_truncated=True, aggregation=aggregation)
+    kept = [r for r in rows if r.finished]
+    adv = torch.linspace(-2, 1.5, len(rows))
+    keep = torch.tensor([r.finished for r in rows])
+    assert not keep.all()
+    # the KL and old log-probs of `grpo_gradient` depend on the row alone, so only the mask differs
+    alone = grpo_gradient(world, kept, adv[keep], **knobs)
+    assert close(grpo_gradient(world, rows, adv, **knobs), alone)
+    assert not close(grpo_gradient(world, rows, adv), grpo_gradient(world, kept, adv[keep]))
+    cut = [r for r in rows if not r.finished]
+    assert (grpo_gradient(world, cut, adv[:1], **knobs) == 0).all()
+
+
+def test_micro_batches_keep_every_row_once_within_the_budget(rows):
+    for budget in (1, 30, 60, 200, 10_000):
+        groups = micro_batches(rows, budget)
+        assert sorted(i for g in groups for i in g) == list(range(len(rows)))
+        for g in groups:
+            longest = max(len(rows[i].prompt) + len(rows[i].tokens) for i in g)
+            assert len(g) == 1 or longest * len(g) <= budget
+    assert len(micro_batches(rows, 10_000)) == 1
+
+
+class WideTensors(TorchDispatchMode):
+    """Bytes of live tensors with a dimension of size V or more, and their peak."""
+
+    def __init__(self, V):
+        super().__init__()
+        self.V, self.live, self.peak, self.seen = V, 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.shape[-1] >= self.V:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.seen:
+                    self.add(storage.data_ptr(), storage.nbytes())
+                    weakref.finalize(storage, self.drop, storage.data_ptr(), storage.nbytes())
+        return out
+
+    def add(self, pointer, n):
+        self.seen.add(pointer)
+        self.live += n
+        self.peak = max(self.peak, self.live)
+
+    def drop(self, pointer, n):
+        self.seen.discard(pointer)
+        self.live -= n
+
+
+@pytest.mark.parametrize("chunk, bounded", [(8, True), (512, False)])
+def test_log_probs_of_all_tokens_never_exist_at_once(chunk, bounded):
+    """Forward and backward of the reverse KL at N = 512 tokens, V = 4,096: with chunks of 8 the live
+    (n, V) tensors stay under ten blocks of 8 rows; in one chunk they are over 512 rows."""
+    N, D, V = 512, 16, 4096
+    torch.manual_seed(0)
+    h, h_teacher = torch.randn(N, D, requires_grad=True), torch.randn(N, D)
+    head = torch.randn(V, D) / 4
+
+    def block(a, b):
+        return opd.reverse_kl(*((x @ head.T).log_softmax(-1) for x in (a, b)))
+
+    with WideTensors(V) as wide:
+        over_chunks(block, chunk, h, h_teacher).sum().backward()
+    row = 4 * V
+    assert (wide.peak <= 10 * 8 * row) == bounded and (wide.peak >= N * row) != bounded
+
+
+def test_fp32_masters_move_where_bf16_weights_stand_still(world):
+    """A few steps of lr 1e-6 change most fp32 weights, and hardly any of them rounded to bf16."""
+    lm = load_lm(str(world / "init-student"), train=True)
+    before = torch.cat([p.detach().flatten().clone() for p in lm.model.parameters()])
+    optimizer = torch.optim.AdamW(lm.model.parameters(), lr=1e-6, weight_decay=0.0)
+    prompt = [3, 15, 11]
+    for step in range(5):
+        rows = sample(lm, [prompt], 4, max_new_tokens=8, temperature=1.0, seed=(step,))
+        cfg = grpo.Config(model="", max_new_tokens=8, kl_coef=0)
+        grpo.accumulate(cfg, lm, rows, torch.tensor([1.0, -1.0, 0.5, -0.5]), None, None)
+        optimizer.step()
+        optimizer.zero_grad()
+    after = torch.cat([p.detach().flatten() for p in lm.model.parameters()])
+    assert (after != before).float().mean() > 0.5
+    assert (after.bfloat16() != before.bfloat16()).float().mean() < 0.05
