@@ -37,6 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -197,6 +198,10 @@ def load_lm(name, *, device="auto", dtype="auto", train=False, gradient_checkpoi
     check(not is_unfinished(name), f"{name} is an unfinished run: it has no weights yet")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {first_line(error)}") from error
     bf16 = dtype == "bf16" or (dtype == "auto" and device.startswith("cuda"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -204,7 +209,7 @@ def load_lm(name, *, device="auto", dtype="auto", train=False, gradient_checkpoi
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.bfloat16 if bf16 and not train else torch.float32,
             attn_implementation="sdpa").to(device)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load model {name!r} (neither a model folder here nor one that the "
                         f"hub gives us): {first_line(error)}") from error
     vocab = max(tokenizer.get_vocab().values()) + 1
@@ -277,7 +282,9 @@ def save_lm(lm, out, run_record):
     the model's own keys: a folder holds a finished model exactly when its config.json says so.
     """
     dtype, aside = getattr(torch, lm.saved_dtype), Path(out) / "saving"
-    state = {name: tensor.to(dtype) for name, tensor in lm.model.state_dict().items()}
+    state, cast = lm.model.state_dict(), {}  # tied tensors must stay one tensor
+    for name, tensor in state.items():
+        state[name] = cast.setdefault(tensor.data_ptr(), tensor.to(dtype))
     shutil.rmtree(aside, ignore_errors=True)
     lm.tokenizer.save_pretrained(aside)
     lm.model.save_pretrained(aside, state_dict=state)
@@ -561,12 +568,14 @@ def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256
     prompt, sample index): its neighbours in the batch do not matter. About sample_rows rows are
     decoded at once (memory and speed only).
     """
-    rollouts, size = [], max(1, sample_rows // k)
+    rollouts, size, training = [], max(1, sample_rows // k), lm.model.training
+    lm.model.eval()  # in train mode with gradient checkpointing, transformers drops the KV cache
     with lm.autocast():  # around the whole call, so that bf16 copies of the weights are made once
         for i in range(0, len(prompts), size):
             batch = [list(p) for p in prompts[i : i + size]]
             streams = [random_stream(seed, p, s) for p in batch for s in range(k)]
             rollouts += decode_batch(lm, batch, k, streams, max_new_tokens, temperature)
+    lm.model.train(training)
     return rollouts
 
 

@@ -156,6 +156,13 @@ def test_inverse_cdf_keeps_rare_tokens_of_a_large_vocabulary():
     assert (drawn - want).abs().max() < 200
 
 
+def test_gradient_checkpointing_does_not_reach_the_sampler(world, student_lm):
+    """In train mode transformers would silently decode without its cache, each token blindly."""
+    lm = common.load_lm(str(world / "init-student"), train=True, gradient_checkpointing=True)
+    assert [r.tokens for r in draw(lm)] == [r.tokens for r in draw(student_lm)]
+    assert lm.model.training
+
+
 def test_bf16_sampling_and_scoring_agree(world):
     """Under bf16 compute the sampler and the trainer differ by rounding only: 0.03 nats on average."""
     lm = common.load_lm(str(world / "init-student"), dtype="bf16", train=True)
