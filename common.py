@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import logging
 import math
 import os
 import platform
@@ -42,6 +43,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -195,6 +197,8 @@ def load_lm(name, *, device="auto", dtype="auto", train=False, gradient_checkpoi
     on CUDA, else fp32), fp32 or bf16. Raises UserError when the model cannot be found or read, is
     an unfinished run, has no chat template or stop token, or its logits are not head times hidden.
     """
+    hub_like = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".")
+    check(Path(name).is_dir() or hub_like, f"no such model folder: {name!r}")
     check(not is_unfinished(name), f"{name} is an unfinished run: it has no weights yet")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -365,13 +369,16 @@ def read_json_rows(path):
             rows = json.loads(text)
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is not JSON: {error}") from error
-        return rows if isinstance(rows, list) else rows.get("data", [rows])
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not JSON: {error}") from error
+        rows = rows.get("data", [rows]) if isinstance(rows, dict) else rows
+    else:
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}, line {number} is not JSON: {error}") from error
+    objects = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    check(objects, f"{path} holds something else than a list of JSON objects")
     return rows
 
 
@@ -482,7 +489,7 @@ def encode_examples(source, lm, *, thinking, max_prompt_tokens):
 
     Nothing is deduplicated; too long prompts are skipped. The response ends with the eos token.
     """
-    groups = []
+    groups, skipped = [], 0
     for row in read_rows(source):
         question, response = find_question(row), row.get("response") or row.get("solution")
         check(question is not None and response,
@@ -490,8 +497,11 @@ def encode_examples(source, lm, *, thinking, max_prompt_tokens):
               f"(response or solution); it has: {', '.join(row)}")
         prompt = build_prompt(lm.tokenizer, question, thinking)
         tokens = lm.tokenizer.encode(response, add_special_tokens=False)
+        skipped += len(prompt) > max_prompt_tokens
         if len(prompt) <= max_prompt_tokens:
             groups.append([Rollout(prompt, tokens + [lm.tokenizer.eos_token_id], [], True)])
+    if skipped:
+        print(f"skipped {skipped} prompts over {max_prompt_tokens} tokens")
     check(groups, f"data {source!r} has no prompt within --max-prompt-tokens {max_prompt_tokens}")
     return groups
 
@@ -804,14 +814,15 @@ class Run:
     the folder of a finished run of the same settings ends the program; other settings are refused.
     """
 
-    def __init__(self, cfg, parents, labels=None):
-        """parents: models that the run starts from; labels: {data:half: labelled problems used}."""
+    def __init__(self, cfg, parents):
+        """parents: the models that the run starts from."""
         self.cfg, self.out, self.warned = cfg, Path(cfg.out), False
         self.seconds_before = 0.0  # of work outside the steps: sampling a teacher's rollouts
         settings, old = result_settings(cfg), read_record(self.out)
         foreign = (self.out / "config.json").exists() and not old
         check(not foreign, f"{self.out} holds a model of another program; choose another --out")
-        differ = differences(old["settings"], settings) if old else ""
+        begun = old and (old["finished"] or (self.out / "metrics.jsonl").exists())
+        differ = differences(old["settings"], settings) if begun else ""
         check(not differ, f"{self.out} holds a run with other settings ({differ}); choose another "
                           "--out or delete it")
         if old and old["finished"]:
@@ -821,9 +832,13 @@ class Run:
         versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
         self.record = {"command": shlex.join(sys.argv), "settings": settings, "git": git_revision(),
                        "versions": {"python": platform.python_version(), **versions},
-                       "parents": [str(p) for p in parents], "labels": labels or {},
+                       "parents": parents, "labels": {},
                        "finished": False}
         write_json(self.out / "config.json", {"run": self.record})
+
+    def use_labels(self, problems):
+        """Put into the record how many labelled problems of which data the run learns from."""
+        self.record["labels"] = {f"{self.cfg.data}:{self.cfg.half}": len(problems)}
 
     def resume(self, lm, optimizer, scheduler):
         """Load the last saved state, if there is one; returns the step to start with."""

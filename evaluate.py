@@ -104,12 +104,14 @@ def set_name(source):
 
 
 def answer_set(cfg, lm, source, path):
-    """Sample the problems of a set that the file at `path` does not hold yet; returns all lines."""
+    """Sample the problems of a set that the file at `path` does not hold yet; returns its lines."""
     problems = [to_problem(row, source) for row in read_rows(source)][: cfg.limit or None]
     check(problems, f"data {source!r} holds no problem")
     done, size = read_json_lines(path), max(1, cfg.sample_rows // cfg.samples)
+    same = all((e["problem"], e["answer"]) == (p.problem, p.answer) for e, p in zip(done, problems))
+    check(same, f"{path} holds samples of other problems than {source!r}; choose another --out")
     right = sum(e["verdicts"].count("correct") for e in done)
-    bar = progress(total=len(problems), initial=len(done), desc=path.stem, unit="problem")
+    bar = progress(total=len(problems), initial=min(len(done), len(problems)), desc=path.stem)
     for i in range(len(done), len(problems), size):
         batch = problems[i : i + size]
         prompts = [build_prompt(lm.tokenizer, p.problem, cfg.thinking) for p in batch]
@@ -127,7 +129,7 @@ def answer_set(cfg, lm, source, path):
         bar.set_postfix(avg=f"{100 * right / len(done) / cfg.samples:.1f} %", refresh=False)
         bar.update(len(batch))
     bar.close()
-    return done
+    return done[: len(problems)]
 
 
 def regrade(path):
@@ -180,7 +182,7 @@ def ancestry(folder):
     record = read_record(folder)
     if not record or record["settings"].get("targets") == "data":
         return {}
-    found = {str(folder): record}
+    found = {str(Path(folder).resolve()): record}
     for parent in record["parents"]:
         found |= ancestry(parent)
     return found
@@ -229,6 +231,7 @@ def sample_sets(cfg, out):
     record = {"model": cfg.model, "settings": settings, "identity": identity, "finished": True}
     write_json(out / "config.json", {"run": record})
     sources = {set_name(source): source for source in cfg.data.split(",")}
+    check(len(sources) == cfg.data.count(",") + 1, f"--data {cfg.data}: two sets have one name")
     return {name: answer_set(cfg, lm, source, out / f"{name}.jsonl")
             for name, source in sources.items()}
 
@@ -243,13 +246,16 @@ def main(cfg):
     inside = Path(cfg.model) / "eval" if Path(cfg.model).is_dir() else Path("eval") / cfg.model
     out, started = Path(cfg.out or inside), time.time()
     if cfg.regrade:
+        old = out / "summary.json"
+        seconds = json.loads(old.read_text())["seconds"] if old.exists() else None
         entries = {path.stem: regrade(path) for path in sorted(out.glob("*.jsonl"))}
         check(entries, f"no stored samples in {out}")
+        cfg.model = cfg.model or read_record(out)["model"]
     else:
         entries = sample_sets(cfg, out)
+        seconds = rounded(time.time() - started)
     summary = {name: summarise(lines) for name, lines in entries.items()}
-    write_json(out / "summary.json", {"model": cfg.model, "sets": summary,
-                                      "seconds": rounded(time.time() - started)})
+    write_json(out / "summary.json", {"model": cfg.model, "sets": summary, "seconds": seconds})
     print(model_table(cfg.model, summary))
 
 

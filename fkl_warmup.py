@@ -169,13 +169,17 @@ def teacher_states(cfg, problems, teacher, path):
     return groups, seconds
 
 
-def load_states(cfg, run, problems, student):
+def load_states(cfg, run, student):
     """The teacher (None without one) and what a step draws from: a list of rows per prompt."""
     if cfg.targets == "data":
         return None, encode_examples(cfg.data, student, thinking=cfg.thinking,
                                      max_prompt_tokens=cfg.max_prompt_tokens)
     teacher = load_lm(cfg.teacher, device=cfg.device, dtype=cfg.dtype)
     check_pair(teacher, student)
+    problems = load_problems(cfg.data, half=cfg.half, exclude=cfg.exclude,
+                             split_seed=cfg.split_seed)
+    if cfg.only_correct:
+        run.use_labels(problems)
     problems = tokenize_problems(problems, student.tokenizer, thinking=cfg.thinking,
                                  max_prompt_tokens=cfg.max_prompt_tokens)
     path = Path(cfg.cache or run.out / "rollouts.jsonl")
@@ -186,16 +190,10 @@ def load_states(cfg, run, problems, student):
 def main(cfg):
     check(cfg.temperature > 0, "--temperature must be positive")
     check(cfg.teacher or cfg.targets == "data", f"--targets {cfg.targets} needs a --teacher")
-    problems, parents = None, [cfg.student]
-    if cfg.targets != "data":
-        parents = [cfg.teacher, cfg.student]
-        problems = load_problems(cfg.data, half=cfg.half, exclude=cfg.exclude,
-                                 split_seed=cfg.split_seed)
-    labels = {f"{cfg.data}:{cfg.half}": len(problems)} if cfg.only_correct and problems else {}
-    run = Run(cfg, parents, labels)
+    run = Run(cfg, parents=[cfg.student] if cfg.targets == "data" else [cfg.teacher, cfg.student])
     student = load_lm(cfg.student, device=cfg.device, dtype=cfg.dtype, train=True,
                       gradient_checkpointing=cfg.gradient_checkpointing)
-    teacher, groups = load_states(cfg, run, problems, student)
+    teacher, groups = load_states(cfg, run, student)
     steps = count_steps(cfg.steps, cfg.epochs, len(groups), cfg.prompts)
     optimizer, scheduler = make_optimizer(student, cfg, steps)
     start = run.resume(student, optimizer, scheduler)

@@ -175,12 +175,13 @@ def main(cfg):
     check(cfg.temperature > 0, "--temperature must be positive")
     check(cfg.prompts % cfg.mini_batch == 0,
           f"--prompts {cfg.prompts} is not a multiple of --mini-batch {cfg.mini_batch}")
-    problems = load_problems(cfg.data, half=cfg.half, exclude=cfg.exclude,
-                             split_seed=cfg.split_seed)
-    run = Run(cfg, [cfg.model], labels={f"{cfg.data}:{cfg.half}": len(problems)})
+    run = Run(cfg, parents=[cfg.model])
     policy = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype, train=True,
                      gradient_checkpointing=cfg.gradient_checkpointing)
     reference = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype) if cfg.kl_coef else None
+    problems = load_problems(cfg.data, half=cfg.half, exclude=cfg.exclude,
+                             split_seed=cfg.split_seed)
+    run.use_labels(problems)
     problems = tokenize_problems(problems, policy.tokenizer, thinking=cfg.thinking,
                                  max_prompt_tokens=cfg.max_prompt_tokens)
     steps = count_steps(cfg.steps, cfg.epochs, len(problems), cfg.prompts)

@@ -82,9 +82,9 @@ def reverse_kl(logp, logq):
 def score_function_loss(logp, logq, lengths, returns):
     """-A_t log pi_theta(y_t|s_t) of every token; logp, logq (N,) of the sampled tokens -> (N,).
 
-    A_t = log pi_T - log pi_theta, a constant: Eq. 1's reward with the entropy's. returns=False takes
-    it as it is: the gradient of Eq. 4. returns=True sums it over u >= t inside each row of these
-    lengths: the gradient of Eq. 2.
+    A_t = log pi_T - log pi_theta, a constant: the reward of Eq. 1 and the entropy's. returns=False
+    takes it as it is: the gradient of Eq. 4. returns=True sums it over u >= t inside each row of
+    these lengths: the gradient of Eq. 2.
     """
     advantage = (logq - logp).detach()
     if returns:

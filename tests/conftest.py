@@ -23,7 +23,7 @@ import world as world_module  # noqa: E402
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """Folder with train (24), valid (8), test (12), corpus (200), init-teacher and init-student."""
+    """Folder with train (24), valid (8), test (12), corpora, init-teacher and init-student."""
     folder = tmp_path_factory.mktemp("world")
     return world_module.build(folder, seed=0, documents=200, train=24, valid=8, test=12)
 

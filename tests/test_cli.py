@@ -1,8 +1,8 @@
 """The command lines as a user types them: two tiny steps of each, mistakes, kills.
 
-`typed` runs a script file as __main__ in this process, argument parsing and exit included, which saves
-five seconds of imports each; where the process itself is the point (kill, exit status, a fresh
-interpreter), `start` runs a real one.
+`typed` runs a script file as __main__ in this process, argument parsing and exit included, which
+saves the seconds of imports each; where the process itself is the point (kill, exit status, a
+fresh interpreter), `start` runs a real one.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ def start(line):
 
 @pytest.fixture
 def typed(monkeypatch, capsys):
-    """typed(line) runs it in this process -> status, out, err with sys.exit's text, without bars."""
+    """typed(line) runs it here -> status, out, err (with sys.exit's text, without bars)."""
 
     def run(line):
         words = shlex.split(line)
@@ -78,8 +78,8 @@ def taught(world, tmp_path_factory):
     (folder / "data.jsonl").write_text("".join(json.dumps(
         {**row, "response": f"\\boxed{{{row['answer']}}}"}) + "\n" for row in rows))
     fkl_warmup.main(fkl_warmup.Config(
-        student=str(world / "init-teacher"), targets="data", data=str(folder / "data.jsonl"), lr=4e-3,
-        out=str(folder / "model"), prompts=8, steps=5, show_every=0))
+        student=str(world / "init-teacher"), targets="data", data=str(folder / "data.jsonl"),
+        lr=4e-3, out=str(folder / "model"), prompts=8, steps=5, show_every=0))
     return SimpleNamespace(model=folder / "model", data=folder / "data.jsonl")
 
 
@@ -157,7 +157,7 @@ def check_folder(folder, line, parent, steps=2):
 
 @pytest.mark.parametrize("name", SMOKE)
 def test_two_steps_of_the_command_line(name, typed, line_of, tmp_path, world, taught):
-    """The command ends well, its folder loads anywhere, its weights moved, its record is complete."""
+    """It ends well, the folder loads anywhere, the weights moved, the record is complete."""
     stage, flags = SMOKE[name]
     line = line_of(stage, flags)
     got = typed(line)
@@ -182,8 +182,8 @@ def test_real_processes_from_pretraining_to_the_table(world, taught, tmp_path):
     folder = tmp_path / "runs" / "bridge"
     line = (f"fkl_warmup.py --targets data --student {world}/init-student --data {taught.data} "
             f"--out {folder} --steps 2 --lr 1e-3")
-    ask = (f"evaluate.py --model {folder} --data {world}/test.jsonl,{world}/valid.jsonl --samples 2 "
-           "--max-new-tokens 8")
+    ask = (f"evaluate.py --model {folder} --data {world}/test.jsonl,{world}/valid.jsonl "
+           "--samples 2 --max-new-tokens 8")
     outputs = []
     for command in (line, ask, f"evaluate.py --table {tmp_path}/runs"):
         process = start(command)
@@ -219,7 +219,8 @@ def test_memory_flags_change_no_result(stage, typed, line_of, tmp_path):
 
     (Adam turns a rounding error of a gradient that is near 0 into a step of up to lr = 1e-3.)
     """
-    small = "--gradient-checkpointing --micro-tokens 40 --vocab-chunk 7 --sample-rows 8 --save-every 1"
+    small = ("--gradient-checkpointing --micro-tokens 40 --vocab-chunk 7 --sample-rows 8 "
+             "--save-every 1")
     for flags in ("", small):
         got = typed(line_of(stage, f"--steps 1 {flags} --out {tmp_path}/run{len(flags)}"))
         assert got.status == 0, got.err
@@ -351,9 +352,9 @@ def test_a_mistake_is_one_line_without_a_stack_trace(name, typed, line_of, tmp_p
      "--out {tmp}/out", "--teacher"),
     ("grpo.py", "--model"),
     ("evaluate.py", "--model"),
-    ("evaluate.py --model nobody-has/this --data {world}/test.jsonl --out {tmp}/e", "nobody-has/this"),
-    ("evaluate.py --model {world}/init-student --data nowhere.jsonl --out {tmp}/e", "nowhere.jsonl"),
-    ("evaluate.py --model {world}/init-student --data {tmp}/empty.jsonl --out {tmp}/e", "no problem"),
+    ("evaluate.py --model nobody-has/this --data {world}/test.jsonl --out {tmp}/e", "nobody-has"),
+    ("evaluate.py --model {world}/init-student --data nowhere.jsonl --out {tmp}/e", "nowhere"),
+    ("evaluate.py --model {world}/init-student --data {tmp}/empty.jsonl --out {tmp}/e", "empty"),
     ("evaluate.py --model {world}/init-student --data {world}/test.jsonl --samples 0 --out {tmp}/e",
      "--samples"),
     ("evaluate.py --table {tmp}/nothing", "nothing"),
@@ -367,11 +368,14 @@ def test_a_missing_flag_or_file_is_one_line(line, message, typed, world, tmp_pat
     assert re.search(message, got.err) and len(got.err.splitlines()) == 1, got.err
 
 
-def test_a_mistake_does_not_occupy_the_output_folder(typed, line_of, taught):
-    """After a typing error in the model's name the corrected command runs in the same --out."""
-    line = line_of("grpo.py")
-    assert typed(line.replace(str(taught.model), "nobody-has/this")).status == 1
-    got = typed(line)
+@pytest.mark.parametrize("stage, mistake", [
+    ("grpo.py", "--model nobody-has/this"), ("opd.py", "--teacher nobody-has/this"),
+    ("fkl_warmup.py", "--student nobody-has/this"), ("opd.py", "--prompts 9"),
+    ("fkl_warmup.py", "--prompts 9"), ("opd.py", "--data nowhere.jsonl")])
+def test_a_mistake_does_not_occupy_the_output_folder(stage, mistake, typed, line_of):
+    """After a mistake the corrected command runs in the same --out, with nothing to delete."""
+    assert typed(line_of(stage, mistake)).status == 1
+    got = typed(line_of(stage))
     assert got.status == 0, got.err
 
 
@@ -449,6 +453,8 @@ def test_killed_and_resumed_is_bit_identical_to_uninterrupted(stage, typed, line
         common.load_lm(str(out))
     saved = torch.load(out / "state.pt", weights_only=True)["step"]
     assert 2 <= saved < 24
+    with (out / "metrics.jsonl").open("a") as file:  # what a kill later on leaves there
+        file.write(json.dumps({"step": saved, "seconds": 9.0}) + '\n{"step": 7, "ent')
 
     process = start(line)
     resumed, err = process.communicate(timeout=120)

@@ -1,4 +1,4 @@
-"""Data: every schema of pitfalls.md in every file format, deduplication, decontamination, halves, order.
+"""Data: every schema of pitfalls.md, file formats, deduplication, decontamination, halves, order.
 
 Each expected value is written down by hand; nothing is computed with the function under test.
 """
@@ -107,7 +107,7 @@ def test_schema_gives_the_bare_question_and_the_final_answer(schema):
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("schema", ["dapo", "gsm8k", "aime24 Maxwell-Jia"])
 def test_schema_survives_every_file_format(schema, kind, tmp_path):
-    """Nested, plain and capitalised fields read the same from json, jsonl, parquet and save_to_disk."""
+    """Nested, plain and capitalised fields read the same from every file format."""
     row, question, answer = SCHEMAS[schema]
     got = [to_problem(r, "x") for r in read_rows(write_as(kind, tmp_path, [row, row]))]
     assert [(p.problem, p.answer) for p in got] == [(question, answer)] * 2
@@ -179,7 +179,7 @@ def pairs(problems):
 
 
 def test_hundredfold_dapo_repeats_become_one_problem_each(tmp_path, capsys):
-    """DAPO's parquet repeats each problem about 100 times: each stays once, and the line says so."""
+    """DAPO's parquet repeats each problem about 100 times: each stays once, and is counted."""
     rows = [dapo(f"Problem number {i}.", str(i), f"{i}-{j}") for j in range(100) for i in range(5)]
     got = load_problems(write_as("parquet", tmp_path, rows))
     assert sorted(pairs(got)) == [(f"Problem number {i}.", str(i)) for i in range(5)]
@@ -230,7 +230,7 @@ def test_halves_are_disjoint_exhaustive_and_balanced(tmp_path):
 
 
 def test_halves_ignore_row_order_and_duplicates(tmp_path):
-    """Shuffled rows and extra copies give the same halves in the same order (Table 1: split once)."""
+    """Shuffled rows and extra copies give the same halves in the same order (Table 1)."""
     rows = numbered(20)
     shuffled = rows * 3 + rows[:7]
     random.Random(1).shuffle(shuffled)
@@ -246,7 +246,7 @@ def test_split_is_the_same_on_every_machine_and_day(tmp_path):
 
 
 def test_split_is_random_not_a_cut_of_the_rows(tmp_path):
-    """1H of 400 is near half of the first 200 rows: P(off by more than 30) < 1e-8 for a fair split."""
+    """1H of 400 holds about half of the first 200 rows: 100, sd 5, for a fair split."""
     first = halves(write_lines(tmp_path / "d.jsonl", numbered(400)))[0]
     early = sum(int(a) < 200 for _, a in first)
     assert abs(early - 100) <= 30
@@ -259,7 +259,8 @@ def test_evaluation_problems_leave_before_the_split(tmp_path, capsys):
     """Halves of a decontaminated set are those of a set that never held the evaluation problems."""
     rows = numbered(20)
     banned = {2, 3, 11}
-    clean = write_lines(tmp_path / "clean.jsonl", [r for i, r in enumerate(rows) if i not in banned])
+    rest = [r for i, r in enumerate(rows) if i not in banned]
+    clean = write_lines(tmp_path / "clean.jsonl", rest)
     everything = write_lines(tmp_path / "all.jsonl", rows)
     one = write_lines(tmp_path / "eval1.jsonl", [{"question": "problem  $2$", "answer": "x"},
                                                  {"question": "Problem 3", "answer": "x"}])
@@ -288,7 +289,7 @@ def test_missing_evaluation_set_is_an_error_with_the_way_out(tmp_path):
 
 
 def test_too_long_prompts_are_counted_and_skipped(student_lm, capsys):
-    """A prompt at the limit stays, one token more goes; the count is said. Q...? is two tokens more."""
+    """A prompt at the limit stays, a longer one goes and is counted (Q and ? are two tokens)."""
     problems = [common.Problem(t, "1") for t in ("5a+3", "5a+3b", "5a+3b-1")]  # 6, 7, 9 tokens
     kept = tokenize_problems(problems, student_lm.tokenizer, thinking=False, max_prompt_tokens=7)
     assert [(p.problem, len(p.prompt)) for p in kept] == [("5a+3", 6), ("5a+3b", 7)]
@@ -341,7 +342,7 @@ def test_every_epoch_covers_each_item_once_in_a_new_order():
 
 
 def test_incomplete_batches_never_repeat_an_item_nor_starve_one():
-    """10 items, 4 a step: no repeat within an epoch of two steps; over 60 epochs all are used fairly."""
+    """10 items, 4 a step: no repeat within an epoch of two steps; 60 epochs use all fairly."""
     used = Counter()
     for epoch in range(60):
         items = sum((batch_indices(10, 4, 2 * epoch + i, seed=3) for i in (0, 1)), [])

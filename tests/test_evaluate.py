@@ -51,8 +51,7 @@ def test_avg_and_se_are_over_problems():
     assert figures["finished"] == pytest.approx(3 / 4)
     assert figures["length"] == pytest.approx(2.5)
     # pass@2 by hand: 1 of 4 right -> 3/6 pairs; all -> 1; none -> 0; 2 of 4 -> 5/6
-    assert figures["pass"] == {"1": pytest.approx(0.4375), "2": pytest.approx((0.5 + 1 + 5 / 6) / 4),
-                               "4": pytest.approx(0.75)}
+    assert figures["pass"] == pytest.approx({"1": 0.4375, "2": (0.5 + 1 + 5 / 6) / 4, "4": 0.75})
 
 
 def test_one_problem_has_no_standard_error():
@@ -323,7 +322,8 @@ PAPER = [  # copied from recipe.md, Tables 2 to 6 and 8: (folder above, route, n
     ("qwen3-8b", "opd-only-fresh-2h", (77.8,)), ("qwen3-14b", "opd-only-fresh-2h", (77.5,)),
     ("qwen3-8b", "sft-fresh-2h", (77.3,)), ("qwen3-14b", "sft-fresh-2h", (77.2,)),
     ("llama", "cold-grpo", (59.8, 12.5, 7.2)), ("llama", "raw-bridge", (55.4, 8.8, 3.1)),
-    ("llama", "bridge", (62.1, 14.9, 9.2)), ("llama", "fresh-2h", ()), ("world", "base-student", ()),
+    ("llama", "bridge", (62.1, 14.9, 9.2)), ("llama", "fresh-2h", ()),
+    ("world", "base-student", ()),
 ]
 
 
