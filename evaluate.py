@@ -34,7 +34,7 @@ class Config:
     model: str = ""  # ours: any; model folder or hub name; needed unless --table
     data: str = "math500,aime24,aime25"  # sets (Section 4): files, folders, hub names, aliases
     out: str = ""  # ours: output folder; empty is MODEL/eval, or eval/MODEL for a hub name
-    table: str = ""  # ours: only print the table of the runs in this folder, and write its table.md
+    table: str = ""  # ours: only print the table of the runs in this folder, or of several folders
     regrade: bool = False  # ours: only run the verifier again on the samples stored in --out
     # --- settings
     samples: int = 16  # samples per problem (Section 4: avg@16)
@@ -195,19 +195,25 @@ def labels_used(records):
     return sum(n for key, n in used.items() if key.endswith(":all") or key[:-2] not in whole)
 
 
-def runs_table(root):
-    """All evaluated runs in a folder, a row each: routes in PAPER's order, before them the others.
-
-    Labels and seconds are of the whole chain of runs, teacher included, without the base models.
-    """
+def evaluated_runs(root):
+    """{run folder: its figures by set}: routes in PAPER's order, before them the others."""
     found = {p.parent.parent: json.loads(p.read_text())["sets"]
              for p in Path(root).glob("*/eval/summary.json")}
     check(found, f"no evaluated run in {root} (no {root}/*/eval/summary.json)")
-    order, rows = list(PAPER["8b"]), []
+    order = list(PAPER["8b"])
+    place = {f: order.index(f.name) if f.name in order else -1 for f in found}
+    return {f: found[f] for f in sorted(found, key=lambda f: (place[f], f.name))}
+
+
+def runs_table(root):
+    """All evaluated runs in a folder, a row each.
+
+    Labels and seconds are of the whole chain of runs, teacher included, without the base models.
+    """
+    found, rows = evaluated_runs(root), []
     sets = list(dict.fromkeys(name for figures in found.values() for name in figures))
     samples = next(iter(next(iter(found.values())).values()))["samples"]
-    place = {f: order.index(f.name) if f.name in order else -1 for f in found}
-    for folder in sorted(found, key=lambda f: (place[f], f.name)):
+    for folder in found:
         chain = ancestry(folder).values()
         rows.append([folder.name,
                      *(percent(found[folder][s]) if s in found[folder] else "-" for s in sets),
@@ -215,6 +221,21 @@ def runs_table(root):
                      " / ".join(map(str, paper_row(folder))) or "-"])
     head = ["route", *(f"{s}, avg@{samples} ± SE, %" for s in sets), "labels", "seconds"]
     return markdown([*head, "paper, %: MATH / AIME24 / AIME25"], rows)
+
+
+def seeds_table(roots):
+    """Several folders of the same runs, a column each: avg in % on their first set, over roots the
+    mean ± its standard error. That error holds the spread over seeds; ± elsewhere is over problems.
+    """
+    columns = [{folder.name: next(iter(figures.values()))["avg"] * 100
+                for folder, figures in evaluated_runs(root).items()} for root in roots]
+    rows = []
+    for name in columns[0]:
+        values = np.array([column[name] for column in columns if name in column])
+        se = f" ± {values.std(ddof=1) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+        cells = (f"{column[name]:.1f}" if name in column else "-" for column in columns)
+        rows.append([name, *cells, f"{values.mean():.1f}{se}"])
+    return markdown(["route", *map(str, roots), "mean ± SE over seeds"], rows)
 
 
 def sample_sets(cfg, out):
@@ -238,9 +259,8 @@ def sample_sets(cfg, out):
 
 def main(cfg):
     if cfg.table:
-        table = runs_table(cfg.table)
-        (Path(cfg.table) / "table.md").write_text(table + "\n")
-        print(table)
+        roots = cfg.table.split(",")
+        print(runs_table(cfg.table) if len(roots) == 1 else seeds_table(roots))
         return
     check(cfg.model or (cfg.regrade and cfg.out), "--model is needed (or --table)")
     inside = Path(cfg.model) / "eval" if Path(cfg.model).is_dir() else Path("eval") / cfg.model

@@ -70,7 +70,7 @@ bridge() { # bridge NAME TEACHER HALF: forward-KL warmup, then OPD, into the bas
 
 job=
 beside() { # beside JOB MAIN: in the world JOB has the second core, and a log; else one after the other
-    if [ $setting != world ]; then $1 && $2 && return; fi
+    if [ $setting != world ]; then $1; $2; return; fi
     echo "=== $2; beside it $1, in $runs/logs/$1.txt"
     (set -e; $1) > $runs/logs/$1.txt 2>&1 & job=$!
     $2

@@ -164,7 +164,11 @@ def test_two_steps_of_the_command_line(name, typed, line_of, tmp_path, world, ta
     assert (got.status, got.out.count("model saved")) == (0, 1), got.err
     parent = taught.model if stage == "grpo.py" else world / "init-student"
     check_folder(tmp_path / "out", line, parent)
-    rows = metrics(tmp_path / "out")
+    rows, run = metrics(tmp_path / "out"), record(tmp_path / "out")
+    half, problems = ("2", 4) if "--half 2" in flags else ("all", 8)
+    used = stage == "grpo.py" or "--only-correct" in flags  # who looks at the answers
+    assert run["labels"] == ({f"{taught.data}:{half}": problems} if used else {})
+    assert str(parent) in run["parents"] and (str(taught.model) in run["parents"])
     if stage == "grpo.py":
         assert 0 < rows[0]["reward"] < 1, "the fixture must succeed sometimes"
         assert rows[0]["sampler_gap"] < 1e-5

@@ -1,0 +1,114 @@
+"""run_all.sh runs every route with valid flags, matched where compared, and skips what is done.
+
+The script runs with a stand-in for `python` that writes down each command line and leaves what a
+finished stage leaves; the command lines are then parsed by the real scripts.
+"""
+
+import importlib
+import os
+import shlex
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+import common
+
+STAND_IN = r"""#!/usr/bin/env bash
+printf '%q ' "$@" >> "$COMMANDS"; echo >> "$COMMANDS"
+script=$1; out=
+while [ $# -gt 0 ]; do [ "$1" = --out ] && out=$2; shift; done
+[ "$script" = "${FAIL:-}" ] && exit 1
+[ -n "$out" ] && mkdir -p "$out"
+case $script in
+evaluate.py) [ -n "$out" ] && echo '{}' > "$out/summary.json" ;;
+*) [ -n "$out" ] && echo '{"run": {"finished": true}}' > "$out/config.json" ;;
+esac
+exit 0
+"""
+
+
+@pytest.fixture
+def run_all(tmp_path):
+    """run_all(setting, **environment) -> (status, [(script, Config)] of the commands, errors)."""
+    shutil.copy(ROOT / "run_all.sh", tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(STAND_IN)
+    (tmp_path / "bin" / "python").chmod(0o755)
+
+    def run(setting, **environment):
+        log = tmp_path / "commands"
+        log.write_text("")
+        env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "COMMANDS": str(log),
+               **environment}
+        done = subprocess.run(["bash", str(tmp_path / "run_all.sh"), setting], env=env,
+                              capture_output=True, text=True)
+        commands = []
+        for line in log.read_text().splitlines():
+            script, *flags = shlex.split(line)
+            if script != "tests/world.py":
+                module = importlib.import_module(script.removesuffix(".py"))
+                commands.append((script, common.parse_args(module.Config, "", flags)))
+        return done.returncode, commands, done.stderr
+
+    return run
+
+
+def stages(commands):
+    """{run name: (script, Config)} of the training stages."""
+    return {cfg.out.split("/")[-1]: (script, cfg) for script, cfg in commands
+            if script != "evaluate.py"}
+
+
+CORE = {"cold-grpo", "teacher-rl", "teacher-rl-1h", "raw-bridge", "bridge", "opd-only", "sft",
+        "bridge-1h", "fresh-2h", "replay-1h"}
+
+
+@pytest.mark.parametrize("setting", ["world", "qwen3", "llama"])
+def test_every_route_runs_is_evaluated_and_is_matched(setting, run_all):
+    status, commands, errors = run_all(setting)
+    assert status == 0, errors
+    found = stages(commands)
+    assert CORE <= set(found)
+    evaluated = {cfg.out.split("/")[-2] for script, cfg in commands
+                 if script == "evaluate.py" and cfg.model}
+    assert CORE | {"base-teacher", "base-student"} <= evaluated
+    fresh, replay = (common.result_settings(found[name][1]) for name in ("fresh-2h", "replay-1h"))
+    assert common.differences(fresh, replay) == "half was '2', is now '1'"  # R5 against R7
+    warmup, opd = found["bridge-warmup"][1], found["bridge"][1]
+    for name in ("opd-only", "sft"):  # as many updates on as many rows as the two-stage bridge
+        cfg = found[name][1]
+        assert (cfg.steps, cfg.epochs) in {(warmup.steps + opd.steps, 1), (0, 2)}
+        assert (cfg.lr, cfg.prompts, cfg.rollouts) == (opd.lr, opd.prompts, opd.rollouts)
+    assert found["teacher-rl-1h"][1].half == found["bridge-1h"][1].half == "1"
+
+
+def test_the_papers_settings_run_all_of_table_1_with_the_defaults(run_all):
+    """Routes R1-R8, raw, SFT'd and same-size teacher; only place, models, routes and memory differ
+    from the defaults."""
+    found = stages(run_all("qwen3")[1])
+    assert {"sft-fresh-2h", "opd-only-fresh-2h", "sft-teacher-fresh-2h", "sft-teacher-bridge",
+            "sft-teacher-replay-1h", "same-size-bridge"} <= set(found)
+    assert found["same-size-bridge"][1].teacher.endswith("/cold-grpo")
+    route = {"model", "teacher", "student", "half", "targets", "only_correct", "out", "epochs",
+             "gradient_checkpointing"}
+    for script, cfg in found.values():
+        default = importlib.import_module(script.removesuffix(".py")).Config()
+        changed = {k for k, v in vars(cfg).items() if v != getattr(default, k)}
+        assert changed <= route, (script, changed)
+
+
+def test_the_second_run_does_nothing_and_a_failure_stops_with_a_message(run_all):
+    """After a failure its line stops; the next run does what is missing; the third only the table."""
+    status, commands, _ = run_all("world", FAIL="opd.py")
+    assert status == 1 and "fresh-2h" not in stages(commands)
+    status, commands, _ = run_all("world")
+    assert status == 0 and "fresh-2h" in stages(commands) and "cold-grpo" not in stages(commands)
+    status, commands, _ = run_all("world")
+    assert status == 0 and [script for script, _ in commands] == ["evaluate.py"]
+
+
+def test_an_unknown_setting_is_refused(run_all):
+    status, commands, errors = run_all("worlds")
+    assert status == 2 and not commands and errors.startswith("usage:")
