@@ -100,7 +100,7 @@ def test_the_papers_settings_run_all_of_table_1_with_the_defaults(run_all):
 
 
 def test_the_second_run_does_nothing_and_a_failure_stops_with_a_message(run_all):
-    """After a failure its line stops; the next run does what is missing; the third only the table."""
+    """After a failure its line stops; the next run does what is missing, the third the table."""
     status, commands, _ = run_all("world", FAIL="opd.py")
     assert status == 1 and "fresh-2h" not in stages(commands)
     status, commands, _ = run_all("world")
