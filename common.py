@@ -82,13 +82,28 @@ def field_comments(config_class):
     return comments
 
 
+# The least value that flags of these names take.
+LEAST = {name: 1 for name in (
+    "epochs", "mini_batch", "prompts", "rollouts", "samples", "vocab_chunk", "micro_tokens",
+    "sample_rows", "max_new_tokens", "max_prompt_tokens")}
+LEAST |= {name: 0 for name in (
+    "lr", "steps", "seed", "split_seed", "clip", "clip_high", "kl_coef", "weight_decay",
+    "temperature", "warmup_steps", "save_every", "show_every", "limit")}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
 def parse_args(config_class, doc, argv=None):
     """Command line -> Config. Every field is a flag: `max_new_tokens` is `--max-new-tokens`.
 
     A field with the default None is required; bools also get `--no-...`; Literals are choices.
+    Raises UserError for an unknown flag or a value that the flag does not take.
     """
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=doc, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     comments, groups = field_comments(config_class), {}
     for field in dataclasses.fields(config_class):
         title, comment = comments[field.name]
@@ -104,7 +119,11 @@ def parse_args(config_class, doc, argv=None):
         else:
             options["type"], options["metavar"] = field.type, field.type.__name__.upper()
         group.add_argument("--" + field.name.replace("_", "-"), **options)
-    return config_class(**vars(parser.parse_args(argv)))
+    cfg = config_class(**vars(parser.parse_args(argv)))
+    for name, least in LEAST.items():
+        value = getattr(cfg, name, least)
+        check(value >= least, f"--{name.replace('_', '-')} {value} is less than {least}")
+    return cfg
 
 
 def run_cli(main, config_class, doc):
@@ -213,6 +232,8 @@ def load_lm(name, *, device="auto", dtype="auto", train=False, gradient_checkpoi
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.bfloat16 if bf16 and not train else torch.float32,
             attn_implementation="sdpa").to(device)
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load model {name!r} (neither a model folder here nor one that the "
                         f"hub gives us): {first_line(error)}") from error
@@ -313,7 +334,7 @@ def fingerprint(lm):
 # 3 data: any schema -> problems; deduplicate, drop contradictions, decontaminate, halve
 # --------------------------------------------------------------------------------------------------
 
-DATA_ALIASES = {  # name: hub dataset[:config]:split
+DATA_ALIASES = {  # name: hub dataset:split
     "dapo": "BytedTsinghua-SIA/DAPO-Math-17k:train",
     "math500": "HuggingFaceH4/MATH-500:test",
     "aime24": "HuggingFaceH4/aime_2024:train",
@@ -335,8 +356,8 @@ def read_rows(source):
     """Rows (dicts) of a data source; UserError when it cannot be found or read.
 
     source: a .json, .jsonl or .parquet file, a `save_to_disk` folder, a folder of such files, an
-    alias (dapo, math500, aime24, aime25) or a hub name, `owner/name[:config][:split]`; without a
-    split the only one, else train.
+    alias (dapo, math500, aime24, aime25) or a hub name: `owner/name`, `owner/name:split` or
+    `owner/name:config:split`; without a split the only one, else train.
     """
     path = Path(source)
     local = path.suffix in (".json", ".jsonl", ".parquet")
@@ -393,7 +414,8 @@ def pick_split(dataset, split, source):
 
 def find_question(row):
     """The question of a row: `problem`, `question` or `prompt` (text or chat), or None."""
-    question = next((row[f] for f in ("problem", "question", "prompt") if f in row), None)
+    fields = (row.get(name) for name in ("problem", "question", "prompt"))
+    question = next((text for text in fields if text is not None), None)
     if isinstance(question, list):
         question = next((m["content"] for m in reversed(question) if m["role"] == "user"), None)
     return DAPO_SUFFIX.sub("", DAPO_PREFIX.sub("", question)).strip() if question else question
@@ -439,7 +461,8 @@ def deduplicate(problems, counts):
         key = problem_key(item.problem)
         counts["rows"] += 1
         counts["duplicates"] += key in first
-        first.setdefault(key, item)
+        if key not in first or item.problem < first[key].problem:  # whatever the row order
+            first[key] = item
         answers.setdefault(key, {})[item.answer] = None
     bad = {key for key, (a, *more) in answers.items() if not all(answers_equal(a, b) for b in more)}
     counts["with contradicting answers"] += len(bad)
@@ -491,6 +514,7 @@ def encode_examples(source, lm, *, thinking, max_prompt_tokens):
     """
     groups, skipped = [], 0
     for row in read_rows(source):
+        row = {name.lower(): value for name, value in row.items()}
         question, response = find_question(row), row.get("response") or row.get("solution")
         check(question is not None and response,
               f"data {source!r}: a row has no question (problem, question, prompt) or no response "
@@ -510,19 +534,19 @@ def batch_indices(n_items, per_step, step, seed):
     """Which items step number `step` (from 0) uses: a pure function, so no iterator need be saved.
 
     Every epoch is a new permutation; what does not fill its last batch waits for the next epoch, so
-    that no batch holds an item twice. Raises UserError when n_items < per_step.
+    that no batch holds an item twice.
 
     >>> batch_indices(4, 2, 0, seed=0) + batch_indices(4, 2, 1, seed=0)
     [2, 0, 1, 3]
     """
-    check(n_items >= per_step, f"--prompts {per_step} a step, but only {n_items} problems")
     epoch, i = divmod(step, n_items // per_step)
     order = np.random.default_rng([seed, epoch]).permutation(n_items)
     return order[i * per_step : (i + 1) * per_step].tolist()
 
 
 def count_steps(steps, epochs, n_items, per_step):
-    """Number of steps: `steps` if positive, else that many epochs of n_items."""
+    """Number of steps: `steps` if positive, else epochs of n_items; UserError without one batch."""
+    check(n_items >= per_step, f"--prompts {per_step} a step, but only {n_items} problems")
     return steps if steps > 0 else max(1, epochs * (n_items // per_step))
 
 
@@ -743,7 +767,7 @@ FREE_FIELDS = {"out", "cache", "device", "micro_tokens", "vocab_chunk", "sample_
 def write_json(path, value):
     """Write a JSON file whole or not at all."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -887,7 +911,11 @@ class Run:
         if self.cfg.save_every and (step + 1) % self.cfg.save_every == 0 and step + 1 < self.total:
             state = {"model": lm.model.state_dict(), "optimizer": optimizer.state_dict(),
                      "scheduler": scheduler.state_dict(), "step": step + 1}
-            torch.save(state, self.out / "state.pt.tmp")
+            try:
+                torch.save(state, self.out / "state.pt.tmp")
+            except RuntimeError as error:  # its way to say that the disk is full
+                raise UserError(f"cannot write {self.out}/state.pt.tmp (is the disk full?): "
+                                f"{first_line(error)}") from error
             os.replace(self.out / "state.pt.tmp", self.out / "state.pt")
 
     def finish(self, lm):

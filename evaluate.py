@@ -34,7 +34,7 @@ class Config:
     model: str = ""  # ours: any; model folder or hub name; needed unless --table
     data: str = "math500,aime24,aime25"  # sets (Section 4): files, folders, hub names, aliases
     out: str = ""  # ours: output folder; empty is MODEL/eval, or eval/MODEL for a hub name
-    table: str = ""  # ours: only print the table of the runs in this folder, or of several folders
+    table: str = ""  # ours: only print (and write) the table of the runs in this folder, or several
     regrade: bool = False  # ours: only run the verifier again on the samples stored in --out
     # --- settings
     samples: int = 16  # samples per problem (Section 4: avg@16)
@@ -140,7 +140,7 @@ def regrade(path):
         changed += sum(a != b for a, b in zip(verdicts, e["verdicts"]))
         e["verdicts"] = verdicts
     aside = path.with_suffix(".tmp")
-    aside.write_text("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries))
+    aside.write_text("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries), "utf-8")
     aside.replace(path)
     print(f"{path}: {changed} verdicts changed")
     return entries
@@ -212,7 +212,8 @@ def runs_table(root):
     """
     found, rows = evaluated_runs(root), []
     sets = list(dict.fromkeys(name for figures in found.values() for name in figures))
-    samples = next(iter(next(iter(found.values())).values()))["samples"]
+    counts = {f["samples"] for figures in found.values() for f in figures.values()}
+    samples = counts.pop() if len(counts) == 1 else "n"
     for folder in found:
         chain = ancestry(folder).values()
         rows.append([folder.name,
@@ -260,14 +261,17 @@ def sample_sets(cfg, out):
 def main(cfg):
     if cfg.table:
         roots = cfg.table.split(",")
-        print(runs_table(cfg.table) if len(roots) == 1 else seeds_table(roots))
+        table = runs_table(cfg.table) if len(roots) == 1 else seeds_table(roots)
+        (Path(roots[0]) / ("table.md" if len(roots) == 1 else "seeds.md")).write_text(table + "\n")
+        print(table)
         return
     check(cfg.model or (cfg.regrade and cfg.out), "--model is needed (or --table)")
     inside = Path(cfg.model) / "eval" if Path(cfg.model).is_dir() else Path("eval") / cfg.model
     out, started = Path(cfg.out or inside), time.time()
+    path = out / "summary.json"
+    old = json.loads(path.read_text()) if path.exists() else {"sets": {}, "seconds": None}
+    seconds = old["seconds"]
     if cfg.regrade:
-        old = out / "summary.json"
-        seconds = json.loads(old.read_text())["seconds"] if old.exists() else None
         entries = {path.stem: regrade(path) for path in sorted(out.glob("*.jsonl"))}
         check(entries, f"no stored samples in {out}")
         cfg.model = cfg.model or read_record(out)["model"]
@@ -275,7 +279,8 @@ def main(cfg):
         entries = sample_sets(cfg, out)
         seconds = rounded(time.time() - started)
     summary = {name: summarise(lines) for name, lines in entries.items()}
-    write_json(out / "summary.json", {"model": cfg.model, "sets": summary, "seconds": seconds})
+    sets = {**old["sets"], **summary}  # also those of earlier calls
+    write_json(path, {"model": cfg.model, "sets": sets, "seconds": seconds})
     print(model_table(cfg.model, summary))
 
 

@@ -11,7 +11,7 @@ states. `--targets` offers
     hard  only the token that the teacher sampled: teacher-sample SFT (route R2); --only-correct
           keeps the responses that the verifier accepts (with one model as --teacher and --student:
           the SFT'd teacher of R6; ours, the paper does not say how that one was trained)
-    data  the `response` (or `solution`) field of --data, without a teacher: plain SFT
+    data  the `response` (or `solution`) field of all of --data, without a teacher: plain SFT
 
 Left out: mixing in labels or the student's own states. `diff fkl_warmup.py opd.py` shows where the
 states come from and which way the KL points. Axes: P prompts, K rollouts each, N response tokens of
@@ -190,6 +190,7 @@ def load_states(cfg, run, student):
 def main(cfg):
     check(cfg.temperature > 0, "--temperature must be positive")
     check(cfg.teacher or cfg.targets == "data", f"--targets {cfg.targets} needs a --teacher")
+    check(cfg.targets != "data" or cfg.half == "all", "--targets data takes all rows: no --half")
     run = Run(cfg, parents=[cfg.student] if cfg.targets == "data" else [cfg.teacher, cfg.student])
     student = load_lm(cfg.student, device=cfg.device, dtype=cfg.dtype, train=True,
                       gradient_checkpointing=cfg.gradient_checkpointing)

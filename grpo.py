@@ -146,7 +146,7 @@ def accumulate(cfg, policy, rows, adv, logp_old, logp_ref):
     """Add the gradient of one mini-batch of B rows; adv (B,); logp_old, logp_ref per row or None.
 
     Without logp_old, pi_old is the policy as it is: the ratio is 1, its gradient is not 0.
-    Returns sums over tokens: clipped, entropy, k3 to the reference, |log pi - the sampler's|.
+    Returns sums over tokens: clipped, entropy, k3 to the reference, |log pi_old - the sampler's|.
     """
     keep = [r.finished or not cfg.mask_truncated for r in rows]
     weights = row_weights([len(r.tokens) for r in rows], keep, cfg.aggregation, cfg.max_new_tokens)
@@ -164,7 +164,7 @@ def accumulate(cfg, policy, rows, adv, logp_old, logp_ref):
         logp = logp.detach()
         ratio = (logp - old).exp()
         clipped = torch.where(A > 0, ratio > 1 + cfg.clip_high, ratio < 1 - cfg.clip) & (A != 0)
-        gap = (logp - torch.tensor([x for r in part for x in r.logp]).to(logp.device)).abs()
+        gap = (old - torch.tensor([x for r in part for x in r.logp]).to(logp.device)).abs()
         logged = (clipped, entropy, kl_penalty(logp, ref, "k3"), gap)
         sums += torch.stack([x.double().sum() for x in logged]).cpu()
     return sums

@@ -392,7 +392,7 @@ def test_empty_half_is_an_error(tmp_path):
 def test_too_few_problems_for_a_step_is_an_error():
     """A step of 8 prompts cannot be drawn from 5 problems; the message names the flag."""
     with pytest.raises(UserError, match="--prompts 8.*only 5"):
-        batch_indices(5, 8, 0, 0)
+        common.count_steps(0, 1, 5, 8)
 
 
 @pytest.mark.parametrize("char", ["\u2028", "\u2029", "\x85"])

@@ -146,8 +146,8 @@ class WideTensors(TorchDispatchMode):
 
 @pytest.mark.parametrize("chunk, bounded", [(8, True), (512, False)])
 def test_log_probs_of_all_tokens_never_exist_at_once(chunk, bounded):
-    """Forward and backward of the reverse KL at N = 512 tokens, V = 4,096: with chunks of 8 the live
-    (n, V) tensors stay under ten blocks of 8 rows; in one chunk they are over 512 rows."""
+    """Forward and backward of the reverse KL at N = 512 tokens, V = 4,096: with chunks of 8 the
+    live (n, V) tensors stay under ten blocks of 8 rows; in one chunk they are over 512 rows."""
     N, D, V = 512, 16, 4096
     torch.manual_seed(0)
     h, h_teacher = torch.randn(N, D, requires_grad=True), torch.randn(N, D)

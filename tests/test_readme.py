@@ -43,7 +43,7 @@ def test_flags_named_in_the_tables_exist():
 
 
 def test_equation_table_points_at_the_lines():
-    """Each row names file:line of a definition, which carries the equation's number or name near it."""
+    """Each row names file:line of a definition, which names the equation."""
     rows = re.findall(r"^\| (.*?) \| .*? \| `(\w+)` in \[(\w+\.py):(\d+)\]\((\w+\.py)#L(\d+)\) \|$",
                       README, re.M)
     assert len(rows) >= 8

@@ -1,7 +1,7 @@
 """The sampler is the policy that the losses differentiate: same log-probs, right frequencies.
 
-Statistical tests have fixed seeds, so they pass or fail for good; their docstrings give the odds that
-a right sampler would fail with a fresh seed.
+Statistical tests have fixed seeds, so they pass or fail for good; their docstrings give the odds
+that a right sampler would fail with a fresh seed.
 """
 
 import math
@@ -71,7 +71,7 @@ def test_greedy_equals_generate_for_ragged_prompts(lm):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_frequencies_match_the_softmax(lm, temperature):
     """Chi-square of 20,000 first tokens against softmax(logits / T), cells of fewer than 5 expected
-    draws merged; the bound is at five standard deviations: a right sampler fails about once in 10^5."""
+    draws merged, bound at five standard deviations: a right sampler fails about once in 10^5."""
     n, prompt = 20_000, PROMPTS[0]
     rows = draw(lm, [prompt], k=n, n=1, temperature=temperature, sample_rows=n)
     counts = np.bincount([r.tokens[0] for r in rows], minlength=lm.vocab)
@@ -88,7 +88,7 @@ def test_frequencies_match_the_softmax(lm, temperature):
 
 
 def test_rollouts_do_not_depend_on_their_neighbours(lm):
-    """Alone, in any order, in batches of any size: the same tokens; other seeds and samples differ."""
+    """Alone, in any order, in any batch: the same tokens; other seeds and samples differ."""
     rows = draw(lm)
     for sample_rows in (1, 12, 1000):
         assert [r.tokens for r in draw(lm, sample_rows=sample_rows)] == [r.tokens for r in rows]
@@ -164,7 +164,7 @@ def test_gradient_checkpointing_does_not_reach_the_sampler(world, student_lm):
 
 
 def test_bf16_sampling_and_scoring_agree(world):
-    """Under bf16 compute the sampler and the trainer differ by rounding only: 0.03 nats on average."""
+    """Under bf16 compute sampler and trainer differ by rounding only: 0.03 nats on average."""
     lm = common.load_lm(str(world / "init-student"), dtype="bf16", train=True)
     rows = draw(lm)
     assert all(p.dtype == torch.float32 for p in lm.model.parameters())
