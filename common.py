@@ -187,7 +187,8 @@ class LM:
 
     def head(self):
         """Output embedding of the real vocabulary, (V, D); take it once, before a chunk loop."""
-        return self.model.get_output_embeddings().weight[: self.vocab]
+        weight = self.model.get_output_embeddings().weight[: self.vocab]
+        return weight.bfloat16() if self.bf16 and not torch.is_grad_enabled() else weight
 
     def log_probs(self, hidden, head, temperature):
         """log softmax(logits / temperature) in fp32: (n, D), (V, D) -> (n, V)."""
@@ -245,7 +246,8 @@ def load_lm(name, *, device="auto", dtype="auto", train=False, gradient_checkpoi
     check(stop_ids, f"{name}: neither generation_config.json nor the tokenizer names a stop token")
     model.train(gradient_checkpointing).requires_grad_(train)
     if gradient_checkpointing:  # transformers does it in train mode only; no dropout here
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        old_name = getattr(model, "gradient_checkpointing_enable", None)
+        getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
     saved_dtype = str(config.dtype or "float32").removeprefix("torch.")
     lm = LM(name, model, tokenizer, vocab, sorted(stop_ids), bf16, saved_dtype)
     check_head(lm)
@@ -257,11 +259,11 @@ def check_head(lm):
     """Refuse models whose logits are not head times hidden (scaled, soft-capped or biased ones)."""
     ids = torch.arange(min(8, lm.vocab), device=lm.device)[None]
     with lm.autocast():
-        want = lm.model(input_ids=ids).logits[0, :, : lm.vocab].float().log_softmax(-1)
-        hidden = lm.model.base_model(input_ids=ids)[0][0]
-    have = lm.log_probs(hidden, lm.head(), 1.0)
-    check(torch.allclose(have, want, atol=1e-2, rtol=1e-2), f"{lm.name}: unsupported architecture, "
-          "its logits are not output embedding times hidden state")
+        want = lm.model(input_ids=ids).logits[0, :, : lm.vocab].float()
+        have = F.linear(lm.model.base_model(input_ids=ids)[0][0], lm.head()).float()
+    rounding = 2**-6 if lm.bf16 else 1e-4  # of a logit; bf16 has 8 bits
+    check((have - want).abs().max() <= rounding * want.abs().max(), f"{lm.name}: unsupported "
+          "architecture, its logits are not output embedding times hidden state")
 
 
 def check_pair(teacher, student):
