@@ -670,7 +670,7 @@ def inverse_cdf(logp, uniform):
     The CDF is summed in float64: fp32 would swallow rare tokens, of which a large vocabulary has
     many. A token of probability 0 is never drawn.
     """
-    cdf = logp.exp().double().cumsum(-1)
+    cdf = logp.double().exp().cumsum(-1)
     target = uniform[:, None] * cdf[:, -1:]
     return torch.searchsorted(cdf, target, right=True).squeeze(-1).clamp(max=logp.shape[-1] - 1)
 

@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from torch.distributions import Categorical, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fkl_warmup
@@ -81,6 +82,29 @@ def test_memory_knobs_never_move_a_gradient(stage, world, rows, teacher_lm):
     assert whole.norm() > 1e-3
     for knobs in [*MEMORY_KNOBS, dict(gradient_checkpointing=True)]:
         assert close(gradient_of(stage, world, rows, teacher_lm, **knobs), whole), knobs
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_losses_equal_the_plain_version_with_all_logits(temperature, world, rows, teacher_lm):
+    """Row by row, `model(ids).logits` and torch.distributions: no head, no chunks, no padding."""
+    lm = load_lm(str(world / "init-student"))
+    pi, teacher, tokens = [], [], []
+    for row in rows:
+        ids, n = torch.tensor([row.prompt + row.tokens]), len(row.prompt)
+        for model, found in ((lm, pi), (teacher_lm, teacher)):
+            with torch.no_grad():
+                found.append(model.model(ids).logits[0, n - 1 : -1, : model.vocab] / temperature)
+        tokens += row.tokens
+    pi, teacher = (Categorical(logits=torch.cat(x)) for x in (pi, teacher))
+    names = dict(teacher="", student="", temperature=temperature)
+    for stage, option, want in (
+            (opd, dict(estimator="full"), kl_divergence(pi, teacher)),
+            (fkl_warmup, dict(targets="soft"), kl_divergence(teacher, pi)),
+            (fkl_warmup, dict(targets="hard"), -pi.log_prob(torch.tensor(tokens)))):
+        cfg = stage.Config(**names, **option)
+        loss, *_, entropy = stage.loss_per_token(cfg, lm, teacher_lm, rows)
+        torch.testing.assert_close(loss, want, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(entropy, pi.entropy(), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("stage", STAGES)
