@@ -14,6 +14,7 @@ of a micro-batch, n tokens of a vocabulary chunk, D hidden size, V vocabulary.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -41,7 +42,8 @@ import transformers
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache,
+                          GenerationConfig)
 
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
 transformers.utils.logging.set_verbosity_error()
@@ -123,6 +125,8 @@ def parse_args(config_class, doc, argv=None):
     for name, least in LEAST.items():
         value = getattr(cfg, name, least)
         check(value >= least, f"--{name.replace('_', '-')} {value} is less than {least}")
+    check(0 <= getattr(cfg, "adam_beta2", 0) < 1, "--adam-beta2 must be at least 0 and below 1")
+    check(getattr(cfg, "grad_clip", 1) > 0, "--grad-clip must be positive")
     return cfg
 
 
@@ -136,7 +140,7 @@ def run_cli(main, config_class, doc):
         sys.exit(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
     except torch.OutOfMemoryError:
         sys.exit("error: out of GPU memory: lower --micro-tokens, --vocab-chunk or --sample-rows "
-                 "(they change no result), or add --gradient-checkpointing")
+                 "(no result changes beyond rounding), or add --gradient-checkpointing")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command continues from the last saved step")
 
@@ -209,47 +213,66 @@ def pad_rows(rows):
     return ids, torch.tensor(b, dtype=torch.long), torch.tensor(t, dtype=torch.long)
 
 
+def describe_lm(name):
+    """An LM of a Hugging Face folder or hub name without its weights (model is None): seconds, not
+    minutes. Raises UserError when it cannot be found, is an unfinished run, or has no chat template
+    or stop token.
+    """
+    hub_like = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".")
+    check(Path(name).is_dir() or hub_like, f"no such model folder: {name!r}")
+    check(not is_unfinished(name), f"{name} is an unfinished run: it has no weights yet")
+    with explained(name):
+        tokenizer, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
+    try:
+        eos = GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:  # it has none of its own
+        eos = config.eos_token_id
+    vocab = max(tokenizer.get_vocab().values()) + 1
+    # eos is an id, a list of ids or None: honour them all
+    stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    check(tokenizer.chat_template, f"{name}: no chat template; take an instruct model")
+    check(vocab <= config.vocab_size, f"{name}: {vocab} tokens but {config.vocab_size} embeddings")
+    check(stop_ids, f"{name}: neither generation_config.json nor the tokenizer names a stop token")
+    saved_dtype = str(config.dtype or "float32").removeprefix("torch.")
+    return LM(name, None, tokenizer, vocab, sorted(stop_ids), False, saved_dtype)
+
+
+@contextlib.contextmanager
+def explained(name):
+    """Turn what transformers raises for a model that it cannot load into one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot load model {name!r} (neither a model folder here nor one that the "
+                        f"hub gives us): {first_line(error)}") from error
+
+
 def load_lm(name, *, device="auto", dtype="auto", train=False, gradient_checkpointing=False):
     """Load a Hugging Face folder or hub name as an LM.
 
     train=True gives fp32 masters: transformers would keep a checkpoint's bf16, in which an update
     of 1e-6 mostly rounds to nothing. A frozen model is kept in the compute dtype. dtype: auto (bf16
-    on CUDA, else fp32), fp32 or bf16. Raises UserError when the model cannot be found or read, is
-    an unfinished run, has no chat template or stop token, or its logits are not head times hidden.
+    on CUDA, else fp32), fp32 or bf16. Raises UserError as `describe_lm` does, for weights that
+    cannot be read, a device that is not there, and logits that are not head times hidden.
     """
-    hub_like = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".")
-    check(Path(name).is_dir() or hub_like, f"no such model folder: {name!r}")
-    check(not is_unfinished(name), f"{name} is an unfinished run: it has no weights yet")
+    lm = describe_lm(name)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {first_line(error)}") from error
-    bf16 = dtype == "bf16" or (dtype == "auto" and device.startswith("cuda"))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        config = AutoConfig.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.bfloat16 if bf16 and not train else torch.float32,
+    lm.bf16 = dtype == "bf16" or (dtype == "auto" and device.startswith("cuda"))
+    with explained(name):
+        lm.model = model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.bfloat16 if lm.bf16 and not train else torch.float32,
             attn_implementation="sdpa").to(device)
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load model {name!r} (neither a model folder here nor one that the "
-                        f"hub gives us): {first_line(error)}") from error
-    vocab = max(tokenizer.get_vocab().values()) + 1
-    eos = model.generation_config.eos_token_id  # an id, a list of ids or None: honour them all
-    stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    check(tokenizer.chat_template, f"{name}: no chat template; take an instruct model")
-    check(vocab <= config.vocab_size, f"{name}: {vocab} tokens but {config.vocab_size} embeddings")
-    check(stop_ids, f"{name}: neither generation_config.json nor the tokenizer names a stop token")
     model.train(gradient_checkpointing).requires_grad_(train)
     if gradient_checkpointing:  # transformers does it in train mode only; no dropout here
         old_name = getattr(model, "gradient_checkpointing_enable", None)
         getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
-    saved_dtype = str(config.dtype or "float32").removeprefix("torch.")
-    lm = LM(name, model, tokenizer, vocab, sorted(stop_ids), bf16, saved_dtype)
     check_head(lm)
     return lm
 
@@ -270,6 +293,7 @@ def check_pair(teacher, student):
     """Refuse a teacher and a student that do not speak the same tokens, saying what differs.
 
     Both KLs compare the models id by id. Padded embeddings of one tokenizer are fine (see LM).
+    teacher, student: LMs, which need no weights for this (`describe_lm`). Raises UserError.
     """
     t, s = teacher.tokenizer, student.tokenizer
     differ = []
@@ -435,7 +459,7 @@ def to_problem(row, source):
         answer = row["reward_model"].get("ground_truth")
     if answer is None:
         answer = row.get("solution")
-    check(question and answer is not None,
+    check(question and answer not in (None, ""),
           f"data {source!r}: a row has no question (problem, question or prompt) or no answer "
           f"(answer, reward_model.ground_truth or solution); it has: {', '.join(row)}")
     answer = str(answer)
@@ -475,12 +499,15 @@ def load_problems(source, *, half="all", exclude="none", split_seed=0):
     """Problems of a data source: deduplicated, without contradictions, decontaminated, then halved.
 
     source: what `read_rows` takes; exclude: several of these, separated by commas, or none: no
-    problem of theirs stays. half: "1", "2" or "all". The halves depend on the problems' texts and
-    split_seed alone (rank of a hash), not on row order or copies. Returns a list in that order and
-    prints one line of counts. Raises UserError when nothing is left.
+    problem of theirs stays. half: "1", "2" or "all". The halves depend on the remaining problems'
+    texts and split_seed alone (rank of a hash), not on row order or copies: keep data, exclude and
+    split_seed over a recipe. Returns a list in that order and prints one line of counts. Raises
+    UserError when nothing is left.
     """
     counts = Counter()
-    unique = deduplicate((to_problem(row, source) for row in read_rows(source)), counts)
+    rows = read_rows(source)
+    rows = progress(rows, desc=f"reading {source}", leave=False, disable=len(rows) < 50_000)
+    unique = deduplicate((to_problem(row, source) for row in rows), counts)
     for name in [] if exclude in ("", "none") else exclude.split(","):
         try:
             banned = {problem_key(to_problem(row, name).problem) for row in read_rows(name)}
@@ -591,6 +618,13 @@ class Rollout:
     finished: bool  # ended by a stop token; False: cut at max_new_tokens
 
 
+class HalfCache(DynamicCache):
+    """KV cache in bf16 under autocast, which would keep fp32 keys (attention casts them anyway)."""
+
+    def update(self, keys, values, *args, **kwargs):
+        return super().update(keys.bfloat16(), values.bfloat16(), *args, **kwargs)
+
+
 BLOCK = 8  # tokens between two looks at which rows have ended (each look waits for the device)
 
 
@@ -602,15 +636,21 @@ def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256
     This is the policy that the losses differentiate: no top-k, no top-p, and nothing is taken from
     generation_config but the stop tokens. The random numbers of a rollout are a function of (seed,
     prompt, sample index): its neighbours in the batch do not matter. About sample_rows rows are
-    decoded at once (memory and speed only).
+    decoded at once, fewer where the KV cache does not fit (memory and speed only).
     """
     rollouts, size, training = [], max(1, sample_rows // k), lm.model.training
     lm.model.eval()  # in train mode with gradient checkpointing, transformers drops the KV cache
     with lm.autocast():  # around the whole call, so that bf16 copies of the weights are made once
-        for i in range(0, len(prompts), size):
+        while len(rollouts) < len(prompts) * k:
+            i = len(rollouts) // k
             batch = [list(p) for p in prompts[i : i + size]]
             streams = [random_stream(seed, p, s) for p in batch for s in range(k)]
-            rollouts += decode_batch(lm, batch, k, streams, max_new_tokens, temperature)
+            try:
+                rollouts += decode_batch(lm, batch, k, streams, max_new_tokens, temperature)
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size //= 2
     lm.model.train(training)
     return rollouts
 
@@ -632,7 +672,7 @@ def decode_batch(lm, prompts, k, streams, max_new_tokens, temperature):
         mask[i, : T - len(prompt)] = 0
     ids, mask, stop = ids.to(device), mask.to(device), torch.tensor(lm.stop_ids, device=device)
     place = (mask[:, :T].cumsum(-1) - 1).clamp(min=0)  # positions count real tokens only
-    base, head, cache = lm.model.base_model, lm.head(), DynamicCache()
+    base, head, cache = lm.model.base_model, lm.head(), HalfCache() if lm.bf16 else DynamicCache()
     hidden = base(input_ids=ids, attention_mask=mask[:, :T], position_ids=place,
                   past_key_values=cache, use_cache=True)[0][:, -1]
     cache.batch_repeat_interleave(k)
@@ -749,8 +789,12 @@ def make_optimizer(lm, cfg, updates):
 
 
 def optimizer_step(lm, optimizer, scheduler, grad_clip):
-    """Clip the gradient's norm, update, drop the gradients. Returns the norm before clipping."""
+    """Clip the gradient's norm, update, drop the gradients. Returns the norm before clipping.
+
+    Raises UserError, with the weights as they were, when the gradient is not finite.
+    """
     norm = torch.nn.utils.clip_grad_norm_(lm.model.parameters(), grad_clip)
+    check(norm.isfinite(), "the gradient is not finite: the run diverged (is --lr too high?)")
     optimizer.step()
     scheduler.step()
     optimizer.zero_grad(set_to_none=True)
@@ -819,6 +863,13 @@ def result_settings(cfg):
     return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in FREE_FIELDS}
 
 
+def describe_run(cfg):
+    """How a folder came to be: command line, settings, versions, git revision."""
+    versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
+    return {"command": shlex.join(sys.argv), "settings": result_settings(cfg),
+            "versions": {"python": platform.python_version(), **versions}, "git": git_revision()}
+
+
 def differences(old, new):
     """What differs between two dicts of settings, as text; "" when nothing does."""
     keys = sorted(set(old) | set(new))
@@ -855,11 +906,8 @@ class Run:
             print(f"{self.out}: already finished with these settings")
             sys.exit(0)
         self.out.mkdir(parents=True, exist_ok=True)
-        versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
-        self.record = {"command": shlex.join(sys.argv), "settings": settings, "git": git_revision(),
-                       "versions": {"python": platform.python_version(), **versions},
-                       "parents": parents, "labels": {},
-                       "finished": False}
+        parents = [str(Path(p).resolve()) if Path(p).is_dir() else p for p in parents]
+        self.record = {**describe_run(cfg), "parents": parents, "labels": {}, "finished": False}
         write_json(self.out / "config.json", {"run": self.record})
 
     def use_labels(self, problems):
@@ -870,7 +918,7 @@ class Run:
         """Load the last saved state, if there is one; returns the step to start with."""
         path, start = self.out / "state.pt", 0
         if path.exists():
-            state = torch.load(path, map_location=lm.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             lm.model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             scheduler.load_state_dict(state["scheduler"])
@@ -925,7 +973,10 @@ class Run:
         lines = read_json_lines(self.out / "metrics.jsonl")
         seconds = self.seconds_before + sum(line["seconds"] for line in lines)
         self.record |= {"finished": True, "steps": len(lines), "seconds": rounded(seconds)}
-        save_lm(lm, self.out, self.record)
+        try:
+            save_lm(lm, self.out, self.record)
+        except Exception as error:  # tokenizers raises nothing narrower on a full disk
+            raise UserError(f"cannot write the model to {self.out}: {first_line(error)}") from error
         (self.out / "state.pt").unlink(missing_ok=True)
         print(f"{self.out}: {len(lines)} steps in {seconds:.0f} s, model saved")
 

@@ -16,6 +16,7 @@ random numbers of a sample depend on (seed, prompt, sample index), not on batch 
 
 import json
 import math
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,28 +24,28 @@ from typing import Literal
 
 import numpy as np
 
-from common import (DATA_ALIASES, append_json_line, build_prompt, check, differences, fingerprint,
-                    grade, load_lm, progress, read_json_lines, read_record, read_rows,
-                    result_settings, rounded, run_cli, sample, to_problem, write_json)
+from common import (DATA_ALIASES, append_json_line, build_prompt, check, describe_run, differences,
+                    fingerprint, grade, load_lm, progress, read_json_lines, read_record,
+                    read_rows, rounded, run_cli, sample, to_problem, write_json)
 
 
 @dataclass
 class Config:
     # --- what to do
     model: str = ""  # ours: any; model folder or hub name; needed unless --table
-    data: str = "math500,aime24,aime25"  # sets (Section 4): files, folders, hub names, aliases
+    data: str = "math500,aime24,aime25"  # sets (Tables 2-8): files, folders, hub names, aliases
     out: str = ""  # ours: output folder; empty is MODEL/eval, or eval/MODEL for a hub name
     table: str = ""  # ours: only print (and write) the table of the runs in this folder, or several
     regrade: bool = False  # ours: only run the verifier again on the samples stored in --out
     # --- settings
-    samples: int = 16  # samples per problem (Section 4: avg@16)
+    samples: int = 16  # samples per problem (Tables 2-8: avg@16)
     temperature: float = 1.0  # ours: the trained policy itself; 0 is greedy
     max_new_tokens: int = 16384  # response limit in tokens (Tables 9 and 10)
     limit: int = 0  # ours: only so many problems of each set, from the first; 0 is all
     seed: int = 0  # ours: of the sampling
     thinking: bool = False  # ours: Qwen3's thinking mode
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto: bf16 on CUDA, else fp32
-    # --- memory and speed only: they change no result
+    # --- memory and speed only: they change no result beyond rounding
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     sample_rows: int = 512  # rows decoded at once
 
@@ -103,13 +104,11 @@ def set_name(source):
     return source if source in DATA_ALIASES else Path(source).stem.replace(":", "-")
 
 
-def answer_set(cfg, lm, source, path):
+def answer_set(cfg, lm, problems, path):
     """Sample the problems of a set that the file at `path` does not hold yet; returns its lines."""
-    problems = [to_problem(row, source) for row in read_rows(source)][: cfg.limit or None]
-    check(problems, f"data {source!r} holds no problem")
     done, size = read_json_lines(path), max(1, cfg.sample_rows // cfg.samples)
     same = all((e["problem"], e["answer"]) == (p.problem, p.answer) for e, p in zip(done, problems))
-    check(same, f"{path} holds samples of other problems than {source!r}; choose another --out")
+    check(same, f"{path} holds samples of other problems; choose another --out or delete it")
     right = sum(e["verdicts"].count("correct") for e in done)
     bar = progress(total=len(problems), initial=min(len(done), len(problems)), desc=path.stem)
     for i in range(len(done), len(problems), size):
@@ -135,6 +134,7 @@ def answer_set(cfg, lm, source, path):
 def regrade(path):
     """Replace the verdicts in a file of samples by the verifier's of today; returns its lines."""
     entries, changed = read_json_lines(path), 0
+    check(all("responses" in e for e in entries), f"{path} holds no samples")
     for e in entries:
         verdicts = [grade(text, e["answer"]) for text in e["responses"]]
         changed += sum(a != b for a, b in zip(verdicts, e["verdicts"]))
@@ -153,10 +153,12 @@ def percent(figures):
 
 
 def paper_row(folder):
-    """The paper's numbers for a run, by the names of its folder and the one above; () if none."""
+    """The paper's numbers for a run of run_all.sh, by the names of its folders; () if none."""
     folder = Path(folder).resolve()
-    teacher = next((t for t in ("llama", "14b") if t in folder.parent.name.lower()), "8b")
-    return PAPER[teacher].get(folder.name, ())
+    setting = re.sub(r"-seed\d+$", "", folder.parent.name)
+    teachers = {"world": "8b", "qwen3-8b": "8b", "qwen3-14b": "14b",
+                "llama-3.3-70b-instruct": "llama"}
+    return PAPER[teachers[setting]].get(folder.name, ()) if setting in teachers else ()
 
 
 def markdown(head, rows):
@@ -178,13 +180,17 @@ def model_table(model, summary):
 
 
 def ancestry(folder):
-    """{folder: record} of a run and of all that it builds on; base models (plain SFT) left out."""
+    """{folder: record} of a run and of all that it builds on; base models (plain SFT) left out.
+
+    A parent that is not where it was is looked for beside the run: runs may be moved together.
+    """
     record = read_record(folder)
     if not record or record["settings"].get("targets") == "data":
         return {}
     found = {str(Path(folder).resolve()): record}
     for parent in record["parents"]:
-        found |= ancestry(parent)
+        beside = Path(folder).parent / Path(parent).name
+        found |= ancestry(parent if Path(parent).is_dir() else beside)
     return found
 
 
@@ -239,23 +245,37 @@ def seeds_table(roots):
     return markdown(["route", *map(str, roots), "mean ± SE over seeds"], rows)
 
 
-def sample_sets(cfg, out):
-    """Answer every set of --data; {set: lines}. Refuses to mix two models or settings."""
-    lm = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype)
-    settings = result_settings(cfg)
+def read_sets(cfg):
+    """{file name: problems} of every set of --data; UserError for one that is missing or empty."""
+    sets = {}
+    for source in cfg.data.split(","):
+        problems = [to_problem(row, source) for row in read_rows(source)][: cfg.limit or None]
+        check(problems, f"data {source!r} holds no problem")
+        check(set_name(source) not in sets, f"--data {cfg.data}: two sets have one name")
+        sets[set_name(source)] = problems
+    return sets
+
+
+def start_record(cfg, lm, out):
+    """Write an evaluation's record; UserError where `out` has one of another model or setting."""
     names = ("samples", "temperature", "max_new_tokens", "seed", "thinking")
-    identity = {"weights": fingerprint(lm), **{name: settings[name] for name in names}}
+    identity = {"weights": fingerprint(lm), "bf16": lm.bf16, **{n: getattr(cfg, n) for n in names}}
     old = read_record(out).get("identity")
     differ = differences(old, identity) if old else ""
     check(not differ, f"{out} holds samples of another model or setting ({differ}); choose another "
                       "--out or delete it")
     out.mkdir(parents=True, exist_ok=True)
-    record = {"model": cfg.model, "settings": settings, "identity": identity, "finished": True}
+    record = {**describe_run(cfg), "model": cfg.model, "identity": identity, "finished": False}
     write_json(out / "config.json", {"run": record})
-    sources = {set_name(source): source for source in cfg.data.split(",")}
-    check(len(sources) == cfg.data.count(",") + 1, f"--data {cfg.data}: two sets have one name")
-    return {name: answer_set(cfg, lm, source, out / f"{name}.jsonl")
-            for name, source in sources.items()}
+    return record
+
+
+def save_summary(out, model, sets, seconds):
+    """Add the figures of some sets to those that OUT/summary.json has."""
+    path = out / "summary.json"
+    old = json.loads(path.read_text()) if path.exists() else {"sets": {}, "seconds": 0.0}
+    new = {"model": model, "sets": {**old["sets"], **sets}, "seconds": old["seconds"] + seconds}
+    write_json(path, {**new, "seconds": rounded(new["seconds"])})
 
 
 def main(cfg):
@@ -267,21 +287,21 @@ def main(cfg):
         return
     check(cfg.model or (cfg.regrade and cfg.out), "--model is needed (or --table)")
     inside = Path(cfg.model) / "eval" if Path(cfg.model).is_dir() else Path("eval") / cfg.model
-    out, started = Path(cfg.out or inside), time.time()
-    path = out / "summary.json"
-    old = json.loads(path.read_text()) if path.exists() else {"sets": {}, "seconds": None}
-    seconds = old["seconds"]
+    out, summary = Path(cfg.out or inside), {}
     if cfg.regrade:
-        entries = {path.stem: regrade(path) for path in sorted(out.glob("*.jsonl"))}
-        check(entries, f"no stored samples in {out}")
-        cfg.model = cfg.model or read_record(out)["model"]
+        summary = {path.stem: summarise(regrade(path)) for path in sorted(out.glob("*.jsonl"))}
+        check(summary, f"no stored samples in {out}")
+        save_summary(out, read_record(out)["model"], summary, 0.0)
     else:
-        entries = sample_sets(cfg, out)
-        seconds = rounded(time.time() - started)
-    summary = {name: summarise(lines) for name, lines in entries.items()}
-    sets = {**old["sets"], **summary}  # also those of earlier calls
-    write_json(path, {"model": cfg.model, "sets": sets, "seconds": seconds})
-    print(model_table(cfg.model, summary))
+        sets = read_sets(cfg)
+        lm = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype)
+        record = start_record(cfg, lm, out)
+        for name, problems in sets.items():
+            started = time.time()
+            summary[name] = summarise(answer_set(cfg, lm, problems, out / f"{name}.jsonl"))
+            save_summary(out, cfg.model, {name: summary[name]}, time.time() - started)
+        write_json(out / "config.json", {"run": {**record, "finished": True}})
+    print(model_table(cfg.model or out.parent, summary))
 
 
 if __name__ == "__main__":

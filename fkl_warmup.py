@@ -32,7 +32,7 @@ from typing import Literal
 import torch
 
 from common import (Rollout, Run, Timer, append_json_line, batch_indices, check, check_pair,
-                    count_steps, differences, encode_examples, fingerprint, load_lm,
+                    count_steps, describe_lm, differences, encode_examples, fingerprint, load_lm,
                     load_problems, make_optimizer, micro_batches, optimizer_step, over_chunks,
                     progress, read_json_lines, rollout_stats, run_cli, sample, tokenize_problems,
                     verify)
@@ -69,7 +69,7 @@ class Config:
     lr_schedule: Literal["constant", "linear"] = "constant"  # ours: linear decays to 0
     warmup_steps: int = 0  # ours: updates of linear learning-rate warmup
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto: bf16 on CUDA, else fp32
-    # --- memory, speed and display only: they change no result
+    # --- memory, speed and display only: they change no result beyond rounding
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     micro_tokens: int = 32768  # padded tokens of a forward/backward micro-batch
     vocab_chunk: int = 1024  # tokens whose (n, V) log-probs exist at once
@@ -170,28 +170,32 @@ def teacher_states(cfg, problems, teacher, path):
 
 
 def load_states(cfg, run, student):
-    """The teacher (None without one) and what a step draws from: a list of rows per prompt."""
+    """The teacher (None if no step needs it) and what steps draw from: rows per prompt."""
     if cfg.targets == "data":
         return None, encode_examples(cfg.data, student, thinking=cfg.thinking,
                                      max_prompt_tokens=cfg.max_prompt_tokens)
-    teacher = load_lm(cfg.teacher, device=cfg.device, dtype=cfg.dtype)
-    check_pair(teacher, student)
     problems = load_problems(cfg.data, half=cfg.half, exclude=cfg.exclude,
                              split_seed=cfg.split_seed)
     if cfg.only_correct:
         run.use_labels(problems)
+    teacher = load_lm(cfg.teacher, device=cfg.device, dtype=cfg.dtype)
     problems = tokenize_problems(problems, student.tokenizer, thinking=cfg.thinking,
                                  max_prompt_tokens=cfg.max_prompt_tokens)
     path = Path(cfg.cache or run.out / "rollouts.jsonl")
     groups, run.seconds_before = teacher_states(cfg, problems, teacher, path)
-    return teacher, groups
+    return teacher if cfg.targets == "soft" else None, groups
 
 
 def main(cfg):
     check(cfg.temperature > 0, "--temperature must be positive")
     check(cfg.teacher or cfg.targets == "data", f"--targets {cfg.targets} needs a --teacher")
-    check(cfg.targets != "data" or cfg.half == "all", "--targets data takes all rows: no --half")
-    run = Run(cfg, parents=[cfg.student] if cfg.targets == "data" else [cfg.teacher, cfg.student])
+    check(not cfg.cache or cfg.cache.endswith(".jsonl"), "--cache must name a .jsonl file")
+    if cfg.targets == "data":
+        check(cfg.half == "all" and not cfg.teacher and not cfg.only_correct,
+              "--targets data takes all rows as they are: no --half, --teacher, --only-correct")
+    else:
+        check_pair(describe_lm(cfg.teacher), describe_lm(cfg.student))
+    run = Run(cfg, parents=[name for name in (cfg.teacher, cfg.student) if name])
     student = load_lm(cfg.student, device=cfg.device, dtype=cfg.dtype, train=True,
                       gradient_checkpointing=cfg.gradient_checkpointing)
     teacher, groups = load_states(cfg, run, student)

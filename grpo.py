@@ -29,9 +29,9 @@ from typing import Literal
 
 import torch
 
-from common import (Run, Timer, batch_indices, check, count_steps, flat, grade, load_lm,
-                    load_problems, make_optimizer, micro_batches, optimizer_step, over_chunks,
-                    rollout_stats, run_cli, sample, tokenize_problems)
+from common import (Run, Timer, batch_indices, check, count_steps, describe_lm, flat, grade,
+                    load_lm, load_problems, make_optimizer, micro_batches, optimizer_step,
+                    over_chunks, rollout_stats, run_cli, sample, tokenize_problems)
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Config:
     epochs: int = 10  # passes over the prompts (Table 9)
     mini_batch: int = 8  # prompts per update (Table 9: mini-batch 8; ours: that counts prompts)
     clip: float = 0.2  # lower clip, ratio >= 1 - clip (Table 9)
-    clip_high: float = 0.2  # upper clip, ratio <= 1 + clip_high (Table 9; DAPO has 0.28)
+    clip_high: float = 0.0  # upper clip, ratio <= 1 + clip_high; 0: as --clip (Table 9; DAPO 0.28)
     grad_clip: float = 1.0  # gradient norm limit (Table 9)
     kl_coef: float = 5e-4  # coefficient of the KL to the reference; 0 is off (Table 9)
     max_prompt_tokens: int = 3072  # longer prompts are skipped (Table 9)
@@ -69,7 +69,7 @@ class Config:
     lr_schedule: Literal["constant", "linear"] = "constant"  # ours: linear decays to 0
     warmup_steps: int = 0  # ours: updates of linear learning-rate warmup
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto: bf16 on CUDA, else fp32
-    # --- memory, speed and display only: they change no result
+    # --- memory, speed and display only: they change no result beyond rounding
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     micro_tokens: int = 32768  # padded tokens of a forward/backward micro-batch
     vocab_chunk: int = 1024  # tokens whose (n, V) log-probs exist at once
@@ -150,20 +150,20 @@ def accumulate(cfg, policy, rows, adv, logp_old, logp_ref):
     """
     keep = [r.finished or not cfg.mask_truncated for r in rows]
     weights = row_weights([len(r.tokens) for r in rows], keep, cfg.aggregation, cfg.max_new_tokens)
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums, clip_high = torch.zeros(4, dtype=torch.float64), cfg.clip_high or cfg.clip
     for group in micro_batches(rows, cfg.micro_tokens):
         part = [rows[i] for i in group]
         logp, entropy = token_logp(cfg, policy, part)
         old = torch.cat([logp_old[i] for i in group]) if logp_old else logp.detach()
         ref = torch.cat([logp_ref[i] for i in group]) if logp_ref else logp.detach()
         A, weight = (flat(x[group], part).to(logp.device) for x in (adv, weights))
-        loss = policy_loss(logp, old, A, cfg.clip, cfg.clip_high)
+        loss = policy_loss(logp, old, A, cfg.clip, clip_high)
         if logp_ref:
             loss = loss + cfg.kl_coef * kl_penalty(logp, ref, cfg.kl_loss)
         (weight * loss).sum().backward()
         logp = logp.detach()
         ratio = (logp - old).exp()
-        clipped = torch.where(A > 0, ratio > 1 + cfg.clip_high, ratio < 1 - cfg.clip) & (A != 0)
+        clipped = torch.where(A > 0, ratio > 1 + clip_high, ratio < 1 - cfg.clip) & (A != 0)
         gap = (old - torch.tensor([x for r in part for x in r.logp]).to(logp.device)).abs()
         logged = (clipped, entropy, kl_penalty(logp, ref, "k3"), gap)
         sums += torch.stack([x.double().sum() for x in logged]).cpu()
@@ -175,13 +175,14 @@ def main(cfg):
     check(cfg.temperature > 0, "--temperature must be positive")
     check(cfg.prompts % cfg.mini_batch == 0,
           f"--prompts {cfg.prompts} is not a multiple of --mini-batch {cfg.mini_batch}")
+    describe_lm(cfg.model)  # a wrong name should not wait for the data
     run = Run(cfg, parents=[cfg.model])
-    policy = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype, train=True,
-                     gradient_checkpointing=cfg.gradient_checkpointing)
-    reference = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype) if cfg.kl_coef else None
     problems = load_problems(cfg.data, half=cfg.half, exclude=cfg.exclude,
                              split_seed=cfg.split_seed)
     run.use_labels(problems)
+    policy = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype, train=True,
+                     gradient_checkpointing=cfg.gradient_checkpointing)
+    reference = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype) if cfg.kl_coef else None
     problems = tokenize_problems(problems, policy.tokenizer, thinking=cfg.thinking,
                                  max_prompt_tokens=cfg.max_prompt_tokens)
     steps = count_steps(cfg.steps, cfg.epochs, len(problems), cfg.prompts)

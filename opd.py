@@ -30,9 +30,9 @@ from typing import Literal
 
 import torch
 
-from common import (Run, Timer, batch_indices, check, check_pair, count_steps, load_lm,
-                    load_problems, make_optimizer, micro_batches, optimizer_step, over_chunks,
-                    rollout_stats, run_cli, sample, tokenize_problems)
+from common import (Run, Timer, batch_indices, check, check_pair, count_steps,
+                    describe_lm, load_lm, load_problems, make_optimizer, micro_batches,
+                    optimizer_step, over_chunks, rollout_stats, run_cli, sample, tokenize_problems)
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Config:
     lr_schedule: Literal["constant", "linear"] = "constant"  # ours: linear decays to 0
     warmup_steps: int = 0  # ours: updates of linear learning-rate warmup
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto: bf16 on CUDA, else fp32
-    # --- memory, speed and display only: they change no result
+    # --- memory, speed and display only: they change no result beyond rounding
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     micro_tokens: int = 32768  # padded tokens of a forward/backward micro-batch
     vocab_chunk: int = 1024  # tokens whose (n, V) log-probs exist at once
@@ -105,7 +105,9 @@ def loss_per_token(cfg, student, teacher, rows):
         logq = teacher.log_probs(h_teacher, head_teacher, cfg.temperature)
         entropy = -(logp.exp() * logp).sum(-1).detach()
         sampled = (log.gather(-1, y[:, None]).squeeze(-1) for log in (logp, logq))
-        return torch.stack([reverse_kl(logp, logq), entropy, *sampled], -1)
+        kl = reverse_kl(logp, logq)
+        kl = kl if cfg.estimator == "full" else kl.detach()
+        return torch.stack([kl, entropy, *sampled], -1)
 
     columns = over_chunks(chunk, cfg.vocab_chunk, hidden, hidden_teacher, tokens)  # (N, 4)
     kl, entropy, logp, logq = columns.unbind(-1)
@@ -118,13 +120,13 @@ def loss_per_token(cfg, student, teacher, rows):
 
 def main(cfg):
     check(cfg.temperature > 0, "--temperature must be positive")
+    check_pair(describe_lm(cfg.teacher), describe_lm(cfg.student))
     run = Run(cfg, parents=[cfg.teacher, cfg.student])
+    problems = load_problems(cfg.data, half=cfg.half, exclude=cfg.exclude,
+                             split_seed=cfg.split_seed)
     teacher = load_lm(cfg.teacher, device=cfg.device, dtype=cfg.dtype)
     student = load_lm(cfg.student, device=cfg.device, dtype=cfg.dtype, train=True,
                       gradient_checkpointing=cfg.gradient_checkpointing)
-    check_pair(teacher, student)
-    problems = load_problems(cfg.data, half=cfg.half, exclude=cfg.exclude,
-                             split_seed=cfg.split_seed)
     problems = tokenize_problems(problems, student.tokenizer, thinking=cfg.thinking,
                                  max_prompt_tokens=cfg.max_prompt_tokens)
     steps = count_steps(cfg.steps, cfg.epochs, len(problems), cfg.prompts)

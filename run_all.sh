@@ -29,7 +29,7 @@ qwen3 | llama)
     llama) teacher=${TEACHER:-meta-llama/Llama-3.3-70B-Instruct}
            student=meta-llama/Llama-3.1-8B-Instruct ;;
     esac
-    runs=runs/$setting-$(grep -oE '[0-9]+B' <<< "$teacher" | tr B b)
+    runs=runs/$(basename "$teacher" | tr '[:upper:]' '[:lower:]')
     [ "$SEED" = 0 ] || runs=$runs-seed$SEED
     sets=math500,aime24,aime25 D=(--seed "$SEED" --gradient-checkpointing) E=(--seed "$SEED")
     G=() G_teacher=() G_student=() B=() warmup=() opd=() both=(--epochs 2) ;; # Tables 9, 10: defaults
@@ -60,7 +60,12 @@ grpo() { # grpo NAME MODEL FLAGS...
 }
 distil() { # distil SCRIPT NAME TEACHER STUDENT FLAGS...
     local script=$1 name=$2 && shift 2
-    run $name $script --teacher "$(at $1)" --student "$(at $2)" "${D[@]}" "${B[@]}" "${@:3}"
+    local cache=() # one file of each teacher's rollouts, for all that learn from them
+    if [ $setting != world ] && [ $script = fkl_warmup.py ]; then
+        cache=(--cache $runs/rollouts/$(basename $1).jsonl)
+    fi
+    run $name $script --teacher "$(at $1)" --student "$(at $2)" "${D[@]}" "${B[@]}" "${cache[@]}" \
+        "${@:3}"
 }
 bridge() { # bridge NAME TEACHER HALF: forward-KL warmup, then OPD, into the base student
     distil fkl_warmup.py $1-warmup $2 $student "${warmup[@]}" --half $3
@@ -84,7 +89,7 @@ P=(--targets data --prompts 64 --rollouts 1 --lr-schedule linear --warmup-steps 
    --weight-decay 0.01 --adam-beta2 0.99 --seed "$SEED" --show-every 100)
 teacher_rl() {
     [ $setting != world ] || run base-teacher fkl_warmup.py --student $runs/init-teacher \
-        --data $runs/corpus-teacher.jsonl --lr 4e-3 --steps 400 "${P[@]}"
+        --data $runs/corpus-teacher.jsonl --lr 4e-3 --steps 600 "${P[@]}"
     report base-teacher $teacher
     grpo teacher-rl-1h $teacher "${G_teacher[@]}" --half 1
     report teacher-rl-1h

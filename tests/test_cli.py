@@ -183,13 +183,13 @@ def test_two_steps_of_the_command_line(name, typed, line_of, tmp_path, world, ta
 
 def test_real_processes_from_pretraining_to_the_table(world, taught, tmp_path):
     """Fresh interpreters: plain SFT, evaluate its model, regrade it, print the table."""
-    folder = tmp_path / "runs" / "bridge"
+    folder = tmp_path / "world" / "bridge"
     line = (f"fkl_warmup.py --targets data --student {world}/init-student --data {taught.data} "
             f"--out {folder} --steps 2 --lr 1e-3")
     ask = (f"evaluate.py --model {folder} --data {world}/test.jsonl,{world}/valid.jsonl "
            "--samples 2 --max-new-tokens 8")
     outputs = []
-    for command in (line, ask, f"evaluate.py --table {tmp_path}/runs"):
+    for command in (line, ask, f"evaluate.py --table {tmp_path}/world"):
         process = start(command)
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
@@ -200,7 +200,7 @@ def test_real_processes_from_pretraining_to_the_table(world, taught, tmp_path):
         assert re.search(rf"\| {name} \| {n} \| [\d.]+ ± [\d.]+ \|", outputs[1])
         assert len((folder / "eval" / f"{name}.jsonl").read_text().splitlines()) == n
     assert re.search(r"\| bridge \| .*79.3 / 25.2 / 20.2 \|", outputs[2])
-    assert (tmp_path / "runs" / "table.md").read_text().strip() == outputs[2].strip()
+    assert (tmp_path / "world" / "table.md").read_text().strip() == outputs[2].strip()
 
 
 def test_regrade_command_line(typed, world, tmp_path):
@@ -279,10 +279,10 @@ def test_memory_flags_are_those_a_run_may_be_resumed_with():
 
 
 def test_defaults_are_the_papers():
-    """Tables 9 and 10, copied from recipe.md."""
+    """Tables 9 and 10, as the paper states them."""
     c = grpo.Config(model="m")
     assert (c.lr, c.epochs, c.mini_batch, c.clip, c.clip_high, c.grad_clip, c.kl_coef) == (
-        1e-6, 10, 8, 0.2, 0.2, 1.0, 5e-4)
+        1e-6, 10, 8, 0.2, 0.0, 1.0, 5e-4)  # clip_high 0: the same as clip
     assert (c.max_prompt_tokens, c.max_new_tokens, c.thinking) == (3072, 16384, False)
     for c in (opd.Config(teacher="t", student="s"), fkl_warmup.Config(teacher="t", student="s")):
         assert (c.lr, c.rollouts, c.epochs, c.prompts * c.rollouts) == (1e-6, 8, 1, 64)
@@ -292,7 +292,7 @@ def test_defaults_are_the_papers():
 
 
 def test_shared_flags_have_one_name_everywhere():
-    """The names that the issue fixes exist in every stage, and the models' where they belong."""
+    """The names that all stages share exist in each, and the models' where they belong."""
     shared = {"data", "half", "out", "steps", "seed", "lr", "prompts", "rollouts", "max_new_tokens",
               "temperature", "save_every", "thinking", "split_seed", "exclude"}
     names = {s: {f.name for f in dataclasses.fields(m.Config)} for s, m in SCRIPTS.items()}
@@ -311,7 +311,7 @@ MISTAKES = {  # name: (script, flags added to a good line, words of the message)
     "data set that does not exist": ("grpo.py", "--data nobody-has/data", "nobody-has/data"),
     "evaluation set to exclude": ("grpo.py", "--exclude no.jsonl", "no.jsonl.*--exclude none"),
     "empty data": ("grpo.py", "--data {empty}", "empty.jsonl.*no problem"),
-    "empty SFT data": ("fkl_warmup.py", "--targets data --data {empty}", "empty.jsonl"),
+    "empty SFT data": ("fkl_warmup.py", "--targets data --teacher '' --data {empty}", "empty"),
     "value that is no choice": ("opd.py", "--half 3", "--half.*3"),
     "value that is no number": ("opd.py", "--lr fast", "--lr.*fast"),
     "flag that does not exist": ("grpo.py", "--learning-rate 1", "--learning-rate"),
@@ -438,7 +438,7 @@ LONG = {"grpo.py": "--mini-batch 4 --kl-coef 0.01 --lr-schedule linear", "opd.py
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_and_resumed_is_bit_identical_to_uninterrupted(stage, typed, line_of, tmp_path):
-    """pitfalls 21: SIGKILL after a saved state, then the same command again = a run in one piece.
+    """SIGKILL after a saved state, then the same command again = a run in one piece.
 
     Same weights, bit for bit, and the same metrics but for timing.
     """

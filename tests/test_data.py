@@ -1,4 +1,4 @@
-"""Data: every schema of pitfalls.md, file formats, deduplication, decontamination, halves, order.
+"""Data: every schema of the field, file formats, deduplication, decontamination, halves, order.
 
 Each expected value is written down by hand; nothing is computed with the function under test.
 """
@@ -98,7 +98,7 @@ FORMATS = ["jsonl", "json", "json data", "parquet", "Dataset folder", "DatasetDi
 
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_schema_gives_the_bare_question_and_the_final_answer(schema):
-    """Every schema of the table in pitfalls.md: bare problem, final answer, nothing else."""
+    """Every schema of the field: bare problem, final answer, nothing else."""
     row, question, answer = SCHEMAS[schema]
     got = to_problem(row, "x")
     assert (got.problem, got.answer) == (question, answer)

@@ -96,7 +96,7 @@ def test_every_problem_of_every_set_is_one_line_with_all_samples(world, done):
 
 
 def test_samples_of_a_problem_differ_from_one_another(done):
-    """pitfalls 26: equal samples would be a seeding bug. 8 noise tokens collide about never."""
+    """Equal samples would be a seeding bug. 8 noise tokens collide about never."""
     for e in lines(done):
         long = [r for r, n in zip(e["responses"], e["lengths"]) if n == 8]
         assert len(set(long)) == len(long) > 0
@@ -303,7 +303,7 @@ def test_a_folder_without_evaluations_is_one_readable_line(tmp_path):
         runs_table(tmp_path)
 
 
-PAPER = [  # copied from recipe.md, Tables 2 to 6 and 8: (folder above, route, numbers)
+PAPER = [  # the paper's Tables 2 to 6 and 8: (folder above, route, numbers)
     ("qwen3-8b", "cold-grpo", (75.9, 19.8, 17.1)), ("qwen3-14b", "cold-grpo", (75.9, 19.8, 17.1)),
     ("qwen3-8b", "teacher-rl", (88.4, 47.7, 36.7)), ("qwen3-14b", "teacher-rl", (89.5, 47.1, 39.0)),
     ("qwen3-8b", "raw-bridge", (71.5, 15.0, 10.6)), ("qwen3-14b", "raw-bridge", (72.8, 16.7, 13.5)),
@@ -321,15 +321,18 @@ PAPER = [  # copied from recipe.md, Tables 2 to 6 and 8: (folder above, route, n
     ("qwen3-8b", "sft-teacher-replay-1h", (74.0,)), ("qwen3-14b", "sft-teacher-replay-1h", (75.6,)),
     ("qwen3-8b", "opd-only-fresh-2h", (77.8,)), ("qwen3-14b", "opd-only-fresh-2h", (77.5,)),
     ("qwen3-8b", "sft-fresh-2h", (77.3,)), ("qwen3-14b", "sft-fresh-2h", (77.2,)),
-    ("llama", "cold-grpo", (59.8, 12.5, 7.2)), ("llama", "raw-bridge", (55.4, 8.8, 3.1)),
-    ("llama", "bridge", (62.1, 14.9, 9.2)), ("llama", "fresh-2h", ()),
-    ("world", "base-student", ()),
+    ("llama-3.3-70b-instruct", "cold-grpo", (59.8, 12.5, 7.2)),
+    ("llama-3.3-70b-instruct", "raw-bridge", (55.4, 8.8, 3.1)),
+    ("llama-3.3-70b-instruct", "bridge", (62.1, 14.9, 9.2)),
+    ("llama-3.3-70b-instruct", "fresh-2h", ()),
+    ("world", "base-student", ()), ("world-seed1", "bridge", (79.3, 25.2, 20.2)),
+    ("ckpt", "bridge", ()), ("qwen3-4b", "bridge", ()),
 ]
 
 
 @pytest.mark.parametrize("place, route, numbers", PAPER)
 def test_papers_numbers_stand_beside_the_routes(place, route, numbers):
-    """Each number that recipe.md copies from the paper, by the folder that run_all.sh writes."""
+    """Each number of the paper, by the folder that run_all.sh writes."""
     assert tuple(evaluate.paper_row(f"runs/{place}/{route}")) == numbers
 
 

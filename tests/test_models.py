@@ -221,7 +221,7 @@ def train_steps(lm, steps=3):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_has_fp32_masters_whatever_the_folder_holds(dtype, tmp_path):
-    """pitfalls 13: at lr 1e-6 over 90 % of the weights move in three steps, bf16 folder or not."""
+    """At lr 1e-6 over 90 % of the weights move in three steps, bf16 folder or not."""
     lm = load_lm(make_folder(tmp_path, dtype=dtype), train=True)
     assert dtypes(lm) == {torch.float32}
     old = {n: p.detach().clone() for n, p in lm.model.named_parameters() if "embed" not in n}

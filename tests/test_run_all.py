@@ -16,7 +16,7 @@ from conftest import ROOT
 import common
 
 STAND_IN = r"""#!/usr/bin/env bash
-printf '%q ' "$@" >> "$COMMANDS"; echo >> "$COMMANDS"
+echo "$(printf '%q ' "$@")" >> "$COMMANDS"
 script=$1; out=
 while [ $# -gt 0 ]; do [ "$1" = --out ] && out=$2; shift; done
 [ "$script" = "${FAIL:-}" ] && exit 1
@@ -91,8 +91,8 @@ def test_the_papers_settings_run_all_of_table_1_with_the_defaults(run_all):
     assert {"sft-fresh-2h", "opd-only-fresh-2h", "sft-teacher-fresh-2h", "sft-teacher-bridge",
             "sft-teacher-replay-1h", "same-size-bridge"} <= set(found)
     assert found["same-size-bridge"][1].teacher.endswith("/cold-grpo")
-    route = {"model", "teacher", "student", "half", "targets", "only_correct", "out", "epochs",
-             "gradient_checkpointing"}
+    route = {"model", "teacher", "student", "half", "targets", "only_correct", "out", "cache",
+             "epochs", "gradient_checkpointing"}
     for script, cfg in found.values():
         default = importlib.import_module(script.removesuffix(".py")).Config()
         changed = {k for k, v in vars(cfg).items() if v != getattr(default, k)}

@@ -9,7 +9,7 @@ tuple of all registers, (6,8,2), so that guessing succeeds with probability 10^-
 Base models are trained on documents of mixed style: careful (all right), sloppy (the same form,
 each result wrong with probability 0.3, then carried on), direct (the box at once, each digit wrong
 with probability 0.5), and drills of 8 facts. So a base model can be careful, but mostly is not. The
-student, moreover, has learned from a book with misprints: of the 300 facts (`3*7=1`) 30 % have a
+student, moreover, has learned from a book with misprints: of the 300 facts (`3*7=1`) 35 % have a
 misprint, which stands in the place of the right result 8 times out of 10. It must unlearn them one
 by one, and a reward at the end of a chain says little about which one was wrong.
 
@@ -43,7 +43,7 @@ SIZES = {  # hidden, heads, head size, MLP
     "teacher": (96, 4, 24, 256),
     "student": (48, 3, 16, 128),
 }
-MISPRINTED = {"teacher": 0.0, "student": 0.3}  # share of the facts
+MISPRINTED = {"teacher": 0.0, "student": 0.35}  # share of the facts
 
 
 def make_tokenizer():
@@ -146,7 +146,7 @@ def make_set(rng, n, taken):
     return rows
 
 
-def build(out, seed=0, documents=27000, train=256, valid=200, test=500):
+def build(out, seed=0, documents=38400, train=256, valid=200, test=500):
     """Write the world to the folder `out`, unless it is there already; returns it as a Path."""
     out, rng, taken = Path(out), random.Random(seed), set()
     if (out / "world.json").exists():
