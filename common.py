@@ -21,6 +21,7 @@ import inspect
 import json
 import logging
 import math
+import operator
 import os
 import platform
 import re
@@ -28,10 +29,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
+import zlib
 from collections import Counter
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -584,22 +588,498 @@ def count_steps(steps, epochs, n_items, per_step):
 # --------------------------------------------------------------------------------------------------
 
 
-def extract_answer(response):
-    m = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", response)
-    return m[-1] if m else None
+# Two answers are equal if they are the same text once normalised, or read as the same value, which
+# is a Fraction; where that is not exact, a number of 400 digits; or (kind, parts) for a set, tuple,
+# interval, matrix or equation. Letters take random rationals, so expressions are
+# equal if their numbers are, at three points. Nothing is solved or expanded. Refused, because a
+# reading would be a guess or the work could not be bounded before it is done: words that are no
+# unit (33 or more), `2 3`, improper mixed numbers, false chains (34 = 33), ellipses, sums and
+# integrals, which equal only the same text; and texts beyond 2,000 characters, 400 tokens, 30
+# levels, 25,000 bits of an exact number or 10^±200 of another, which are given up.
+_MAX_RESPONSE, _MAX_CHARS, _MAX_TOKENS, _MAX_DEPTH = 400_000, 2_000, 400, 30
+_MAX_BITS, _MAX_LOG2, _DIGITS, _TOLERANCE = 25_000, 690, 400, 375  # 2^690 = 10^207
+_Unreadable = SyntaxError  # not in the grammar: only the same text can match
+_TooMuch = RecursionError  # in the grammar, but beyond a limit
+
+# --- where the answer stands
+_BRACE = re.compile(r"(\\(?:boxed|fbox)\s*)?\{|\}|\\[{}]")
+_JOINER = re.compile(  # what may stand between boxes of one list; a new line needs a conjunction
+    r"(?=[^\n]*\Z|[^,;]*(?:and|or|[,;]))(?:[\s$&,;*]|\\[()\[\],;:! ]|\\q?quad|and\b|or\b"
+    r"|\\(?:text|mbox)\{[\s,]*(?:and|or)?[\s,]*\})*")
+_ANSWER_LINES = (r"(?i)\banswer[*_ \t]{0,6}[:：](?: {0,4}the (?:final )?answer is:?)?",
+                 r"(?i)\banswer\s{1,4}is\b:?")
 
 
-def answers_equal(a, b):
-    a, b = a.replace(" ", ""), b.replace(" ", "")
-    return a == b
+def extract_answer(response: str) -> str | None:
+    r"""The text of the last \boxed after </think>, else of the last "Answer:" line, else None.
+
+    >>> extract_answer(r"<think>\boxed{1}</think> \boxed{2} and \boxed{\frac{3}{4}}, \boxed{5")
+    '2 and \\frac{3}{4}'
+    >>> extract_answer("**Answer:** 33."), extract_answer("<think> so \\boxed{33}")
+    ('33.', None)
+    """
+    text = response.rpartition("</think>")[2]
+    if "<think>" in text:
+        return None
+    text = text[-_MAX_RESPONSE:]
+    return (_boxed(text) or _answer_line(text)).strip() or None
 
 
-def grade(response, answer):
-    got = extract_answer(response)
-    return "no_answer" if got is None else "correct" if answers_equal(got, answer) else "wrong"
+def _boxed(text):
+    """The last balanced box, with those joined to it, or ""; in one pass."""
+    opened, boxes, answer, next_start = [], [], "", None
+    for m in _BRACE.finditer(text):
+        if m[1] or m[0] == "{":
+            opened.append(m)
+        elif m[0] == "}" and opened:
+            brace = opened.pop()
+            while brace[1] and boxes and boxes[-1][0] > brace.start():
+                boxes.pop()  # a box in a box
+            boxes += [(brace.start(), brace.end(), m.start(), m.end())] if brace[1] else []
+    while boxes and len(answer) <= _MAX_CHARS:
+        start, a, b, end = boxes.pop()
+        box, gap = text[a:b], text[end:next_start]
+        if next_start and (len(gap) > 80 or not _JOINER.fullmatch(gap)):
+            break  # an earlier thought
+        if box != answer:  # else the same said twice
+            answer = f"{box} and {answer}" if next_start else box
+        next_start = start
+    return answer
 
 
-def verify(response, answer):
+def _answer_line(text):
+    """What follows the last "Answer:", undressed, or ""."""
+    for pattern in _ANSWER_LINES:
+        ends = [m.end() for m in re.finditer(pattern, text)]
+        if ends:
+            rest = text[ends[-1]:ends[-1] + _MAX_CHARS].lstrip(" \t\r\n*_`")
+            close = {"\\[": "\\]", "$$": "$$"}.get(rest[:2], "\n")
+            line = rest.removeprefix("\\[").removeprefix("$$").split(close)[0]
+            return line.split("<|")[0].split(". I hope")[0].strip(" \t*_`")
+    return ""
+
+
+# --- normalisation
+_SYMBOLS = r"""\times * \cdot * \ast * \div / \pm ± \mp ∓ \le ≤ \leq ≤ \leqslant ≤ \ge ≥ \geq ≥ <= ≤
+    \geqslant ≥ \lt < \gt > \approx ≈ \in ∈ \cup ∪ \infty ∞ \emptyset \{\} \varnothing \{\} \circ °
+    \degree ° \prime ' \lbrace \{ \rbrace \} \lvert | \rvert | \vert | \mid | \langle ( \rangle )
+    \dfrac \frac \tfrac \frac \cfrac \frac \dbinom \binom \tbinom \binom \exp e^ exp e^ \varphi φ
+    \lfloor \floor( \rfloor ) \lceil \ceil( \rceil ) >= ≥ \varepsilon ε \ell l \hbar ħ pi π ** ^
+    \alpha α \beta β \gamma γ \delta δ \epsilon ε \zeta ζ \eta η \theta θ \iota ι \kappa κ \nu ν
+    \lambda λ \mu μ \xi ξ \pi π \rho ρ \sigma σ \tau τ \phi φ \chi χ \psi ψ \omega ω infinity ∞
+    inf ∞ infty ∞ \ne ≠ \neq ≠""".split()
+_SPACES = r"""\left \right \displaystyle \mathbf \mathbb \mathcal \mathit \boldsymbol \bm \boxed
+    \fbox \pounds \euro \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \quad \qquad""".split()
+_FUNCTIONS = dict(ln="log", lg="log10", arcsin="asin", arccos="acos", arctan="atan", abs="fabs") | {
+    name: name for name in "sin cos tan sec csc cot log floor ceil".split()}
+_WORDS = dict(zip(_SYMBOLS[::2], _SYMBOLS[1::2])) | dict.fromkeys(_SPACES, " ") | {
+    name: f"\\{name} " for name in [*_FUNCTIONS, "sqrt"]}
+_UNITS = """cm mm km kg mg ml mL ft in yd mi lb lbs oz hr hrs min sec mph kph sq deg pts day Hz kHz
+    MHz eV keV MeV GeV Pa kPa atm mol nm kJ kW kV mA pc Mpc AU erg USD per yes no No odd""".split()
+_NOT_UNIT = re.compile(
+    r"\b(not?|if|when|for|mod|more|less|fewer|least|most|than|to|but|only|dozen|hundred"
+    r"|thousand|\w+illion|squared|cubed|half|twice|times|negative|minus)s?\b|[=<>∪]")
+_TEXT = r"\\(?:text\w{0,6}|mbox|mathrm|operatorname)\s*\{\s*"
+_CHARS = str.maketrans(dict(zip("−–×·⋅÷⁄′⩽⩾∣\"\u200b", "--***//'≤≥|  ")) | {
+    "√": "\\sqrt ", "∅": "\\{\\}"})
+
+
+def _word(m):
+    """A symbol for a command or a run of letters; quotes for a run that is no product."""
+    word = m[0]
+    long = len(word) > 3 and word.isalpha() and not word.isupper()
+    return _WORDS.get(word) or (f'"{word}"' if long or word in _UNITS else word)
+
+
+def _unit(m):
+    """Drops the units behind a value, but a single letter only if the rest has none."""
+    words = m[0].strip(' "').lower()
+    before = re.sub('.*=|"[^"]*"', "", m.string[:m.start()])
+    letter = len(words) == 1 and re.search(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", before)
+    return m[0] if letter or _NOT_UNIT.search(words) else " "
+
+
+def _mixed(m):
+    """A mixed number is a sum; an improper one is made unreadable."""
+    whole, top, bottom = map(int, re.findall(r"\d+", m[0]))
+    return f" ({whole}+{top}/{bottom}) " if 0 < top < bottom else f" ?{m[0]} "
+
+
+_TABLE = [(re.compile(row[0]), *row[1:]) for row in (  # pattern, replacement, example, its result
+    (r"(?s)\\\\(?=[A-Za-z\\])(?!.*\\end)", r"\\", r"\\frac{1}{2}", r"\frac{1}{2}"),
+    (r"\\mathbb\s*\{?R\}?", r"(-∞,∞)", r"x \in \mathbb{R}", "x ∈ (-∞,∞)"),
+    (r"(\d)\s*(?:\{\s*,\s*\}|,\\!)\s*(?=\d{3})", r"\1,", r"10{,}080; 32,\!348", "10080; 32348"),
+    (r"\\!|(?<!\\)\\[()\[\]]", "", r"\(33\)", "33"),
+    (r"\\\$|\\?%|[$€£¥~]|(?<!\\)\\[,;:> ]", " ", r"$\$36$; 28\%; 10\,000", "36 ; 28 ; 10000"),
+    (r"\\begin\s*\{\w+\*?\}(?:\s*\{[lcr|]*\})?", " ⟦ ", r"\begin{pmatrix}1&2", "⟦ 1&2"),
+    (r"(?:\\\\)?\s*\\end\s*\{\w+\*?\}", " ⟧ ", r"3\\ \end{array}", "3 ⟧"),
+    (r"(?<=\d)[eE]([+-]?\d+)", r"*10^{\1}", "1.5e-3", "1.5*10^{-3}"),
+    (r"(?i)[,;]*\s*(?<![a-z\\])(?:and|or)(?![a-z])", "∪", "2, 3, and 5", "2, 3∪ 5"),
+    (r"(?<=[\d}/*])\s*" + _TEXT + r"([A-Za-cf-hj-z])\s*\}", r'"\1"', r"5\text{ V}", "5"),
+    (_TEXT + rf"(?!(?:{'|'.join(_FUNCTIONS)})\b)([^{{}}\d=]*[A-Za-z]{{2}}[^{{}}\d=]*)\}}", r'"\1"',
+     r"\text{more}", '"more"'),
+    (_TEXT + r"([^{}]*)\}", r" \1 ", r"\text{(B)}", "(B)"),
+    (r'"[^"]*"|\\?[^\W\d_]+|[<>]=|\*\*', _word, r"\dfrac\pi2 <= x", r"\fracπ2 ≤ x"),
+    (r"\s+", " ", "x\n + 1", "x + 1"),
+    (r" ?\^ ?\{ ?° ?\}| ?\^ ?°| °", "°", r"75^{\circ}; 75^\circ", "75°; 75°"),
+    (r"\^ ?\{ ?('[' ]*)\}|\^ ?('+)", r"\1\2", r"y^{\prime\prime}", "y''"),
+    (r'(?<!\d)\(?(\d+)\)? ?_? ?\{? ?"? ?base ?"? ?\{?(\d+)\}*', r"\1_\2", "6 base 7", "6_7"),
+    (r"\\(frac|binom) ?(\d) ?(?=[\d{\\])", r"\\\1{\2}", r"\frac4{x}", r"\frac{4}{x}"),
+    (r"\\(frac|binom) ?(\{[^{}]*\}) ?(\d)", r"\\\1\2{\3}", r"\frac43", r"\frac{4}{3}"),
+    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}", r"{5 \choose 3}", r"\binom{5 }{ 3}"),
+    (r"(?<=\d) ?[xX] ?(?=10 ?\^)", "*", "2.5 x 10^3", "2.5*10^3"),
+    (r"^ ?\\\{ ?[a-z] ?[|:](.*)\\\} ?$", r"\1", r"\{x \mid x > 5\}", "x > 5"),
+    (r"\|([^|]*)\|", r"\\abs(\1)", "|x|", r"\abs(x)"),
+    (r"^ ?(?:\w ?)?≈| ?≈ ?-?\d[\d.]* ?(?=$|[,;)}])", "", r"x = 1/3 \approx 0.33", "x = 1/3"),
+    (r"(?<![\d.,(\[{_])(?<!\d )[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d)\]}]|,\d|\\})",
+     lambda m: re.sub(r"\D", "", m[0]), "58,500; 1 000; (58,500)", "58500; 1000; (58,500)"),
+    (r"(?<![\d.^_/])\d+ ?(?:\\frac ?\{ ?\d+ ?\} ?\{ ?\d+ ?\}|(?<= )\d+/\d+)", _mixed,
+     r"3\frac12; 3½", "(3+1/2) ; (3+1/2)"),
+    (r"[., :;]+$", lambda m: m[0] if ".." in m[0] else "", "33. ", "33"),
+    (r"(?<=\d) ([mgshLJNWVK](?:/[smhL])?(?:\^?\{?\d\}?)?) ?$", r' "\1"', "5 m/s^2", "5"),
+    (r"""(?:(?<=[\d)}\]°'.π])|(?<=(?<![A-Za-z])[b-zB-HJ-Z]))"""
+     r' ?(?:[/*]? ?"[^"]*"(?: ?\^ ?(?:\{[^{}]*\}|\d))? ?)+'
+     r"(?! ?(?:[\w({^]|\.\d|\\[a-z]))", _unit,
+     r"15\mbox{ cm}^2; 5x meters; 33 more", '15 ; 5x ; 33 "more"'),
+)]
+
+
+def _normalise(text):
+    r"""One spelling for every notation, on both sides; words that are no letters get quotes.
+
+    >>> [(row[2], _normalise(row[2])) for row in _TABLE if _normalise(row[2]) != row[3]]
+    []
+    """
+    if len(text) > _MAX_CHARS:
+        raise _TooMuch
+    text = re.sub("[¼-¾⅐-⅞]", r" \g<0>", re.sub("[⁰¹²³⁴-⁹⁻ⁿ]+", r"^{\g<0>}", text))
+    text = unicodedata.normalize("NFKC", text).translate(_CHARS)
+    for pattern, new, *_ in _TABLE:
+        text = pattern.sub(new, text)
+    return " ".join(text.split())
+
+
+# --- a parser that computes
+#   answer := item (("," | ";" | "∪") item)*    "and" and "or" have become ∪
+#   item   := expr (("=" | "∈" | "<" | "≤" | ">" | "≥") expr)*
+#   expr   := base, then from loose to tight: + - | * / and no sign | ^ ! °
+#   base   := number | name | sign expr | "words" | \frac arg arg | \binom arg arg
+#           | ( items ) and its kin [ ] { } \{ \} | ⟦ item (("&" | "\\") item)* ⟧
+#           | \sqrt [expr] arg | \sin^arg expr and its kin (\abs, \floor)
+#   name   := letter, \vec{...} or digits_base, with its primes and its subscript, is one token
+# Kinds: "set" (also lists, unions), "()" and other brackets (tuples, intervals, x < 5), "⟦" and its
+# separators (matrices), "=" and the name on the left (equations), "chain" and its signs, "text".
+_NAME = (r"(?:[^\W\d_]|\d+(?=_)|\\(?:hat|vec|dot|ddot|tilde|angle)"
+         r"(?:\s?\{[^{}]*\}|(?:\s?[^\W\d_])+))'*(?:_\s?(?:\d+|[^\W_]|\{[^{}]*\}))?'*")
+_TOKEN = re.compile(rf'"[^"]*"|{_NAME}|\d+(?:\.\d*)?|\.\d+|\\[A-Za-z]+|\\.|\S')
+_LEFT_SIDE = re.compile(  # x, a_1, y', f(x), f^{-1}(x), P(A), AB, |AB|, "Area", (x,y), dy/dx
+    rf"""{_NAME}(?:\^\{{?-1\}}?)?(?:\([\w,∩∪|'"]*\))?|(?:\\abs)?[(\[]?[A-Z]{{1,4}}[)\]]?|"[^"]*"
+    |\({_NAME}(?:,{_NAME})*\)|\\frac\{{d\w\}}\{{d\w\}}""", re.X)
+_CLOSE = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), "\\{": ("\\}",), "⟦": ("⟧",)}
+_local = threading.local()
+
+
+def _mp():
+    """Mpmath (sympy's arithmetic) at 400 digits, loaded on first need, one for each thread."""
+    if not hasattr(_local, "mp"):
+        from mpmath.ctx_mp import MPContext
+        _local.mp = MPContext()
+        _local.mp.dps = _DIGITS
+    return _local.mp
+
+
+def _refuse(reason=_Unreadable):
+    raise reason
+
+
+def _kind(x):
+    return x[0] if isinstance(x, tuple) else ""
+
+
+def _inexact(x):
+    """A number of 400 digits, unless it is too small or large to be told from others."""
+    value = _refuse() if _kind(x) else _mp().convert(x)
+    too_much = isinstance(x, Fraction) and x and abs(_mp().mag(value)) > _MAX_LOG2
+    return _refuse(_TooMuch) if too_much else value
+
+
+def _join(op, x, y):
+    """x + y or x * y: exact if both are; a factor goes into the entries of a matrix."""
+    if op is operator.mul and _kind(y)[:1] == "⟦":
+        return y[0], [_join(op, x, cell) for cell in y[1]]
+    if not (isinstance(x, Fraction) and isinstance(y, Fraction)):
+        return op(_inexact(x), _inexact(y))
+    value = op(x, y)
+    size = max(value.numerator.bit_length(), value.denominator.bit_length())
+    return value if size <= _MAX_BITS else _refuse(_TooMuch)
+
+
+class _Reader:
+    """Reads one answer with random values for its letters."""
+
+    def __init__(self, text, point):
+        self.toks, self.point, self.letters = _TOKEN.findall(text) + [""], point, set()
+        self.i = self.depth = self.trig = 0
+        if len(self.toks) > _MAX_TOKENS:
+            raise _TooMuch
+
+    def take(self, *wanted):
+        """The next token if it is one of those wanted (any, if none are named), else ""."""
+        tok = self.toks[self.i] if not wanted or self.toks[self.i] in wanted else ""
+        self.i += tok != ""
+        return tok
+
+    def items(self, *separators):
+        items, taken = [self.item()], ""
+        while separator := self.take(*separators):
+            taken += separator
+            items.append(self.item())
+        return items, taken
+
+    def item(self):
+        """An expression, or an equation, membership, interval like 1 < x ≤ 2, or other chain."""
+        outer, values, spans, letters, signs = self.letters, [], [], [], ""
+        while len(values) == len(signs):
+            start, self.letters = self.i, set()
+            values.append(self.expr())
+            spans.append("".join(self.toks[start:self.i]))
+            letters.append(self.letters)
+            signs += self.take(*"=∈<≤>≥")
+        if signs[:1] in (">", "≥"):
+            signs = signs[::-1].translate(str.maketrans("<≤>≥", ">≥<≤"))
+            values, spans, letters = values[::-1], spans[::-1], letters[::-1]
+        value, lone = values[0], [len(span) == 1 and span.isalpha() for span in spans]
+        if signs and set(signs) <= {"=", "∈"}:
+            name = spans[0] if _LEFT_SIDE.fullmatch(spans[0]) else ""
+            value, letters[0] = ("=" + name, values), set() if name else letters[0]
+        elif set(signs) <= {"<", "≤"} and sum(lone) == 1 and signs and len(signs) - lone[1] < 2:
+            letters[lone.index(True)] = set()
+            low, *_, high = [-_mp().inf] * lone[0] + values + [_mp().inf] * lone[-1]
+            left = "[" if signs[0] == "≤" and not lone[0] else "("
+            value = left + ("]" if signs[-1] == "≤" and not lone[-1] else ")"), [low, high]
+        elif signs:
+            value = "chain" + signs, values
+        self.letters = outer.union(*letters)
+        return value
+
+    def expr(self, power=0):
+        """Sums bind at 1, products at 2; powers, factorials and degrees, at 3, always."""
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise _TooMuch
+        start, left = self.i, self.prefix()
+        while tok := self.toks[self.i]:
+            if tok[0].isdecimal() and self.i == start + 1:
+                raise _Unreadable  # 3 3 is neither 9 nor 33
+            if power < 1 and tok in "+-":
+                left = _join(operator.add, left, self.expr(1))
+            elif power < 2 and self.take("*"):
+                left = _join(operator.mul, left, self.expr(2))
+            elif power < 2 and self.take("/"):
+                left = _join(operator.mul, left, self.power(self.expr(2), Fraction(-1)))
+            elif power < 2 and self.goes_on(tok):
+                left = _join(operator.mul, left, self.expr(2))
+            elif self.take("^"):
+                left = self.power(left, self.prefix(2))
+            elif self.take("!"):
+                left = self.call("factorial", left)
+            elif self.take("°"):
+                left = _join(operator.mul, _mp().pi / 180, left) if self.trig else left
+            else:
+                break
+        self.depth -= 1
+        return left
+
+    def goes_on(self, tok):
+        """Whether a product without a sign goes on with this token."""
+        return tok != "" and (tok[0].isalnum() or tok in _CLOSE or tok == "∞"
+                              or tok[0] == "\\" and len(tok) > 2)
+
+    def prefix(self, power=1):
+        tok = self.take() or _refuse()
+        if tok in "+-":
+            return _join(operator.mul, Fraction(tok + "1"), self.expr(power))
+        if tok in "πei∞":
+            return {"π": +_mp().pi, "e": +_mp().e, "i": _mp().mpc(0, 1), "∞": _mp().inf}[tok]
+        if re.fullmatch(_NAME, tok):  # a rational below 1, then one in [1, 3), then any in ±[1, 3)
+            name = re.sub(r"[{} ]", "", tok)
+            self.letters.add(name)
+            crc = zlib.crc32(f"{name} {self.point}".encode("utf-8", "replace"))
+            value = Fraction(crc % 20011 + 10007, 10007 if self.point else 30029)
+            return -value if self.point == 2 and crc % 3 else value
+        if tok[0].isdecimal() or tok[0] == "." and len(tok) > 1:
+            return Fraction(tok)
+        if tok in _CLOSE:
+            return self.bracket(tok)
+        if tok == "\\frac":
+            top = self.prefix(2)
+            return _join(operator.mul, self.power(self.prefix(2), Fraction(-1)), top)
+        if tok == "\\binom":
+            return self.call("binomial", self.prefix(2), self.prefix(2))
+        if tok == "\\sqrt":
+            index = self.expr() if (given := self.take("[")) else Fraction(2)
+            x = self.prefix(2) if not given or self.take("]") else _refuse()
+            return self.power(x, self.power(index, Fraction(-1)))
+        if tok[0] == '"':
+            return "text", tok
+        return self.function(_FUNCTIONS.get(tok[1:]) or _refuse())
+
+    def bracket(self, opening):
+        separators = ("&", "\\\\") if opening == "⟦" else (",", ";")
+        items, taken = ([], "") if self.toks[self.i] == "\\}" else self.items(*separators)
+        closing = self.take(*_CLOSE[opening]) or _refuse()
+        kind = {"{": "set", "\\{": "set", "⟦": "⟦" + taken}.get(opening, opening + closing)
+        return items[0] if len(items) == 1 and opening != "\\{" else (kind, items)
+
+    def function(self, name):
+        """sin^2 x, log_2 8, cos 2x, sin b cos a: the argument ends before a function or bracket."""
+        base = self.prefix() if self.take("_") else +_mp().e
+        power = self.prefix() if self.take("^") else Fraction(1)
+        self.trig += 1
+        closed = self.toks[self.i] in ("(", "[")
+        x = self.prefix() if closed else self.expr(2)
+        while not closed and self.goes_on(tok := self.toks[self.i]) and tok[0] not in "(\\":
+            x = _join(operator.mul, x, self.expr(2))
+        self.trig -= 1
+        if power == -1 and name in ("sin", "cos", "tan"):
+            name, power = "a" + name, Fraction(1)
+        value = self.call(name, x)
+        return self.power(value / _mp().log(_inexact(base)) if name == "log" else value, power)
+
+    def power(self, x, y):
+        """x^y, refused before the work if large; odd roots are real."""
+        if isinstance(x, Fraction) and isinstance(y, Fraction) and y.denominator == 1:
+            size = max(x.numerator.bit_length(), x.denominator.bit_length())
+            if size * abs(y) <= _MAX_BITS or abs(x) in (0, 1):
+                return x ** int(y)
+        base, exponent = _inexact(x), _inexact(y)
+        if base and max(1, abs(_mp().mag(base))) * abs(exponent) > _MAX_LOG2:
+            raise _TooMuch
+        odd_root = isinstance(y, Fraction) and y.denominator % 2 and not _mp().im(base) and base < 0
+        sign = (-1) ** y.numerator if odd_root else 1
+        return sign * self.call("power", -base if odd_root else base, exponent)
+
+    def call(self, name, *args):
+        """An inexact function, refused if large, or if not real though a letter is negative."""
+        args = [_inexact(x) for x in args]
+        value = getattr(_mp(), name)(*args)
+        size = _mp().mag(value) if value else 0
+        if size > _MAX_LOG2 or name == "factorial" and size < -_MAX_LOG2:
+            raise _TooMuch
+        if self.point == 2 and self.letters and _mp().im(value) and not any(map(_mp().im, args)):
+            raise ValueError
+        return value
+
+
+# --- comparison
+def _read(text, point):
+    """The value of an answer at a sample point, and its free letters; ± is a list of two."""
+    texts = {text.translate(str.maketrans("±∓", signs)) for signs in ("+-", "-+")}
+    parts = []
+    for signed in sorted(texts):
+        reader = _Reader(signed, point)
+        items, _ = reader.items(",", ";", "∪")
+        if reader.toks[reader.i]:
+            raise _Unreadable
+        for x in items:
+            parts += x[1] if len(texts) == 2 and _kind(x) == "set" else [x]
+    return parts[0] if len(parts) == 1 else ("set", parts), reader.letters
+
+
+def _same(x, y):
+    """Whether two values are equal; so are x = 5 and 5, and f(x) = 5 and y = 5."""
+    kinds = {_kind(x), _kind(y)}
+    if kinds == {""}:
+        if isinstance(x, Fraction) and isinstance(y, Fraction):
+            return x == y
+        x, y = _inexact(x), _inexact(y)
+        if not (_mp().isfinite(x) and _mp().isfinite(y)):
+            return bool(x == y)
+        return bool(abs(x - y) <= _mp().mpf(10) ** -_TOLERANCE * max(1, abs(x)))
+    equations = [v for v in (x, y) if _kind(v)[:1] == "="]
+    if len(equations) == 1:  # a chain without a name must hold
+        (name, sides), = equations
+        other = y if _kind(x)[:1] == "=" else x
+        return all(_same(side, other) for side in (sides if name == "=" else sides[-1:]))
+    if len(equations) == 2 and "=" not in kinds and re.search('["(]', x[0] + y[0]):
+        return _same(x[1][-1], y[1][-1])
+    if "set" in kinds:  # {5} is 5
+        x, y = (v[1] if _kind(v) == "set" else [v] for v in (x, y))
+        return all(any(_same(a, b) for b in there)
+                   for here, there in ((x, y), (y, x)) for a in here)
+    if not equations and len(kinds) > 1 or len(x[1]) != len(y[1]):
+        return False
+    return x == y if kinds == {"text"} else all(map(_same, x[1], y[1]))
+
+
+def _proportional(pairs):
+    """Whether two equations are multiples of each other at all sample points."""
+    if len(pairs) < 2 or any(_kind(x)[:1] != "=" or len(x[1]) != 2 for pair in pairs for x in pair):
+        return False
+    gaps = [[_inexact(x[1][0]) - _inexact(x[1][1]) for x in pair] for pair in pairs]
+    a, b = gaps[0]
+    return bool(a and b) and all(_same(a * d, b * c) for c, d in gaps)
+
+
+def _key(text):
+    """What stands for an answer without a reading; case counts unless it is a word or a choice."""
+    words = re.fullmatch(r'[\[({]*([A-Za-z"\s]+)[\])}]*', text)
+    key = re.sub(r'"|(?<!\d)\s+|\s+(?![\d.])', "", words[1] if words else text)  # 3 3 is not 33
+    return key.lower() if words and ('"' in text or len(key) > 2 or key in "ABCD") else key
+
+
+def _equal(given, gold):
+    """Whether two answers are equal: as texts, or as values at all sample points."""
+    if given.strip() == gold.strip():
+        return bool(gold.strip())
+    given, gold = _normalise(given), _normalise(gold)
+    if _key(given) == _key(gold):
+        return _key(given) != ""
+    pairs = []
+    for point in range(3):
+        try:
+            (x, letters), (y, more) = _read(given, point), _read(gold, point)
+        except (ZeroDivisionError, ValueError, OverflowError):
+            continue  # undefined at this point
+        if bool(letters) != bool(more) and _kind(x)[:1] + _kind(y)[:1] != "==":
+            return False  # a letter too many
+        pairs.append((x, y))
+        if not letters | more:
+            break
+    return bool(pairs) and (all(_same(*pair) for pair in pairs) or _proportional(pairs))
+
+
+def answers_equal(a: str, b: str) -> bool:
+    r"""Whether two bare answers have one value; False where that cannot be told. Never raises.
+
+    >>> answers_equal(r"\frac{14}{3}", "14/3"), answers_equal("0.333", "1/3")
+    (True, False)
+    """
+    try:
+        return _equal(a, b)
+    except Exception:  # unreadable, beyond a limit, or an internal error: not known to be equal
+        return False
+
+
+def grade(response: str, answer: str) -> str:
+    r""""correct", "wrong", "no_answer", or "gave_up" (a limit, an internal error). Never raises.
+
+    >>> [grade(text, "033") for text in (r"so $\boxed{33}$.", "it is 33", r"\boxed{9^{9^{9}}}")]
+    ['correct', 'no_answer', 'gave_up']
+    """
+    try:
+        given = extract_answer(response)
+        if given is None:
+            return "no_answer"
+        return "correct" if _equal(given, _boxed(answer) or answer) else "wrong"
+    except _Unreadable:
+        return "wrong"
+    except Exception:  # counted apart from wrong, and never raised into training
+        return "gave_up"
+
+
+def verify(response: str, answer: str) -> bool:
+    """Whether the answer of the response is right."""
     return grade(response, answer) == "correct"
 
 
