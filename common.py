@@ -606,8 +606,8 @@ _BRACE = re.compile(r"(\\(?:boxed|fbox)\s*)?\{|\}|\\[{}]")
 _JOINER = re.compile(  # what may stand between boxes of one list; a new line needs a conjunction
     r"(?=[^\n]*\Z|[^,;]*(?:and|or|[,;]))(?:[\s$&,;*]|\\[()\[\],;:! ]|\\q?quad|and\b|or\b"
     r"|\\(?:text|mbox)\{[\s,]*(?:and|or)?[\s,]*\})*")
-_ANSWER_LINES = (r"(?i)\banswer[*_ \t]{0,6}[:：](?: {0,4}the (?:final )?answer is:?)?",
-                 r"(?i)\banswer\s{1,4}is\b:?")
+_ANSWER_LINE = re.compile(r"(?i)\banswer(?:\s{1,4}is)?[*_ \t]{0,6}[:：]"
+                          r"(?: {0,4}the (?:final )?answer is:?)?")
 
 
 def extract_answer(response: str) -> str | None:
@@ -649,14 +649,13 @@ def _boxed(text):
 
 def _answer_line(text):
     """What follows the last "Answer:", undressed, or ""."""
-    for pattern in _ANSWER_LINES:
-        ends = [m.end() for m in re.finditer(pattern, text)]
-        if ends:
-            rest = text[ends[-1]:ends[-1] + _MAX_CHARS].lstrip(" \t\r\n*_`")
-            close = {"\\[": "\\]", "$$": "$$"}.get(rest[:2], "\n")
-            line = rest.removeprefix("\\[").removeprefix("$$").split(close)[0]
-            return line.split("<|")[0].split(". I hope")[0].strip(" \t*_`")
-    return ""
+    ends = [m.end() for m in _ANSWER_LINE.finditer(text)]
+    if not ends:
+        return ""
+    rest = text[ends[-1]:ends[-1] + _MAX_CHARS].lstrip(" \t\r\n*_`")
+    close = {"\\[": "\\]", "$$": "$$"}.get(rest[:2], "\n")
+    line = rest.removeprefix("\\[").removeprefix("$$").split(close)[0]
+    return line.split("<|")[0].split(". I hope")[0].strip(" \t*_`")
 
 
 # --- normalisation
