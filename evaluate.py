@@ -230,19 +230,28 @@ def runs_table(root):
     return markdown([*head, "paper, %: MATH / AIME24 / AIME25"], rows)
 
 
+# What the paper orders: the second route above the first.
+ORDERINGS = [("raw-bridge", "cold-grpo"), ("cold-grpo", "bridge"), ("sft", "opd-only"),
+             ("opd-only", "bridge"), ("sft", "bridge"), ("bridge-1h", "fresh-2h"),
+             ("replay-1h", "fresh-2h"), ("bridge-1h", "replay-1h"), ("fresh-2h", "bridge")]
+
+
 def seeds_table(roots):
-    """Several folders of the same runs, a column each: avg in % on their first set, over roots the
-    mean ± its standard error. That error holds the spread over seeds; ± elsewhere is over problems.
+    """Several folders of the same runs, a column each: avg in % on their first set, and the paired
+    differences of the ORDERINGS; over the folders the mean ± its standard error.
+
+    Here ± holds the spread over seeds (worlds, models, samples); elsewhere it is over problems.
     """
     columns = [{folder.name: next(iter(figures.values()))["avg"] * 100
                 for folder, figures in evaluated_runs(root).items()} for root in roots]
+    columns = [{**c, **{f"{b} − {a}": c[b] - c[a] for a, b in ORDERINGS if a in c and b in c}}
+               for c in columns]
     rows = []
     for name in columns[0]:
-        values = np.array([column[name] for column in columns if name in column])
-        se = f" ± {values.std(ddof=1) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
-        cells = (f"{column[name]:.1f}" if name in column else "-" for column in columns)
-        rows.append([name, *cells, f"{values.mean():.1f}{se}"])
-    return markdown(["route", *map(str, roots), "mean ± SE over seeds"], rows)
+        values = np.array([column.get(name, np.nan) for column in columns])
+        mean, se = np.nanmean(values), np.nanstd(values, ddof=1) / (~np.isnan(values)).sum() ** 0.5
+        rows.append([name, *(f"{v:.1f}" for v in values), f"{mean:.1f} ± {se:.1f}"])
+    return markdown(["route", *(Path(root).name for root in roots), "mean ± SE over seeds"], rows)
 
 
 def read_sets(cfg):

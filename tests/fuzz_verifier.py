@@ -17,6 +17,9 @@ import sys
 import tempfile
 import threading
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import answers_equal, extract_answer, grade, verify
 from test_verifier import GOLDS, HOSTILE, INJECTIONS, RESPONSES, RIGHT, WRONG

@@ -345,3 +345,17 @@ def test_mean_response_length_counts_the_stop_token(world, done):
              if "<" not in r]
     assert plain and all(a <= n for a, n in plain)  # <: a sampled <pad> or <unk> is not shown
     assert any(a == n for a, n in plain)
+
+
+def test_seeds_table_pairs_the_differences(tmp_path):
+    """Two worlds of two routes, by hand: means, differences within a world, and their errors."""
+    for seed, cold, bridge in ((0, 0.2, 0.5), (1, 0.4, 0.6)):
+        for name, avg in (("cold-grpo", cold), ("bridge", bridge)):
+            folder = tmp_path / f"world{seed}" / name / "eval"
+            folder.mkdir(parents=True)
+            figures = {"sets": {"test": {"avg": avg, "se": 0.01, "samples": 16}}}
+            (folder / "summary.json").write_text(json.dumps(figures))
+    table = evaluate.seeds_table([tmp_path / "world0", tmp_path / "world1"]).splitlines()
+    assert table[2:] == [
+        "| cold-grpo | 20.0 | 40.0 | 30.0 ± 10.0 |", "| bridge | 50.0 | 60.0 | 55.0 ± 5.0 |",
+        "| bridge − cold-grpo | 30.0 | 20.0 | 25.0 ± 5.0 |"]
