@@ -163,6 +163,31 @@ def test_gradient_checkpointing_does_not_reach_the_sampler(world, student_lm):
     assert lm.model.training
 
 
+def test_fewer_rows_are_decoded_where_memory_is_short(student_lm, monkeypatch):
+    """A device without room for more than one prompt's rows: the same rollouts, in more batches."""
+    rows, decode, sizes = draw(student_lm), common.decode_batch, []
+
+    def with_little_memory(lm, prompts, *args):
+        if len(prompts) > 1:
+            raise torch.OutOfMemoryError("no room")
+        sizes.append(len(prompts))
+        return decode(lm, prompts, *args)
+
+    monkeypatch.setattr(common, "decode_batch", with_little_memory)
+    assert [r.tokens for r in draw(student_lm)] == [r.tokens for r in rows]
+    assert sizes == [1] * len(PROMPTS)
+
+
+def test_a_diverged_gradient_stops_the_run_and_spares_the_weights(world):
+    lm = common.load_lm(str(world / "init-student"), train=True)
+    before = [p.detach().clone() for p in lm.model.parameters()]
+    optimizer = torch.optim.AdamW(lm.model.parameters())
+    (lm.head().sum() * float("nan")).backward()
+    with pytest.raises(common.UserError, match="not finite"):
+        common.optimizer_step(lm, optimizer, None, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, lm.model.parameters()))
+
+
 def test_bf16_sampling_and_scoring_agree(world):
     """Under bf16 compute sampler and trainer differ by rounding only: 0.03 nats on average."""
     lm = common.load_lm(str(world / "init-student"), dtype="bf16", train=True)
