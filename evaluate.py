@@ -300,7 +300,7 @@ def main(cfg):
     if cfg.regrade:
         summary = {path.stem: summarise(regrade(path)) for path in sorted(out.glob("*.jsonl"))}
         check(summary, f"no stored samples in {out}")
-        save_summary(out, read_record(out)["model"], summary, 0.0)
+        save_summary(out, read_record(out).get("model", cfg.model), summary, 0.0)
     else:
         sets = read_sets(cfg)
         lm = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype)
