@@ -33,7 +33,7 @@ import threading
 import time
 import unicodedata
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -44,10 +44,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache,
+from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
                           GenerationConfig)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
 transformers.utils.logging.set_verbosity_error()
@@ -94,7 +94,7 @@ LEAST = {name: 1 for name in (
     "sample_rows", "max_new_tokens", "max_prompt_tokens")}
 LEAST |= {name: 0 for name in (
     "lr", "steps", "seed", "split_seed", "clip", "clip_high", "kl_coef", "weight_decay",
-    "temperature", "warmup_steps", "save_every", "show_every", "limit")}
+    "temperature", "warmup_steps", "save_every", "show_every", "limit", "kv_gib")}
 
 
 class Parser(argparse.ArgumentParser):
@@ -143,7 +143,7 @@ def run_cli(main, config_class, doc):
     except OSError as error:
         sys.exit(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
     except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory: lower --micro-tokens, --vocab-chunk or --sample-rows "
+        sys.exit("error: out of GPU memory: lower --micro-tokens, --vocab-chunk or --kv-gib "
                  "(no result changes beyond rounding), or add --gradient-checkpointing")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command continues from the last saved step")
@@ -198,11 +198,26 @@ class LM:
         weight = self.model.get_output_embeddings().weight[: self.vocab]
         return weight.bfloat16() if self.bf16 and not torch.is_grad_enabled() else weight
 
+    def logits(self, hidden, head, temperature):
+        """logits / temperature in fp32: (n, D), (V, D) -> (n, V)."""
+        with self.autocast():
+            logits = F.linear(hidden, head).float()
+        return logits if temperature == 1 else logits / temperature
+
     def log_probs(self, hidden, head, temperature):
         """log softmax(logits / temperature) in fp32: (n, D), (V, D) -> (n, V)."""
-        with self.autocast():
-            logits = F.linear(hidden, head)
-        return (logits.float() / temperature).log_softmax(-1)
+        return self.logits(hidden, head, temperature).log_softmax(-1)
+
+    @torch.no_grad()
+    def token_logp(self, hidden, tokens, temperature, chunk):
+        """log pi(y_t|s_t) as a constant: (N, D), (N,) -> (N,), `chunk` tokens at once."""
+        head, blocks = self.head(), zip(hidden.split(chunk), tokens.split(chunk))
+        return torch.cat([pick(self.log_probs(h, head, temperature), y) for h, y in blocks])
+
+
+def pick(logp, tokens):
+    """The entries of these tokens: (n, V), (n,) -> (n,)."""
+    return logp.gather(-1, tokens[:, None]).squeeze(-1)
 
 
 def pad_rows(rows):
@@ -283,14 +298,19 @@ def load_lm(name, *, device="auto", dtype="auto", train=False, gradient_checkpoi
 
 @torch.no_grad()
 def check_head(lm):
-    """Refuse models whose logits are not head times hidden (scaled, soft-capped or biased ones)."""
+    """Refuse models whose logits are not head times hidden (scaled, soft-capped or biased ones), or
+    whose attention is not the sampler's."""
     ids = torch.arange(min(8, lm.vocab), device=lm.device)[None]
     with lm.autocast():
         want = lm.model(input_ids=ids).logits[0, :, : lm.vocab].float()
         have = F.linear(lm.model.base_model(input_ids=ids)[0][0], lm.head()).float()
-    rounding = 2**-6 if lm.bf16 else 1e-4  # of a logit; bf16 has 8 bits
-    check((have - want).abs().max() <= rounding * want.abs().max(), f"{lm.name}: unsupported "
+    rounding = (2**-6 if lm.bf16 else 1e-4) * want.abs().max()  # bf16 has 8 bits
+    check((have - want).abs().max() <= rounding, f"{lm.name}: unsupported "
           "architecture, its logits are not output embedding times hidden state")
+    rows = sample(lm, ids.tolist(), 1, max_new_tokens=4, temperature=1.0, seed=(0,))
+    have, want = lm.token_logp(*lm.states(rows), 1.0, 4), torch.tensor(rows[0].logp)
+    check((have.cpu() - want).abs().max() <= 4 * rounding, f"{lm.name}: unsupported architecture, "
+          "sampling does not give the log-probs that training sees")
 
 
 def check_pair(teacher, student):
@@ -1084,7 +1104,22 @@ def verify(response: str, answer: str) -> bool:
 
 # --------------------------------------------------------------------------------------------------
 # 5 sampler: prompts -> rollouts
+#
+# Sampling is most of a step of RL or OPD. What keeps it near the speed of memory, in reading order:
+#   continuous batching  every BLOCK tokens ended rows leave and waiting ones take their places: a
+#                        long tail does not idle the batch
+#   paged cache          keys and values lie in pages of one pool, so memory follows the tokens that
+#                        are alive, not rows * longest; when it is full, the youngest rows wait
+#   shared prefill       a prompt passes through the model once for its K rollouts
+#   no waiting           which rows have ended is asked once a block; on CUDA a block is BLOCK replays
+#                        of one recorded step, since launching ~1,700 small kernels takes longer than
+#                        running them
+#   one uniform a token  inverse CDF over sums of 64 weights: a V-wide pass, not V random numbers
 # --------------------------------------------------------------------------------------------------
+
+BLOCK = 8  # tokens between two looks at which rows have ended; an ended row wastes half of them
+PAGE = {"cpu": 32, "cuda": 256}  # tokens; what suits `attend_pages` there
+FAR = 1 << 40  # first position of a page that belongs to nobody
 
 
 @dataclass
@@ -1097,41 +1132,33 @@ class Rollout:
     finished: bool  # ended by a stop token; False: cut at max_new_tokens
 
 
-class HalfCache(DynamicCache):
-    """KV cache in bf16 under autocast, which would keep fp32 keys (attention casts them anyway)."""
+@dataclass
+class Row:
+    """A rollout that is being sampled."""
 
-    def update(self, keys, values, *args, **kwargs):
-        return super().update(keys.bfloat16(), values.bfloat16(), *args, **kwargs)
+    rollout: Rollout
+    stream: np.random.Generator  # its uniforms
+    limit: int  # response tokens
+    pages: list = dataclasses.field(default_factory=list)  # of the cache, in the order of positions
+
+    def __len__(self):
+        return len(self.rollout.prompt) + len(self.rollout.tokens)
 
 
-BLOCK = 8  # tokens between two looks at which rows have ended (each look waits for the device)
-
-
-@torch.no_grad()
-def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256):
+def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256, kv_gib=0.0):
     """Sample k rollouts of each prompt from softmax(logits / temperature); temperature 0 is greedy.
 
     prompts: P lists of token ids; seed: a tuple of ints. Returns P*k Rollouts, prompt by prompt.
     This is the policy that the losses differentiate: no top-k, no top-p, and nothing is taken from
     generation_config but the stop tokens. The random numbers of a rollout are a function of (seed,
-    prompt, sample index): its neighbours in the batch do not matter. About sample_rows rows are
-    decoded at once, fewer where the KV cache does not fit (memory and speed only).
+    prompt, sample index): its neighbours in the batch do not matter. At most sample_rows rows are
+    decoded at once, fewer while kv_gib GiB of keys and values (0: what is free) do not hold more.
+    Raises UserError when they do not hold one row.
     """
-    rollouts, size, training = [], max(1, sample_rows // k), lm.model.training
-    lm.model.eval()  # in train mode with gradient checkpointing, transformers drops the KV cache
-    with lm.autocast():  # around the whole call, so that bf16 copies of the weights are made once
-        while len(rollouts) < len(prompts) * k:
-            i = len(rollouts) // k
-            batch = [list(p) for p in prompts[i : i + size]]
-            streams = [random_stream(seed, p, s) for p in batch for s in range(k)]
-            try:
-                rollouts += decode_batch(lm, batch, k, streams, max_new_tokens, temperature)
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-                size //= 2
-    lm.model.train(training)
-    return rollouts
+    groups = [[Row(Rollout(list(p), [], [], False), random_stream(seed, p, s), max_new_tokens)
+               for s in range(k)] for p in prompts]
+    decode(lm, groups, temperature, sample_rows, kv_gib)
+    return [row.rollout for group in groups for row in group]
 
 
 def random_stream(seed, prompt, index):
@@ -1141,66 +1168,295 @@ def random_stream(seed, prompt, index):
     return np.random.Generator(np.random.Philox(key=key))
 
 
-def decode_batch(lm, prompts, k, streams, max_new_tokens, temperature):
-    """Prefill each prompt once, repeat its cache k times, decode; ended rows leave the batch."""
-    B, T, device = len(prompts) * k, max(map(len, prompts)), lm.device
-    ids = torch.zeros(len(prompts), T, dtype=torch.long)
-    mask = torch.ones(len(prompts), T + max_new_tokens, dtype=torch.long)
-    for i, prompt in enumerate(prompts):  # left padding: all rows decode in the same column
-        ids[i, T - len(prompt) :] = torch.tensor(prompt)
-        mask[i, : T - len(prompt)] = 0
-    ids, mask, stop = ids.to(device), mask.to(device), torch.tensor(lm.stop_ids, device=device)
-    place = (mask[:, :T].cumsum(-1) - 1).clamp(min=0)  # positions count real tokens only
-    base, head, cache = lm.model.base_model, lm.head(), HalfCache() if lm.bf16 else DynamicCache()
-    hidden = base(input_ids=ids, attention_mask=mask[:, :T], position_ids=place,
-                  past_key_values=cache, use_cache=True)[0][:, -1]
-    cache.batch_repeat_interleave(k)
-    hidden, mask, place = (x.repeat_interleave(k, 0) for x in (hidden, mask, place[:, -1]))
-    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
-    logps = torch.zeros(B, max_new_tokens, device=device)
-    ended = torch.zeros(B, dtype=torch.bool, device=device)
-    alive = torch.arange(B, device=device)  # which row of the result each row of the batch is
-    for t in range(max_new_tokens):
-        if t % BLOCK == 0:
-            keep = (~ended[alive]).nonzero().squeeze(-1)
-            if len(keep) == 0:
+@torch.no_grad()
+def decode(lm, groups, temperature, sample_rows, kv_gib):
+    """Fill in the rollouts of all rows; groups: lists of Rows that have one prompt."""
+    waiting = deque(g[i : i + sample_rows] for g in groups for i in range(0, len(g), sample_rows))
+    longest = max((len(row) + row.limit for group in groups for row in group), default=0)
+    stops, live = set(lm.stop_ids), []  # live: the oldest first
+    with paged_attention_in(lm), lm.autocast():  # bf16 copies of the weights are made once
+        cache = PagedCache(lm, min(sample_rows, sum(map(len, waiting))), longest, kv_gib)
+        step = Step(lm, cache, temperature)
+        while waiting or live:
+            live, homeless = cache.reserve(live)
+            waiting.extendleft([row] for row in reversed(homeless))
+            started = cache.admit(waiting, live, sample_rows)
+            cache.prefill(lm, started)
+            live += [row for group in started for row in group]
+            tokens, logps = step.run_block(live)
+            for row, new, logp in zip(live, tokens, logps):
+                stop = next((i + 1 for i, token in enumerate(new) if token in stops), BLOCK + 1)
+                n = min(stop, BLOCK, row.limit - len(row.rollout.tokens))
+                row.rollout.tokens += new[:n]
+                row.rollout.logp += logp[:n]
+                row.rollout.finished = n == stop
+            live = [r for r in live if not r.rollout.finished and len(r.rollout.tokens) < r.limit]
+
+
+class PagedCache:
+    """Keys and values of the live rows, in pages 1 to `used` of a pool; page 0 takes what has no
+    place. Per layer two tensors (pages, page, kv heads, head dim)."""
+
+    def __init__(self, lm, rows, longest, kv_gib):
+        config, device = lm.model.config, lm.device
+        heads = config.num_key_value_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        dtype = torch.bfloat16 if lm.bf16 else torch.float32
+        self.page = PAGE[device.type]
+        each = self.pages_for(longest)
+        size = 2 * config.num_hidden_layers * self.page * heads * dim * dtype.itemsize
+        self.capacity = min(rows * each, int(cache_bytes(lm, kv_gib) / size))
+        check(self.capacity >= each, f"the sampler's cache holds {self.capacity * self.page} tokens "
+              f"and a row may take {longest}: lower --max-new-tokens, or free memory for --kv-gib")
+        # on a CPU a page of a head is one matrix; the kernel on CUDA wants positions first
+        order = (1, 2) if device.type == "cuda" else (2, 1)
+        shape = (self.page, heads) if device.type == "cuda" else (heads, self.page)
+        self.pools = [[torch.zeros(self.capacity + 1, *shape, dim, dtype=dtype, device=device)
+                       .permute(0, *order, 3) for _ in "kv"]
+                      for _ in range(config.num_hidden_layers)]
+        self.used = 0
+
+    def pages_for(self, tokens):
+        """Pages of a row of so many tokens, its next BLOCK included (its last has no keys yet)."""
+        return -(-(tokens - 1 + BLOCK) // self.page)
+
+    def reserve(self, live):
+        """Give live rows the pages of their next BLOCK tokens, the oldest first, closing the gaps
+        that ended rows left. Returns the rows that have them, and those that must wait."""
+        total = np.cumsum([self.pages_for(len(row)) for row in live])
+        n = int((total <= self.capacity).sum())
+        live, homeless = live[:n], live[n:]
+        for row in homeless:
+            row.pages = []
+        places = {page: (row, i) for row in live for i, page in enumerate(row.pages)}
+        gaps = [page for page in range(1, len(places) + 1) if page not in places]
+        moved = [page for page in places if page > len(places)]
+        if gaps:
+            to, source = (torch.tensor(x, device=self.pools[0][0].device) for x in (gaps, moved))
+            for pool in (pool for pair in self.pools for pool in pair):
+                pool[to] = pool[source]
+        for page, gap in zip(moved, gaps):
+            row, i = places[page]
+            row.pages[i] = gap
+        self.used = len(places)
+        for row in live:
+            self.extend(row)
+        return live, homeless
+
+    def extend(self, row):
+        n = self.pages_for(len(row)) - len(row.pages)
+        row.pages += range(self.used + 1, self.used + 1 + n)
+        self.used += n
+
+    def admit(self, waiting, live, sample_rows):
+        """Take groups from `waiting` while there is room, and give them pages. Returns them."""
+        started, n_live = [], len(live)
+        while waiting and n_live < sample_rows:
+            group, need = waiting[0], self.pages_for(len(waiting[0][0]))
+            spare = self.capacity - self.used - n_live  # a page more for all, soon
+            n = min(len(group), sample_rows - n_live, spare // need)
+            if n < len(group) and n_live:
                 break
-            if len(keep) < len(alive):
-                cache.batch_select_indices(keep)
-                alive, hidden, mask, place = (x[keep] for x in (alive, hidden, mask, place))
-            draws = np.stack([streams[row].random(BLOCK) for row in alive.tolist()])
-            uniforms = torch.from_numpy(draws).to(device)  # (rows, BLOCK) float64
-        logp = lm.log_probs(hidden, head, temperature or 1.0)  # (rows, V)
-        token = inverse_cdf(logp, uniforms[:, t % BLOCK]) if temperature else logp.argmax(-1)
-        tokens[alive, t] = token
-        logps[alive, t] = logp.gather(-1, token[:, None]).squeeze(-1)
-        ended[alive] |= torch.isin(token, stop)
-        if t + 1 < max_new_tokens:
-            place = place + 1
-            hidden = base(input_ids=token[:, None], attention_mask=mask[:, : T + t + 1],
-                          position_ids=place[:, None], past_key_values=cache,
-                          use_cache=True)[0][:, -1]
-    return cut_at_stop([p for p in prompts for _ in range(k)], tokens, logps, stop)
+            n = max(n, 1)  # nothing is alive: one row always fits
+            waiting.popleft()
+            if n < len(group):
+                waiting.appendleft(group[n:])
+            for row in group[:n]:
+                self.extend(row)
+            started.append(group[:n])
+            n_live += n
+        return started
+
+    def prefill(self, lm, groups, budget=16384):
+        """Store keys and values of all known tokens but the last, once for the rows of a group;
+        about `budget` padded tokens at once."""
+        groups = [group for group in groups if len(group[0]) > 1]
+        for part in micro_batches([group[0].rollout for group in groups], budget):
+            part = [groups[i] for i in part]
+            ids = [(g[0].rollout.prompt + g[0].rollout.tokens)[:-1] for g in part]
+            padded = torch.zeros(len(part), max(map(len, ids)), dtype=torch.long)
+            source, pages, offsets = [], [], []
+            for i, (group, known) in enumerate(zip(part, ids)):
+                padded[i, : len(known)] = torch.tensor(known)  # on the right, as in `LM.states`
+                t = np.arange(len(known))
+                for row in group:
+                    source.append(i * padded.shape[1] + t)
+                    pages.append(np.array(row.pages)[t // self.page])
+                    offsets.append(t % self.page)
+            source, pages, offsets = (torch.from_numpy(np.concatenate(x)).to(lm.device)
+                                      for x in (source, pages, offsets))
+
+            def attend(module, query, key, value, scaling):
+                for pool, new in zip(self.pools[module.layer_idx], (key, value)):
+                    new = new.transpose(1, 2).flatten(0, 1)[source]  # (copies of tokens, heads, dim)
+                    pool[pages, offsets] = new.to(pool.dtype)
+                return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)[0]
+
+            lm.model.base_model(input_ids=padded.to(lm.device), use_cache=False, attend=attend)
 
 
-def inverse_cdf(logp, uniform):
-    """Draw from (rows, V) log-probs with a uniform per row: the first id whose CDF exceeds it.
+def cache_bytes(lm, kv_gib):
+    """Bytes for keys and values: kv_gib, or 80 % of what the device can spare, half of a CPU's."""
+    if kv_gib:
+        return kv_gib * 2**30
+    if lm.device.type == "cuda":
+        torch.cuda.empty_cache()
+        casts = sum(2 * p.numel() for p in lm.model.parameters() if p.dtype != torch.bfloat16)
+        return 0.8 * (torch.cuda.mem_get_info(lm.device)[0] - casts)
+    return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
-    The CDF is summed in float64: fp32 would swallow rare tokens, of which a large vocabulary has
-    many. A token of probability 0 is never drawn.
+
+class Step:
+    """One token for every live row. All that it reads and writes is in tensors of `state`, so that
+    on CUDA it can be recorded once for each shape and then replayed without the host."""
+
+    def __init__(self, lm, cache, temperature):
+        self.lm, self.cache, self.temperature = lm, cache, temperature
+        self.head, self.graphs, self.replays = lm.head(), {}, lm.device.type == "cuda"
+
+    def run_block(self, live):
+        """BLOCK tokens of every live row and their log-probs, two lists of lists."""
+        shape, pages = (len(live), max(len(row.pages) for row in live)), self.cache.used
+        if self.replays:  # few shapes: powers of two
+            shape, pages = tuple(1 << (n - 1).bit_length() for n in shape), self.cache.capacity
+        state = self.make_state(live, *shape, pages)
+        if shape not in self.graphs:  # the first block of a shape also warms up what it records
+            self.graphs[shape] = None
+            for _ in range(BLOCK):
+                self(state)
+        elif self.replays:
+            graph, recorded = self.graphs[shape] or self.record(shape, state)
+            for name, tensor in state.items():
+                recorded[name].copy_(tensor)
+            for _ in range(BLOCK):
+                graph.replay()
+            state = recorded
+        else:
+            for _ in range(BLOCK):
+                self(state)
+        return [state[name][: len(live)].tolist() for name in ("tokens", "logps")]
+
+    def make_state(self, live, B, W, pages):
+        """Tensors of B rows (those beyond the live ones do nothing) of at most W pages each."""
+        table, owner = np.zeros((B, W), np.int64), np.zeros(pages + 1, np.int64)
+        first, place = np.full(pages + 1, FAR), np.zeros(B, np.int64)
+        token, uniforms = np.zeros(B, np.int64), np.zeros((B, BLOCK))
+        for i, row in enumerate(live):
+            table[i, : len(row.pages)] = row.pages
+            owner[row.pages] = i
+            first[row.pages] = np.arange(len(row.pages)) * self.cache.page
+            token[i] = (row.rollout.tokens or row.rollout.prompt)[-1]
+            place[i], uniforms[i] = len(row) - 1, row.stream.random(BLOCK)
+        state = {"table": table, "owner": owner, "first": first, "place": place, "token": token,
+                 "uniforms": uniforms, "t": np.zeros(1, np.int64),
+                 "tokens": np.zeros((B, BLOCK), np.int64), "logps": np.zeros((B, BLOCK), np.float32)}
+        return {k: torch.from_numpy(v).to(self.lm.device) for k, v in state.items()}
+
+    def record(self, shape, state):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self(state)
+        self.graphs[shape] = graph, state
+        return self.graphs[shape]
+
+    def __call__(self, state):
+        """Feed each row's last token, draw the next."""
+        table, owner, place = state["table"], state["owner"], state["place"]
+        page, at = self.cache.page, place[:, None]  # (B, 1)
+        columns = torch.arange(table.shape[1], device=table.device)
+        here, offset = table.gather(1, at // page).squeeze(1), place % page
+        used = (place[owner] + 1 - state["first"]).clamp(0, page)  # keys alive in each page
+        dead = (columns * page > at)[..., None]  # (B, W, 1)
+
+        def attend(module, query, key, value, scaling):
+            pools = self.cache.pools[module.layer_idx]
+            for pool, new in zip(pools, (key, value)):
+                pool[here, offset] = new[:, :, 0].to(pool.dtype)
+            keys, values = (pool[: len(owner)] for pool in pools)
+            q = query[:, :, 0].to(keys.dtype)[owner]
+            out, lse = attend_pages(q, keys, values, used, scaling)  # (pages, H, dim), (pages, H)
+            weight = lse[table].masked_fill(dead, -torch.inf).softmax(1)  # (B, W, H)
+            return (weight[..., None] * out[table]).sum(1, keepdim=True)  # (B, 1, H, dim)
+
+        hidden = self.lm.model.base_model(input_ids=state["token"][:, None], position_ids=at,
+                                          use_cache=False, attend=attend)[0][:, 0]
+        logits = self.lm.logits(hidden, self.head, self.temperature or 1.0)
+        weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # (B, V); the largest is 1
+        if self.temperature:
+            token = inverse_cdf(weights, state["uniforms"].gather(1, state["t"].expand_as(at)))
+        else:
+            token = weights.argmax(-1, keepdim=True)
+        logp = (weights.gather(1, token) / weights.sum(-1, keepdim=True)).log()
+        state["tokens"].scatter_(1, state["t"].expand_as(at), token)
+        state["logps"].scatter_(1, state["t"].expand_as(at), logp)
+        state["token"].copy_(token[:, 0])
+        state["place"] += 1
+        state["t"] += 1
+
+
+def attend_pages(q, keys, values, used, scaling):
+    """Attention inside each page, of one query over the page's first `used` keys.
+
+    q: (m, H, D), keys, values: (m, page, kv heads, D), used: (m,). Returns (m, H, D) and the log of
+    each softmax's denominator, (m, H): with it the pages of a row are put together. What an empty
+    page gives has no meaning.
     """
-    cdf = logp.double().exp().cumsum(-1)
-    target = uniform[:, None] * cdf[:, -1:]
-    return torch.searchsorted(cdf, target, right=True).squeeze(-1).clamp(max=logp.shape[-1] - 1)
+    m, page, heads, dim = keys.shape
+    if q.is_cuda and q.dtype == torch.bfloat16:  # each page a sequence of its own
+        one = torch.arange(m + 1, dtype=torch.int32, device=q.device)
+        out, lse = torch.ops.aten._flash_attention_forward(
+            q, keys.flatten(0, 1), values.flatten(0, 1), one, one * page, 1, page, 0.0, False,
+            False, scale=scaling, seqused_k=used.int())[:2]
+        return out, lse.T
+    keys, values = (x.transpose(1, 2).float() for x in (keys, values))  # (m, kv heads, page, D)
+    unused = torch.arange(page, device=q.device) >= used[:, None]
+    scores = (q.float() * scaling).view(m, heads, -1, dim) @ keys.transpose(2, 3)
+    scores = scores.masked_fill_(unused[:, None, None], -1e30)  # (m, kv heads, H / kv heads, page)
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top).exp_()
+    mass = weights.sum(-1, keepdim=True)
+    out, lse = weights @ values / mass, top + mass.log()
+    return out.view(q.shape), lse.view(m, -1)
 
 
-def cut_at_stop(prompts, tokens, logps, stop):
-    """(B, max_new_tokens) tensors -> Rollouts that end with their first stop token, kept."""
-    is_stop = torch.isin(tokens, stop)
-    finished = is_stop.any(-1)
-    lengths = torch.where(finished, is_stop.int().argmax(-1) + 1, tokens.shape[1])
-    columns = zip(prompts, tokens.tolist(), logps.tolist(), lengths.tolist(), finished.tolist())
-    return [Rollout(p, ids[:n], lp[:n], done) for p, ids, lp, n, done in columns]
+def inverse_cdf(weights, uniform):
+    """Draw from (rows, V) weights with a uniform per row (rows, 1): the first id whose CDF exceeds
+    it, (rows, 1).
+
+    Summed in two levels, blocks of 64 and then inside one block, in float64: one running sum in
+    fp32 would swallow rare tokens, of which a large vocabulary has many. A token of weight 0 is
+    never drawn.
+    """
+    blocks = F.pad(weights, (0, -weights.shape[-1] % 64)).unflatten(-1, (-1, 64))
+    mass = blocks.sum(-1, dtype=torch.float64)
+    cdf = mass.cumsum(-1)
+    target = uniform * cdf[:, -1:]
+    block = torch.searchsorted(cdf, target, right=True).clamp(max=mass.shape[-1] - 1)
+    inner = blocks.gather(1, block[..., None].expand(-1, -1, 64))[:, 0].double().cumsum(-1)
+    rest = target - (cdf.gather(1, block) - mass.gather(1, block))
+    rest = torch.minimum(rest, inner[:, -1:] * (1 - 2**-52)).clamp(min=0)
+    return block * 64 + torch.searchsorted(inner, rest, right=True)
+
+
+def paged_attention(module, query, key, value, attention_mask, scaling, attend, **kwargs):
+    """What transformers' attention layers call while we sample: (B, H, T, dim) -> (B, T, H, dim)."""
+    odd = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
+    check(not odd, f"unsupported architecture: its attention has {', '.join(odd)}")
+    return attend(module, query, key, value, scaling), None
+
+
+AttentionInterface.register("paged", paged_attention)
+
+
+@contextlib.contextmanager
+def paged_attention_in(lm):
+    """Eval mode and paged attention for a while."""
+    training, before = lm.model.training, lm.model.config._attn_implementation
+    lm.model.eval().set_attn_implementation("paged")
+    try:
+        yield
+    finally:
+        lm.model.train(training).set_attn_implementation(before)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1223,16 +1479,25 @@ def micro_batches(rows, micro_tokens):
     return groups
 
 
-def over_chunks(fn, chunk, *tensors):
-    """fn over blocks of `chunk` rows of (N, ...) tensors, results concatenated along dim 0.
+def over_chunks(fn, chunk, hidden, *tensors):
+    """Forward and backward of a loss over blocks of `chunk` tokens; returns what it logs, summed.
 
-    fn goes from hidden states through (n, V) log-probs to a few numbers per token. The backward
-    pass computes each block again instead of storing it: (N, V) never exists, memory is bounded by
-    chunk * V.
+    hidden: (N, D), from the model's graph; tensors: (N, ...) constants. fn takes a block of each,
+    goes through (n, V) log-probs and gives the block's part of the loss, a scalar, and a tuple of
+    (n,) tensors to log. A block's gradient is taken before the next block begins: (N, V) never
+    exists, memory is bounded by chunk * V, and nothing is computed twice. The gradients of the
+    hidden states then go through the model at once. Without a graph there is no backward pass.
     """
-    blocks = zip(*(t.split(chunk) for t in tensors))
-    return torch.cat([checkpoint(fn, *block, use_reentrant=False, preserve_rng_state=False)
-                      for block in blocks])
+    grads, sums = [], 0.0
+    for h, *block in zip(*(t.split(chunk) for t in (hidden.detach(), *tensors))):
+        loss, logged = fn(h.requires_grad_(hidden.requires_grad), *block)
+        if hidden.requires_grad:
+            loss.backward()
+            grads.append(h.grad)
+        sums = sums + torch.stack([x.detach().sum(dtype=torch.float64) for x in logged])
+    if grads:
+        hidden.backward(torch.cat(grads))
+    return sums
 
 
 def flat(values, rows):
@@ -1285,7 +1550,7 @@ def optimizer_step(lm, optimizer, scheduler, grad_clip):
 # --------------------------------------------------------------------------------------------------
 
 # Fields that change place, memory, speed or display, never a result: a run may resume with others.
-FREE_FIELDS = {"out", "cache", "device", "micro_tokens", "vocab_chunk", "sample_rows",
+FREE_FIELDS = {"out", "cache", "device", "micro_tokens", "vocab_chunk", "sample_rows", "kv_gib",
                "gradient_checkpointing", "save_every", "show_every"}
 
 

@@ -48,6 +48,7 @@ class Config:
     # --- memory and speed only: they change no result beyond rounding
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     sample_rows: int = 512  # rows decoded at once
+    kv_gib: float = 0.0  # GiB of the sampler's keys and values; 0: what the device can spare
 
 
 # The paper's avg@16 in %, (MATH-500, AIME 2024, AIME 2025) or MATH-500 alone, by the teacher and by
@@ -115,7 +116,8 @@ def answer_set(cfg, lm, problems, path):
         batch = problems[i : i + size]
         prompts = [build_prompt(lm.tokenizer, p.problem, cfg.thinking) for p in batch]
         rows = sample(lm, prompts, cfg.samples, max_new_tokens=cfg.max_new_tokens,
-                      temperature=cfg.temperature, seed=(cfg.seed,), sample_rows=cfg.sample_rows)
+                      temperature=cfg.temperature, seed=(cfg.seed,), sample_rows=cfg.sample_rows,
+                      kv_gib=cfg.kv_gib)
         for j, p in enumerate(batch):
             group = rows[j * cfg.samples : (j + 1) * cfg.samples]
             texts = [lm.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in group]

@@ -34,7 +34,7 @@ import torch
 from common import (Rollout, Run, Timer, append_json_line, batch_indices, check, check_pair,
                     count_steps, describe_lm, differences, encode_examples, fingerprint, load_lm,
                     load_problems, make_optimizer, micro_batches, optimizer_step, over_chunks,
-                    progress, read_json_lines, rollout_stats, run_cli, sample, tokenize_problems,
+                    pick, progress, read_json_lines, rollout_stats, run_cli, sample, tokenize_problems,
                     verify)
 
 
@@ -74,6 +74,7 @@ class Config:
     micro_tokens: int = 32768  # padded tokens of a forward/backward micro-batch
     vocab_chunk: int = 1024  # tokens whose (n, V) log-probs exist at once
     sample_rows: int = 256  # rows decoded at once
+    kv_gib: float = 0.0  # GiB of the sampler's keys and values; 0: what the device can spare
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     save_every: int = 50  # steps between resumable states; 0 is never
     show_every: int = 10  # steps between printed rollouts; 0 is never
@@ -84,27 +85,28 @@ def forward_kl(logp, logq):
     return (logq.exp() * (logq - logp)).sum(-1)
 
 
-def loss_per_token(cfg, student, teacher, rows):
-    """The loss (exact KL, or -log pi_theta(y)) and the student's entropy, (N,) each."""
+def accumulate(cfg, student, teacher, rows, n_tokens):
+    """Add the gradient of a micro-batch to the student's, for an update of n_tokens tokens.
+
+    Returns sums over its tokens: of the loss (exact KL, or -log pi_theta(y)), of the entropy.
+    """
     hidden, tokens = student.states(rows)  # (N, D), (N,)
-    hidden_teacher = head_teacher = None
+    head, constants = student.head(), [tokens]  # (V, D)
     if cfg.targets == "soft":
         with torch.no_grad():
-            hidden_teacher, _ = teacher.states(rows)
+            constants.append(teacher.states(rows)[0])
         head_teacher = teacher.head()
-    head = student.head()  # (V, D)
 
-    def chunk(h, y, h_teacher=None):  # -> (n, 2)
+    def chunk(h, y, h_teacher=None):
         logp = student.log_probs(h, head, cfg.temperature)  # (n, V)
-        entropy = -(logp.exp() * logp).sum(-1).detach()
+        entropy = -(logp.exp() * logp).detach().sum(-1)
         if h_teacher is None:
-            loss = -logp.gather(-1, y[:, None]).squeeze(-1)
+            loss = -pick(logp, y)
         else:
             loss = forward_kl(logp, teacher.log_probs(h_teacher, head_teacher, cfg.temperature))
-        return torch.stack([loss, entropy], -1)
+        return loss.sum() / n_tokens, (loss, entropy)
 
-    tensors = [hidden, tokens] + [hidden_teacher] * (hidden_teacher is not None)
-    return over_chunks(chunk, cfg.vocab_chunk, *tensors).unbind(-1)
+    return over_chunks(chunk, cfg.vocab_chunk, hidden, *constants)
 
 
 def cached_rollouts(cfg, teacher, path, prompts):
@@ -133,7 +135,8 @@ def cached_rollouts(cfg, teacher, path, prompts):
     for i in progress(range(0, len(missing), size), desc="teacher rollouts", disable=not missing):
         started, batch = time.time(), missing[i : i + size]
         rows = sample(teacher, batch, cfg.rollouts, max_new_tokens=cfg.max_new_tokens,
-                      temperature=cfg.temperature, seed=(cfg.seed,), sample_rows=cfg.sample_rows)
+                      temperature=cfg.temperature, seed=(cfg.seed,), sample_rows=cfg.sample_rows,
+                      kv_gib=cfg.kv_gib)
         for j, prompt in enumerate(batch):
             group = rows[j * cfg.rollouts : (j + 1) * cfg.rollouts]
             cache[prompt] = {"prompt": prompt, "responses": [r.tokens for r in group],
@@ -215,9 +218,7 @@ def main(cfg):
         n_tokens = sum(len(r.tokens) for r in rows)
         sums = torch.zeros(2, dtype=torch.float64)  # of loss, entropy
         for group in micro_batches(rows, cfg.micro_tokens):
-            loss, entropy = loss_per_token(cfg, student, teacher, [rows[i] for i in group])
-            (loss.sum() / n_tokens).backward()
-            sums += torch.stack([x.detach().double().sum() for x in (loss, entropy)]).cpu()
+            sums += accumulate(cfg, student, teacher, [rows[i] for i in group], n_tokens).cpu()
         grad_norm = optimizer_step(student, optimizer, scheduler, cfg.grad_clip)
 
         loss, entropy = (sums / n_tokens).tolist()

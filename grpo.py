@@ -31,7 +31,7 @@ import torch
 
 from common import (Run, Timer, batch_indices, check, count_steps, describe_lm, flat, grade,
                     load_lm, load_problems, make_optimizer, micro_batches, optimizer_step,
-                    over_chunks, rollout_stats, run_cli, sample, tokenize_problems)
+                    over_chunks, pick, rollout_stats, run_cli, sample, tokenize_problems)
 
 
 @dataclass
@@ -74,6 +74,7 @@ class Config:
     micro_tokens: int = 32768  # padded tokens of a forward/backward micro-batch
     vocab_chunk: int = 1024  # tokens whose (n, V) log-probs exist at once
     sample_rows: int = 256  # rows decoded at once
+    kv_gib: float = 0.0  # GiB of the sampler's keys and values; 0: what the device can spare
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     save_every: int = 50  # steps between resumable states; 0 is never
     show_every: int = 10  # steps between printed rollouts; 0 is never
@@ -118,25 +119,13 @@ def row_weights(lengths, keep, aggregation, max_new_tokens):
     return keep / keep.sum().clamp(min=1) / per_row
 
 
-def token_logp(cfg, lm, rows):
-    """log pi(y_t|s_t) of the response tokens and, as a constant, the entropy in s_t, (N,) each."""
-    hidden, tokens = lm.states(rows)  # (N, D), (N,)
-    head = lm.head()  # (V, D)
-
-    def chunk(h, y):  # -> (n, 2)
-        logp = lm.log_probs(h, head, cfg.temperature)  # (n, V)
-        entropy = -(logp.exp() * logp).sum(-1).detach()
-        return torch.stack([logp.gather(-1, y[:, None]).squeeze(-1), entropy], -1)
-
-    return over_chunks(chunk, cfg.vocab_chunk, hidden, tokens).unbind(-1)
-
-
 @torch.no_grad()
 def score(cfg, lm, rows):
-    """log pi(y_t|s_t) as constants, one (len,) tensor a row, by the same forward as the loss's."""
+    """log pi(y_t|s_t) as constants, one (len,) tensor a row."""
     logps = [None] * len(rows)
     for group in micro_batches(rows, cfg.micro_tokens):
-        logp, _ = token_logp(cfg, lm, [rows[i] for i in group])
+        hidden, tokens = lm.states([rows[i] for i in group])
+        logp = lm.token_logp(hidden, tokens, cfg.temperature, cfg.vocab_chunk)
         for i, row_logp in zip(group, logp.split([len(rows[i].tokens) for i in group])):
             logps[i] = row_logp
     return logps
@@ -150,23 +139,37 @@ def accumulate(cfg, policy, rows, adv, logp_old, logp_ref):
     """
     keep = [r.finished or not cfg.mask_truncated for r in rows]
     weights = row_weights([len(r.tokens) for r in rows], keep, cfg.aggregation, cfg.max_new_tokens)
+    teaches = (weights != 0) & ((adv != 0) | bool(logp_ref))  # (B,)
+    teaches[:1] |= ~teaches.any()  # a gradient of zeros is still one: AdamW has its momentum
     sums, clip_high = torch.zeros(4, dtype=torch.float64), cfg.clip_high or cfg.clip
-    for group in micro_batches(rows, cfg.micro_tokens):
-        part = [rows[i] for i in group]
-        logp, entropy = token_logp(cfg, policy, part)
-        old = torch.cat([logp_old[i] for i in group]) if logp_old else logp.detach()
-        ref = torch.cat([logp_ref[i] for i in group]) if logp_ref else logp.detach()
-        A, weight = (flat(x[group], part).to(logp.device) for x in (adv, weights))
+    head = policy.head()  # (V, D)
+
+    def chunk(h, y, old, ref, sampled, A, weight):
+        all_logp = policy.log_probs(h, head, cfg.temperature)  # (n, V)
+        entropy = -(all_logp.exp() * all_logp).detach().sum(-1)
+        logp = pick(all_logp, y)  # (n,)
+        old = old if logp_old else logp.detach()
         loss = policy_loss(logp, old, A, cfg.clip, clip_high)
         if logp_ref:
             loss = loss + cfg.kl_coef * kl_penalty(logp, ref, cfg.kl_loss)
-        (weight * loss).sum().backward()
-        logp = logp.detach()
         ratio = (logp - old).exp()
         clipped = torch.where(A > 0, ratio > 1 + clip_high, ratio < 1 - cfg.clip) & (A != 0)
-        gap = (old - torch.tensor([x for r in part for x in r.logp]).to(logp.device)).abs()
-        logged = (clipped, entropy, kl_penalty(logp, ref, "k3"), gap)
-        sums += torch.stack([x.double().sum() for x in logged]).cpu()
+        k3 = kl_penalty(logp, ref if logp_ref else logp, "k3")
+        return (weight * loss).sum(), (clipped, entropy, k3, (old - sampled).abs())
+
+    for some in (teaches, ~teaches):  # rows without a gradient are only looked at, for the log
+        indices = some.nonzero().squeeze(-1).tolist()
+        for group in micro_batches([rows[i] for i in indices], cfg.micro_tokens):
+            group = [indices[i] for i in group]
+            part = [rows[i] for i in group]
+            with torch.set_grad_enabled(bool(teaches[group[0]])):
+                hidden, y = policy.states(part)  # (N, D), (N,)
+                sampled = torch.tensor([x for r in part for x in r.logp], device=y.device)
+                old, ref = (torch.cat([logps[i] for i in group]) if logps else sampled
+                            for logps in (logp_old, logp_ref))
+                A, weight = (flat(x[group], part).to(y.device) for x in (adv, weights))
+                sums += over_chunks(chunk, cfg.vocab_chunk, hidden, y, old, ref, sampled, A,
+                                    weight).cpu()
     return sums
 
 
@@ -198,7 +201,8 @@ def main(cfg):
         timer("sampling")
         rows = sample(policy, [problems[i].prompt for i in indices], cfg.rollouts,
                       max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-                      seed=(cfg.seed, step), sample_rows=cfg.sample_rows)
+                      seed=(cfg.seed, step), sample_rows=cfg.sample_rows,
+                      kv_gib=cfg.kv_gib)
 
         # reward: one verdict a response; advantage: inside the group of one prompt
         timer("verifying")

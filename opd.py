@@ -32,7 +32,7 @@ import torch
 
 from common import (Run, Timer, batch_indices, check, check_pair, count_steps,
                     describe_lm, load_lm, load_problems, make_optimizer, micro_batches,
-                    optimizer_step, over_chunks, rollout_stats, run_cli, sample, tokenize_problems)
+                    optimizer_step, over_chunks, pick, rollout_stats, run_cli, sample, tokenize_problems)
 
 
 @dataclass
@@ -69,6 +69,7 @@ class Config:
     micro_tokens: int = 32768  # padded tokens of a forward/backward micro-batch
     vocab_chunk: int = 1024  # tokens whose (n, V) log-probs exist at once
     sample_rows: int = 256  # rows decoded at once
+    kv_gib: float = 0.0  # GiB of the sampler's keys and values; 0: what the device can spare
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     save_every: int = 50  # steps between resumable states; 0 is never
     show_every: int = 10  # steps between printed rollouts; 0 is never
@@ -79,43 +80,44 @@ def reverse_kl(logp, logq):
     return (logp.exp() * (logp - logq)).sum(-1)
 
 
-def score_function_loss(logp, logq, lengths, returns):
-    """-A_t log pi_theta(y_t|s_t) of every token; logp, logq (N,) of the sampled tokens -> (N,).
+def dense_advantages(logp, logq, lengths, returns):
+    """log pi_T - log pi_theta of the sampled tokens: the reward of Eq. 1 and the entropy's, (N,).
 
-    A_t = log pi_T - log pi_theta, a constant: the reward of Eq. 1 and the entropy's. returns=False
-    takes it as it is: the gradient of Eq. 4. returns=True sums it over u >= t inside each row of
-    these lengths: the gradient of Eq. 2.
+    returns=False takes it as it is: with it, the score function has the gradient of Eq. 4.
+    returns=True sums it over u >= t inside each row of these lengths: the gradient of Eq. 2.
     """
-    advantage = (logq - logp).detach()
+    advantages = (logq - logp).detach()
     if returns:
-        rows = advantage.split(lengths)
-        advantage = torch.cat([row.flip(0).cumsum(0).flip(0) for row in rows])
-    return -advantage * logp
+        rows = advantages.split(lengths)
+        advantages = torch.cat([row.flip(0).cumsum(0).flip(0) for row in rows])
+    return advantages
 
 
-def loss_per_token(cfg, student, teacher, rows):
-    """The loss, the exact KL and the student's entropy at the response tokens: (N,) each."""
+def accumulate(cfg, student, teacher, rows, n_tokens):
+    """Add the gradient of a micro-batch to the student's, for an update of n_tokens tokens.
+
+    Returns sums over its tokens: of the exact KL, of its square, of the student's entropy.
+    """
     hidden, tokens = student.states(rows)  # (N, D), (N,)
     with torch.no_grad():
         hidden_teacher, _ = teacher.states(rows)
     head, head_teacher = student.head(), teacher.head()  # (V, D)
+    adv = torch.zeros(len(tokens), device=tokens.device)
+    if cfg.estimator != "full":  # constants, of all tokens before the first has its loss
+        logp, logq = (lm.token_logp(h, tokens, cfg.temperature, cfg.vocab_chunk)
+                      for lm, h in ((student, hidden), (teacher, hidden_teacher)))
+        adv = dense_advantages(logp, logq, [len(r.tokens) for r in rows],
+                               returns=cfg.estimator == "return")
 
-    def chunk(h, h_teacher, y):  # -> (n, 4)
+    def chunk(h, h_teacher, y, A):
         logp = student.log_probs(h, head, cfg.temperature)  # (n, V)
         logq = teacher.log_probs(h_teacher, head_teacher, cfg.temperature)
-        entropy = -(logp.exp() * logp).sum(-1).detach()
-        sampled = (log.gather(-1, y[:, None]).squeeze(-1) for log in (logp, logq))
-        kl = reverse_kl(logp, logq)
-        kl = kl if cfg.estimator == "full" else kl.detach()
-        return torch.stack([kl, entropy, *sampled], -1)
+        kl = reverse_kl(logp, logq)  # (n,)
+        entropy = -(logp.exp() * logp).detach().sum(-1)
+        loss = kl if cfg.estimator == "full" else -A * pick(logp, y)
+        return loss.sum() / n_tokens, (kl, kl**2, entropy)
 
-    columns = over_chunks(chunk, cfg.vocab_chunk, hidden, hidden_teacher, tokens)  # (N, 4)
-    kl, entropy, logp, logq = columns.unbind(-1)
-    if cfg.estimator == "full":
-        return kl, kl.detach(), entropy
-    lengths = [len(r.tokens) for r in rows]
-    loss = score_function_loss(logp, logq, lengths, cfg.estimator == "return")
-    return loss, kl.detach(), entropy
+    return over_chunks(chunk, cfg.vocab_chunk, hidden, hidden_teacher, tokens, adv)
 
 
 def main(cfg):
@@ -141,16 +143,15 @@ def main(cfg):
         timer("sampling")
         rows = sample(student, [problems[i].prompt for i in indices], cfg.rollouts,
                       max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-                      seed=(cfg.seed, step), sample_rows=cfg.sample_rows)
+                      seed=(cfg.seed, step), sample_rows=cfg.sample_rows,
+                      kv_gib=cfg.kv_gib)
 
         # loss: the mean over all response tokens of the update, whatever the micro-batches
         timer("updating")
         n_tokens = sum(len(r.tokens) for r in rows)
         sums = torch.zeros(3, dtype=torch.float64)  # of kl, kl^2, entropy
         for group in micro_batches(rows, cfg.micro_tokens):
-            loss, kl, entropy = loss_per_token(cfg, student, teacher, [rows[i] for i in group])
-            (loss.sum() / n_tokens).backward()
-            sums += torch.stack([x.double().sum() for x in (kl, kl**2, entropy)]).cpu()
+            sums += accumulate(cfg, student, teacher, [rows[i] for i in group], n_tokens).cpu()
         grad_norm = optimizer_step(student, optimizer, scheduler, cfg.grad_clip)
 
         kl, square, entropy = (sums / n_tokens).tolist()

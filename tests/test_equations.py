@@ -13,7 +13,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from fkl_warmup import forward_kl
 from grpo import advantages, kl_penalty, policy_loss, row_weights
-from opd import reverse_kl, score_function_loss
+from opd import dense_advantages, reverse_kl
 
 V, T = 3, 2
 RESPONSES = list(itertools.product(range(V), repeat=T))
@@ -136,7 +136,7 @@ def test_eq_4_and_eq_2_have_the_same_value_and_different_gradients():
 def expected_gradient(world, returns):
     def loss(y):
         logp, logq = world.rows(y)
-        return score_function_loss(logp, logq, [T], returns).sum()
+        return -(dense_advantages(logp, logq, [T], returns) * logp).sum()
     return world.gradient(world.expectation(loss))
 
 
@@ -165,9 +165,8 @@ def test_return_to_go_stays_inside_its_row():
     """Two rows in one batch give what each gives alone; a pinned case by hand."""
     logp = torch.tensor([-1.0, -2.0, -1.0, -3.0, -0.5])
     logq = torch.tensor([-0.5, -1.0, -2.0, -1.0, -1.5])  # advantages 0.5, 1, -1 | 2, -1
-    both = score_function_loss(logp, logq, [3, 2], True)
-    want = -torch.tensor([0.5, 0.0, -1.0, 1.0, -1.0]) * logp
-    torch.testing.assert_close(both, want)
+    both = dense_advantages(logp, logq, [3, 2], True)
+    torch.testing.assert_close(both, torch.tensor([0.5, 0.0, -1.0, 1.0, -1.0]))
 
 
 # --- GRPO -----------------------------------------------------------------------------------------

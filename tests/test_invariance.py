@@ -54,8 +54,7 @@ def distillation_gradient(stage, world, rows, teacher_lm, **knobs):
     cfg = stage.Config(teacher="", student="", **knobs)
     n_tokens = sum(len(r.tokens) for r in rows)
     for group in micro_batches(rows, cfg.micro_tokens):
-        loss = stage.loss_per_token(cfg, lm, teacher_lm, [rows[i] for i in group])[0]
-        (loss.sum() / n_tokens).backward()
+        stage.accumulate(cfg, lm, teacher_lm, [rows[i] for i in group], n_tokens)
     assert all(p.grad is None for p in teacher_lm.model.parameters())
     return gradients(lm)
 
@@ -86,25 +85,32 @@ def test_memory_knobs_never_move_a_gradient(stage, world, rows, teacher_lm):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_losses_equal_the_plain_version_with_all_logits(temperature, world, rows, teacher_lm):
-    """Row by row, `model(ids).logits` and torch.distributions: no head, no chunks, no padding."""
-    lm = load_lm(str(world / "init-student"))
+    """Row by row, `model(ids).logits`, torch.distributions and autograd: no head, no chunks, no
+    padding. What is logged, and the whole gradient."""
+    lm = load_lm(str(world / "init-student"), train=True)
     pi, teacher, tokens = [], [], []
     for row in rows:
         ids, n = torch.tensor([row.prompt + row.tokens]), len(row.prompt)
         for model, found in ((lm, pi), (teacher_lm, teacher)):
-            with torch.no_grad():
-                found.append(model.model(ids).logits[0, n - 1 : -1, : model.vocab] / temperature)
+            found.append(model.model(ids).logits[0, n - 1 : -1, : model.vocab] / temperature)
         tokens += row.tokens
-    pi, teacher = (Categorical(logits=torch.cat(x)) for x in (pi, teacher))
-    names = dict(teacher="", student="", temperature=temperature)
-    for stage, option, want in (
-            (opd, dict(estimator="full"), kl_divergence(pi, teacher)),
-            (fkl_warmup, dict(targets="soft"), kl_divergence(teacher, pi)),
-            (fkl_warmup, dict(targets="hard"), -pi.log_prob(torch.tensor(tokens)))):
-        cfg = stage.Config(**names, **option)
-        loss, *_, entropy = stage.loss_per_token(cfg, lm, teacher_lm, rows)
-        torch.testing.assert_close(loss, want, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(entropy, pi.entropy(), atol=1e-5, rtol=1e-4)
+    pi, teacher = Categorical(logits=torch.cat(pi)), Categorical(logits=torch.cat(teacher).detach())
+    log_ratio = (teacher.log_prob(torch.tensor(tokens)) - pi.log_prob(torch.tensor(tokens))).detach()
+    kl, nll = kl_divergence(pi, teacher), -pi.log_prob(torch.tensor(tokens))
+    for stage, option, loss, logged in (
+            (opd, dict(estimator="full"), kl, (kl, kl**2)),
+            (opd, dict(estimator="token"), log_ratio * nll, (kl, kl**2)),
+            (fkl_warmup, dict(targets="soft"), kl_divergence(teacher, pi), None),
+            (fkl_warmup, dict(targets="hard"), nll, None)):
+        cfg = stage.Config(teacher="", student="", temperature=temperature, vocab_chunk=7, **option)
+        lm.model.zero_grad()
+        (loss.sum() / len(tokens)).backward(retain_graph=True)
+        want = gradients(lm)
+        lm.model.zero_grad()
+        sums = stage.accumulate(cfg, lm, teacher_lm, rows, len(tokens))
+        assert (gradients(lm) - want).norm() <= 1e-5 * want.norm()
+        logged = torch.stack([x.sum() for x in (*(logged or [loss]), pi.entropy())])
+        torch.testing.assert_close(sums.float(), logged, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -178,10 +184,11 @@ def test_log_probs_of_all_tokens_never_exist_at_once(chunk, bounded):
     head = torch.randn(V, D) / 4
 
     def block(a, b):
-        return opd.reverse_kl(*((x @ head.T).log_softmax(-1) for x in (a, b)))
+        kl = opd.reverse_kl(*((x @ head.T).log_softmax(-1) for x in (a, b)))
+        return kl.sum(), (kl,)
 
     with WideTensors(V) as wide:
-        over_chunks(block, chunk, h, h_teacher).sum().backward()
+        over_chunks(block, chunk, h, h_teacher)
     row = 4 * V
     assert (wide.peak <= 10 * 8 * row) == bounded and (wide.peak >= N * row) != bounded
 

@@ -140,18 +140,19 @@ def test_nothing_is_taken_from_generation_config(student_lm, monkeypatch):
 
 def test_inverse_cdf_of_a_known_table():
     """p = (0, 1/2, 0, 1/4, 1/4, 0): each uniform has one right answer; p = 0 is never drawn."""
-    logp = torch.tensor([[0.0, 0.5, 0.0, 0.25, 0.25, 0.0]]).double().log().repeat(7, 1)
+    weights = torch.tensor([[0.0, 0.5, 0.0, 0.25, 0.25, 0.0]]).double().repeat(7, 1)
     uniform = torch.tensor([0.0, 0.25, 0.4999, 0.5, 0.7499, 0.75, 1 - 1e-16], dtype=torch.float64)
-    assert inverse_cdf(logp, uniform).tolist() == [1, 1, 1, 3, 3, 4, 4]
+    drawn = inverse_cdf(weights, uniform[:, None]).squeeze(1)
+    assert drawn.tolist() == [1, 1, 1, 3, 3, 4, 4]
 
 
 def test_inverse_cdf_keeps_rare_tokens_of_a_large_vocabulary():
     """100,000 tokens of 1e-9 each behind one that has the rest: they get their 1e-4 of the draws. A
     sum in fp32 would have lost them all."""
-    logp = torch.full((1, 100_001), 1e-9, dtype=torch.float64)
-    logp[0, 0] = 1 - 1e-4
+    weights = torch.full((10, 100_001), 1e-9)
+    weights[:, 0] = 1 - 1e-4
     uniform = 1 - torch.linspace(0.5e-5, 0.95e-4, 10, dtype=torch.float64)
-    drawn = inverse_cdf(logp.log().float().repeat(10, 1), uniform)
+    drawn = inverse_cdf(weights, uniform[:, None]).squeeze(1)
     want = 100_000 - torch.linspace(0.5e-5, 0.95e-4, 10, dtype=torch.float64) * 1e9
     assert (drawn - want).abs().max() <= 2
 
