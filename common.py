@@ -1206,6 +1206,7 @@ class PagedCache:
         each = self.pages_for(longest)
         size = 2 * config.num_hidden_layers * self.page * heads * dim * dtype.itemsize
         self.capacity = min(rows * each, int(cache_bytes(lm, kv_gib) / size))
+        self.tight = self.capacity < rows * each  # rows may have to wait for pages
         check(self.capacity >= each, f"the sampler's cache holds {self.capacity * self.page} tokens "
               f"and a row may take {longest}: lower --max-new-tokens, or free memory for --kv-gib")
         # on a CPU a page of a head is one matrix; the kernel on CUDA wants positions first
@@ -1253,7 +1254,7 @@ class PagedCache:
         started, n_live = [], len(live)
         while waiting and n_live < sample_rows:
             group, need = waiting[0], self.pages_for(len(waiting[0][0]))
-            spare = self.capacity - self.used - n_live  # a page more for all, soon
+            spare = self.capacity - self.used - n_live * self.tight  # all may soon need one more
             n = min(len(group), sample_rows - n_live, spare // need)
             if n < len(group) and n_live:
                 break
@@ -1312,7 +1313,8 @@ class Step:
 
     def __init__(self, lm, cache, temperature):
         self.lm, self.cache, self.temperature = lm, cache, temperature
-        self.head, self.graphs, self.replays = lm.head(), {}, lm.device.type == "cuda"
+        self.head, self.replays = lm.head(), lm.device.type == "cuda"
+        self.graphs, self.memory = {}, None  # shape: what was recorded
 
     def run_block(self, live):
         """BLOCK tokens of every live row and their log-probs, two lists of lists."""
@@ -1320,11 +1322,7 @@ class Step:
         if self.replays:  # few shapes: powers of two
             shape, pages = tuple(1 << (n - 1).bit_length() for n in shape), self.cache.capacity
         state = self.make_state(live, *shape, pages)
-        if shape not in self.graphs:  # the first block of a shape also warms up what it records
-            self.graphs[shape] = None
-            for _ in range(BLOCK):
-                self(state)
-        elif self.replays:
+        if self.replays and shape in self.graphs:
             graph, recorded = self.graphs[shape] or self.record(shape, state)
             for name, tensor in state.items():
                 recorded[name].copy_(tensor)
@@ -1332,6 +1330,7 @@ class Step:
                 graph.replay()
             state = recorded
         else:
+            self.graphs[shape] = None  # to be recorded next time, now that its kernels are loaded
             for _ in range(BLOCK):
                 self(state)
         return [state[name][: len(live)].tolist() for name in ("tokens", "logps")]
@@ -1354,7 +1353,8 @@ class Step:
 
     def record(self, shape, state):
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        self.memory = self.memory or torch.cuda.graph_pool_handle()  # one for all graphs
+        with torch.cuda.graph(graph, pool=self.memory):
             self(state)
         self.graphs[shape] = graph, state
         return self.graphs[shape]

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import common
 import grpo
@@ -164,19 +164,204 @@ def test_gradient_checkpointing_does_not_reach_the_sampler(world, student_lm):
     assert lm.model.training
 
 
-def test_fewer_rows_are_decoded_where_memory_is_short(student_lm, monkeypatch):
-    """A device without room for more than one prompt's rows: the same rollouts, in more batches."""
-    rows, decode, sizes = draw(student_lm), common.decode_batch, []
+# --- rows that come and go ------------------------------------------------------------------------
 
-    def with_little_memory(lm, prompts, *args):
-        if len(prompts) > 1:
-            raise torch.OutOfMemoryError("no room")
-        sizes.append(len(prompts))
-        return decode(lm, prompts, *args)
 
-    monkeypatch.setattr(common, "decode_batch", with_little_memory)
-    assert [r.tokens for r in draw(student_lm)] == [r.tokens for r in rows]
-    assert sizes == [1] * len(PROMPTS)
+def same(rows, others):
+    """The same tokens, log-probs to 1e-5 (another batch sums in another order)."""
+    assert [r.tokens for r in rows] == [r.tokens for r in others]
+    assert [r.finished for r in rows] == [r.finished for r in others]
+    for row, other in zip(rows, others):
+        np.testing.assert_allclose(row.logp, other.logp, atol=1e-5)
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """What each block of BLOCK tokens saw: its live rows' pages, and the cache's `used`."""
+    seen, run_block = [], common.Step.run_block
+
+    def watched(step, live):
+        assert step.cache.used <= step.cache.capacity
+        seen.append(([list(row.pages) for row in live], step.cache.used))
+        return run_block(step, live)
+
+    monkeypatch.setattr(common.Step, "run_block", watched)
+    return seen
+
+
+def with_pages(lm, n, monkeypatch, page=4):
+    """kv_gib of a cache of n pages of so many tokens."""
+    monkeypatch.setitem(common.PAGE, "cpu", page)
+    c = lm.model.config
+    size = 2 * c.num_hidden_layers * page * c.num_key_value_heads * c.head_dim * 4
+    return (n + 0.5) * size / 2**30
+
+
+def test_ended_rows_are_replaced_at_once(lm, blocks):
+    """With 8 places for 48 rows, 2 of a prompt: all but one place are taken while rows wait, and
+    the whole takes about as many blocks as the tokens need."""
+    prompts = [[3, 15 + i % 10, 11 + i // 10, 20, 4] for i in range(24)]
+    rows = draw(lm, prompts, k=2, sample_rows=8)
+    live = [len(pages) for pages, _ in blocks]
+    last_full = max(i for i, n in enumerate(live) if n >= 7)
+    assert all(7 <= n <= 8 for n in live[:last_full]) and last_full > 4
+    needed = sum(-(-len(r.tokens) // common.BLOCK) for r in rows)
+    assert sum(live) == needed  # no row stays a block longer than it lives
+    same(rows, draw(lm, prompts, k=2, sample_rows=1000))
+
+
+def test_live_pages_are_distinct_and_without_gaps(lm, blocks, monkeypatch):
+    kv_gib = with_pages(lm, 500, monkeypatch)
+    draw(lm, sample_rows=7, kv_gib=kv_gib)
+    for rows, used in blocks:
+        assert sorted(page for row in rows for page in row) == list(range(1, used + 1))
+
+
+@pytest.mark.parametrize("pages", [14, 16, 24])
+def test_rows_wait_where_the_cache_is_small_and_nothing_changes(lm, blocks, monkeypatch, pages):
+    """A row of 11 + 40 tokens takes up to 15 pages of 4 tokens (14 is one too few)."""
+    rows = draw(lm)
+    kv_gib, waited, reserve = with_pages(lm, pages, monkeypatch), [], common.PagedCache.reserve
+
+    def watched(cache, live):
+        live, homeless = reserve(cache, live)
+        waited.extend(homeless)
+        return live, homeless
+
+    monkeypatch.setattr(common.PagedCache, "reserve", watched)
+    if pages == 14:
+        with pytest.raises(common.UserError, match="cache holds 56 tokens"):
+            draw(lm, kv_gib=kv_gib)
+        return
+    del blocks[:]
+    same(draw(lm, kv_gib=kv_gib), rows)
+    assert max(used for _, used in blocks) <= pages
+    assert waited  # some rows lost their places, and were continued later
+
+
+def test_each_prompt_passes_the_model_once_for_its_rollouts(lm, monkeypatch):
+    fed, forward = [], lm.model.base_model.forward
+
+    def watched(input_ids=None, **kwargs):
+        fed.append(tuple(input_ids.shape))
+        return forward(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(lm.model.base_model, "forward", watched)
+    draw(lm, k=50, n=3)
+    assert [shape for shape in fed if shape[1] > 1] == [(4, max(map(len, PROMPTS)) - 1)]
+    assert all(shape[0] <= 200 for shape in fed)
+
+
+def test_each_row_has_its_own_limit(lm):
+    """Limits around the block size; one that ends by itself earlier keeps its stop token."""
+    whole, limits = draw(lm, k=6, n=40), [1, 2, 7, 8, 9, 40] * 4
+    groups = [[common.Row(common.Rollout(p, [], [], False), common.random_stream((0,), p, s),
+                          limits[s]) for s in range(6)] for p in PROMPTS]
+    common.decode(lm, groups, 1.0, 256, 0.0)
+    for row, other, limit in zip((r.rollout for g in groups for r in g), whole, limits):
+        assert row.tokens == other.tokens[:limit]
+        assert row.finished == (other.finished and len(other.tokens) <= limit)
+
+
+def test_a_prompt_of_one_token(lm):
+    """It has nothing to prefill."""
+    rows = draw(lm, [[3], [5, 7]], k=3)
+    same(rows[:3], draw(lm, [[3]], k=3))
+    scored = grpo.score(grpo.Config(model=""), lm, rows)
+    for row, logp in zip(rows, scored):
+        np.testing.assert_allclose(row.logp, logp, atol=1e-5)
+
+
+def test_recorded_steps_with_rows_and_pages_to_spare(lm, monkeypatch):
+    """What CUDA does, with the graph played by a function: shapes are powers of two, state is
+    copied into the tensors of the first recording, rows and pages beyond the live ones do nothing."""
+    rows, recorded = draw(lm, sample_rows=7), []
+
+    class Graph:
+        def __init__(self, step, state):
+            self.replay = lambda: step(state)
+
+    def record(step, shape, state):
+        recorded.append(shape)
+        step.graphs[shape] = Graph(step, state), state
+        return step.graphs[shape]
+
+    init = common.Step.__init__
+
+    def replaying(step, *args):
+        init(step, *args)
+        step.replays = True
+
+    monkeypatch.setattr(common.Step, "__init__", replaying)
+    monkeypatch.setattr(common.Step, "record", record)
+    same(draw(lm, sample_rows=7), rows)
+    assert (8, 1) in recorded and all(n & (n - 1) == 0 for shape in recorded for n in shape)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2)])
+def test_attention_inside_pages_equals_float64(heads, kv_heads):
+    """Each page's result and its log-sum-exp against a plain softmax over the keys in use."""
+    torch.manual_seed(0)
+    page, dim, used = 8, 16, torch.tensor([1, 8, 3, 5])
+    q = torch.randn(4, heads, dim)
+    keys, values = torch.randn(2, 4, page, kv_heads, dim)
+    out, lse = common.attend_pages(q, keys, values, used, 0.3)
+    for i, n in enumerate(used.tolist()):
+        for h in range(heads):
+            k, v = (x[i, :n, h // (heads // kv_heads)].double() for x in (keys, values))
+            scores = 0.3 * k @ q[i, h].double()
+            torch.testing.assert_close(lse[i, h].double(), scores.logsumexp(0), atol=1e-5, rtol=0)
+            want = scores.softmax(0) @ v
+            torch.testing.assert_close(out[i, h].double(), want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("V", [1, 3, 63, 64, 65, 1000])
+def test_inverse_cdf_is_the_first_id_whose_float64_cdf_exceeds_the_uniform(V):
+    rng = np.random.default_rng(V)
+    weights = rng.random((400, V)).astype(np.float32) * (rng.random((400, V)) < 0.5)
+    weights[:, V // 2] += 1e-3  # no row of zeros
+    uniform = rng.random((400, 1))
+    uniform[0], uniform[1] = 0, np.nextafter(1, 0)
+    cdf = weights.astype(np.float64).cumsum(-1)
+    want = (cdf > uniform * cdf[:, -1:]).argmax(-1)
+    drawn = inverse_cdf(torch.from_numpy(weights), torch.from_numpy(uniform)).squeeze(1).numpy()
+    assert (drawn == want).all() and (weights[np.arange(400), drawn] > 0).all()
+
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@cuda
+def test_flash_attention_inside_pages_equals_the_plain_one():
+    torch.manual_seed(0)
+    q = torch.randn(40, 16, 128, device="cuda", dtype=torch.bfloat16)
+    keys, values = torch.randn(2, 40, 256, 8, 128, device="cuda", dtype=torch.bfloat16)
+    used = torch.randint(1, 257, (40,), device="cuda")
+    out, lse = common.attend_pages(q, keys, values, used, 0.1)
+    want, want_lse = common.attend_pages(*(x.float() for x in (q, keys, values)), used, 0.1)
+    torch.testing.assert_close(out.float(), want, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(lse, want_lse, atol=1e-2, rtol=0)
+
+
+@cuda
+def test_on_cuda_recorded_steps_give_what_steps_give(world, monkeypatch):
+    """Log-probs of the same tokens, bf16 and fp32, against the training forward."""
+    for dtype, tolerance in (("fp32", 1e-3), ("bf16", 0.3)):
+        lm = common.load_lm(str(world / "init-student"), device="cuda", dtype=dtype)
+        rows = draw(lm, PROMPTS * 10, k=8, n=60, sample_rows=64)
+        scored = grpo.score(grpo.Config(model=""), lm, rows)
+        gaps = [(torch.tensor(r.logp) - logp.cpu()).abs() for r, logp in zip(rows, scored)]
+        assert torch.cat(gaps).max() < tolerance and torch.cat(gaps).mean() < tolerance / 10
+
+
+def test_a_model_with_a_sliding_window_is_refused(student_lm, tmp_path):
+    config = MistralConfig(
+        vocab_size=28, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, sliding_window=4,
+        num_key_value_heads=2, intermediate_size=64, eos_token_id=1)
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    student_lm.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(common.UserError, match="sliding_window"):
+        common.load_lm(str(tmp_path))
 
 
 def test_a_diverged_gradient_stops_the_run_and_spares_the_weights(world):
