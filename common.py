@@ -604,8 +604,10 @@ _TooMuch = RecursionError  # in the grammar, but beyond a limit
 # --- where the answer stands
 _BRACE = re.compile(r"(\\(?:boxed|fbox)\s*)?\{|\}|\\[{}]")
 _JOINER = re.compile(  # what may stand between boxes of one list; a new line needs a conjunction
-    r"(?=[^\n]*\Z|[^,;]*(?:and|or|[,;]))(?:[\s$&,;*]|\\[()\[\],;:! ]|\\q?quad|and\b|or\b"
-    r"|\\(?:text|mbox)\{[\s,]*(?:and|or)?[\s,]*\})*")
+    r"(?=[^\n]*\Z|[^,;]*(?:and|or|[,;]))(?:[ ]?[a-z]{3,}(?=[ ]and[ ]))?"  # a unit
+    r"(?:[\s$&,;*]|\\[()\[\],;:! ]|\\q?quad|and\b|or\b"
+    r"|\\(?:text|mbox)\{(?:[\s,]*|[a-z() ]*\b(?:and|or)\b[\s,]*)\})*"
+    r"(?:[A-Za-z](?:_\{?\w\}?)?\s?=\s?)?\$?")
 _ANSWER_LINE = re.compile(r"(?i)\banswer(?:\s{1,4}is)?[*_ \t]{0,6}[:：]"
                           r"(?: {0,4}the (?:final )?answer is:?)?")
 
@@ -621,7 +623,7 @@ def extract_answer(response: str) -> str | None:
     text = response.rpartition("</think>")[2]
     if "<think>" in text:
         return None
-    text = text[-_MAX_RESPONSE:]
+    text = re.sub(r"(\\boxed|\\fbox)[ ](-?[\w.]*\w)", r"\1{\2}", text[-_MAX_RESPONSE:])
     return (_boxed(text) or _answer_line(text)).strip() or None
 
 
@@ -666,21 +668,23 @@ _SYMBOLS = r"""\times * \cdot * \ast * \div / \pm ± \mp ∓ \le ≤ \leq ≤ \l
     \lfloor \floor( \rfloor ) \lceil \ceil( \rceil ) >= ≥ \varepsilon ε \ell l \hbar ħ pi π ** ^
     \alpha α \beta β \gamma γ \delta δ \epsilon ε \zeta ζ \eta η \theta θ \iota ι \kappa κ \nu ν
     \lambda λ \mu μ \xi ξ \pi π \rho ρ \sigma σ \tau τ \phi φ \chi χ \psi ψ \omega ω infinity ∞
-    inf ∞ infty ∞ \ne ≠ \neq ≠""".split()
+    inf ∞ infty ∞ \ne ≠ \neq ≠ != ≠ \setminus ∖ \backslash ∖ \colon : \smallsetminus ∖""".split()
 _SPACES = r"""\left \right \displaystyle \mathbf \mathbb \mathcal \mathit \boldsymbol \bm \boxed
-    \fbox \pounds \euro \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \quad \qquad""".split()
+    \fbox \pounds \euro \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr""".split()
 _FUNCTIONS = dict(ln="log", lg="log10", arcsin="asin", arccos="acos", arctan="atan", abs="fabs") | {
     name: name for name in "sin cos tan sec csc cot log floor ceil".split()}
 _WORDS = dict(zip(_SYMBOLS[::2], _SYMBOLS[1::2])) | dict.fromkeys(_SPACES, " ") | {
     name: f"\\{name} " for name in [*_FUNCTIONS, "sqrt"]}
 _UNITS = """cm mm km kg mg ml mL ft in yd mi lb lbs oz hr hrs min sec mph kph sq deg pts day Hz kHz
-    MHz eV keV MeV GeV Pa kPa atm mol nm kJ kW kV mA pc Mpc AU erg USD per yes no No odd""".split()
+    MHz eV keV MeV GeV Pa kPa atm mol nm kJ kW kV mA pc Mpc AU erg USD per pct yes no No odd""".split()
 _NOT_UNIT = re.compile(
     r"\b(not?|if|when|for|mod|more|less|fewer|least|most|than|to|but|only|dozen|hundred"
-    r"|thousand|\w+illion|squared|cubed|half|twice|times|negative|minus)s?\b|[=<>∪]")
+    r"|thousand|\w+illion|squared|cubed|half|twice|times|negative|minus)s?\b|[=<>∪∨]")
 _TEXT = r"\\(?:text\w{0,6}|mbox|mathrm|operatorname)\s*\{\s*"
 _CHARS = str.maketrans(dict(zip("−–×·⋅÷⁄′⩽⩾∣\"\u200b", "--***//'≤≥|  ")) | {
-    "√": "\\sqrt ", "∅": "\\{\\}"})
+    "√": "\\sqrt ", "∅": "\\{\\}", "\f": "\\f", "\b": "\\b"})
+_BASES = dict(zip("two three four five six seven eight nine ten eleven twelve sixteen".split(),
+                  [*range(2, 13), 16]))
 
 
 def _word(m):
@@ -704,22 +708,38 @@ def _mixed(m):
     return f" ({whole}+{top}/{bottom}) " if 0 < top < bottom else f" ?{m[0]} "
 
 
+def _repeating(m):
+    """A repeating decimal is a fraction."""
+    whole, start, cycle = m[1] or "0", m[2], m[3] or m[4]
+    top, scale = int(whole + start + cycle) - int(whole + start), 10 ** len(start)
+    return f"({top}/{scale * (10 ** len(cycle) - 1)})"
+
+
 _TABLE = [(re.compile(row[0]), *row[1:]) for row in (  # pattern, replacement, example, its result
-    (r"(?s)\\\\(?=[A-Za-z\\])(?!.*\\end)", r"\\", r"\\frac{1}{2}", r"\frac{1}{2}"),
+    (r"(?s)(?<!\\)\\\\(?=[A-Za-z\\])(?!.*\\end)", r"\\", r"\\frac{1}{2}", r"\frac{1}{2}"),
     (r"\\mathbb\s*\{?R\}?", r"(-∞,∞)", r"x \in \mathbb{R}", "x ∈ (-∞,∞)"),
     (r"(\d)\s*(?:\{\s*,\s*\}|,\\!)\s*(?=\d{3})", r"\1,", r"10{,}080; 32,\!348", "10080; 32348"),
+    (r"\\q?quad", " ", r"1,\quadx", "1, x"),
+    (r"(?<!\d)(\d*)\.(\d*)(?:\\(?:overline|bar) ?\{(\d+)\}|(?:\\dot ?\{?(\d)\}?))", _repeating,
+     r"0.1\overline{6}", "(15/90)"),
+    (rf"(?i)(base\W*|(?<=\d)\s?_\W*(?:text\W*)?)({'|'.join(_BASES)})\b",
+     lambda m: f"{m[1]}{_BASES[m[2].lower()]}", r"204_{\text{five}}", "204_{ 5 }"),
     (r"\\!|(?<!\\)\\[()\[\]]", "", r"\(33\)", "33"),
     (r"\\\$|\\?%|[$€£¥~]|(?<!\\)\\[,;:> ]", " ", r"$\$36$; 28\%; 10\,000", "36 ; 28 ; 10000"),
+    (r"(?i)^(?!.*\b(?:not|never|if|or)\b)\s*(\\text\w*\s*\{)?\s*(?:[a-z][a-z()]*\s+){1,20}"
+     r"(?:is|are|equals)\b\s*:?\s*(?(1)\})(?=\s*[-\d\\(.])", "", "The area of $x$ is 12", "12"),
     (r"\\begin\s*\{\w+\*?\}(?:\s*\{[lcr|]*\})?", " ⟦ ", r"\begin{pmatrix}1&2", "⟦ 1&2"),
     (r"(?:\\\\)?\s*\\end\s*\{\w+\*?\}", " ⟧ ", r"3\\ \end{array}", "3 ⟧"),
     (r"(?<=\d)[eE]([+-]?\d+)", r"*10^{\1}", "1.5e-3", "1.5*10^{-3}"),
-    (r"(?i)[,;]*\s*(?<![a-z\\])(?:and|or)(?![a-z])", "∪", "2, 3, and 5", "2, 3∪ 5"),
+    (r"(?i)[,;]*\s*(?<![a-z\\])(?:and|or)(?![a-z])", "∨", "2, 3, and 5", "2, 3∨ 5"),
     (r"(?<=[\d}/*])\s*" + _TEXT + r"([A-Za-cf-hj-z])\s*\}", r'"\1"', r"5\text{ V}", "5"),
     (_TEXT + rf"(?!(?:{'|'.join(_FUNCTIONS)})\b)([^{{}}\d=]*[A-Za-z]{{2}}[^{{}}\d=]*)\}}", r'"\1"',
      r"\text{more}", '"more"'),
     (_TEXT + r"([^{}]*)\}", r" \1 ", r"\text{(B)}", "(B)"),
-    (r'"[^"]*"|\\?[^\W\d_]+|[<>]=|\*\*', _word, r"\dfrac\pi2 <= x", r"\fracπ2 ≤ x"),
+    (r"[,;]\s*∨", "∨", r"3, \text{ and } 5", "3∨ 5"),
+    (r'"[^"]*"|\\?[^\W\d_]+|[<>]=|\*\*|(?<=[a-z ])!=', _word, r"\dfrac\pi2 <= x", r"\fracπ2 ≤ x"),
     (r"\s+", " ", "x\n + 1", "x + 1"),
+    (r"- ?(?=\\\{)", "∖", r"\mathbb{R} - \{3\}", r"(-∞,∞) ∖\{3\}"),
     (r" ?\^ ?\{ ?° ?\}| ?\^ ?°| °", "°", r"75^{\circ}; 75^\circ", "75°; 75°"),
     (r"\^ ?\{ ?('[' ]*)\}|\^ ?('+)", r"\1\2", r"y^{\prime\prime}", "y''"),
     (r'(?<!\d)\(?(\d+)\)? ?_? ?\{? ?"? ?base ?"? ?\{?(\d+)\}*', r"\1_\2", "6 base 7", "6_7"),
@@ -735,7 +755,8 @@ _TABLE = [(re.compile(row[0]), *row[1:]) for row in (  # pattern, replacement, e
     (r"(?<![\d.^_/])\d+ ?(?:\\frac ?\{ ?\d+ ?\} ?\{ ?\d+ ?\}|(?<= )\d+/\d+)", _mixed,
      r"3\frac12; 3½", "(3+1/2) ; (3+1/2)"),
     (r"[., :;]+$", lambda m: m[0] if ".." in m[0] else "", "33. ", "33"),
-    (r"(?<=\d) ([mgshLJNWVK](?:/[smhL])?(?:\^?\{?\d\}?)?) ?$", r' "\1"', "5 m/s^2", "5"),
+    (r"(?<=\d)( [mgshLJNWVK](?:/[smhL])?|m/s|(?<=\.\d)m(?=\^)|(?<=\.\d\d)m(?=\^))(\^?\{?\d\}?)? ?$",
+     r' "\1\2"', "0.99m^2", '0.99'),
     (r"""(?:(?<=[\d)}\]°'.π])|(?<=(?<![A-Za-z])[b-zB-HJ-Z]))"""
      r' ?(?:[/*]? ?"[^"]*"(?: ?\^ ?(?:\{[^{}]*\}|\d))? ?)+'
      r"(?! ?(?:[\w({^]|\.\d|\\[a-z]))", _unit,
@@ -759,22 +780,27 @@ def _normalise(text):
 
 
 # --- a parser that computes
-#   answer := item (("," | ";" | "∪") item)*    "and" and "or" have become ∪
-#   item   := expr (("=" | "∈" | "<" | "≤" | ">" | "≥") expr)*
+#   answer := item (("," | ";" | "∨" | "∪") item)*    "and" and "or" have become ∨
+#   item   := sides (("=" | "∈" | "≠" | "<" | "≤" | ">" | "≥") sides)*
+#   sides  := expr (":" expr)* ("∖" expr)*
 #   expr   := base, then from loose to tight: + - | * / and no sign | ^ ! °
 #   base   := number | name | sign expr | "words" | \frac arg arg | \binom arg arg
 #           | ( items ) and its kin [ ] { } \{ \} | ⟦ item (("&" | "\\") item)* ⟧
 #           | \sqrt [expr] arg | \sin^arg expr and its kin (\abs, \floor)
 #   name   := letter, \vec{...} or digits_base, with its primes and its subscript, is one token
-# Kinds: "set" (also lists, unions), "()" and other brackets (tuples, intervals, x < 5), "⟦" and its
-# separators (matrices), "=" and the name on the left (equations), "chain" and its signs, "text".
+# Kinds: "set" (also lists), "()" and other brackets (tuples, intervals), "∪" (what is surely made of
+# intervals: unions, x < 5, x ≠ 5), ":" (ratios), "⟦" and its separators (matrices), "=" and the name
+# on the left (equations), "chain" and its signs, "text".
 _NAME = (r"(?:[^\W\d_]|\d+(?=_)|\\(?:hat|vec|dot|ddot|tilde|angle)"
          r"(?:\s?\{[^{}]*\}|(?:\s?[^\W\d_])+))'*(?:_\s?(?:\d+|[^\W_]|\{[^{}]*\}))?'*")
 _TOKEN = re.compile(rf'"[^"]*"|{_NAME}|\d+(?:\.\d*)?|\.\d+|\\[A-Za-z]+|\\.|\S')
-_LEFT_SIDE = re.compile(  # x, a_1, y', f(x), f^{-1}(x), P(A), AB, |AB|, "Area", (x,y), dy/dx
+_LEFT_SIDE = re.compile(  # x, a_1, y', f(x), f^{-1}(x), P(A), AB, |AB|, "Area", (x,y), dy/dx, A:B
     rf"""{_NAME}(?:\^\{{?-1\}}?)?(?:\([\w,∩∪|'"]*\))?|(?:\\abs)?[(\[]?[A-Z]{{1,4}}[)\]]?|"[^"]*"
-    |\({_NAME}(?:,{_NAME})*\)|\\frac\{{d\w\}}\{{d\w\}}""", re.X)
+    |(?:\(|\\\{{){_NAME}(?:,{_NAME})*(?:\)|\\\}})|\\frac\{{d\w\}}\{{d\w\}}
+    |\\frac\{{[A-Z]+\}}\{{[A-Z]+\}}|(?:{_NAME}|[A-Z]+)(?::(?:{_NAME}|[A-Z]+))+""", re.X)
+_UNKNOWN = re.compile(r"(-?)(\\abs\()?(?![πei∞])[^\W\d_](?:_\{?\w\}?|\([^\W\d_]\))?\)?")  # of x < 5
 _CLOSE = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), "\\{": ("\\}",), "⟦": ("⟧",)}
+_LABEL = re.compile(r"\(?([A-H])(?:\)|[.:] ) ?([^∪∨]*\d[^∪∨]*)")  # (B) 12, B. 12, B) 12
 _local = threading.local()
 
 
@@ -785,6 +811,56 @@ def _mp():
         _local.mp = MPContext()
         _local.mp.dps = _DIGITS
     return _local.mp
+
+
+_INTERVALS, _TURNED = ("()", "(]", "[)", "[]"), str.maketrans("<≤>≥()[]", ">≥<≤)(][")
+
+
+def _minus(x):
+    return _join(operator.mul, Fraction(-1), x)
+
+
+def _between(low, high, signs, absolute):
+    """The numbers between two others, or those whose absolute value is; None is no bound."""
+    left = "[" if low is not None and signs[0] == "≤" else "("
+    right = "]" if high is not None and signs[-1] == "≤" else ")"
+    high = _mp().inf if high is None else high
+    if low is None:
+        low, left = _minus(high if absolute else _mp().inf), right.translate(_TURNED) if absolute else left
+    elif absolute:
+        mirrored = (left + right).translate(_TURNED)[::-1], [_minus(high), _minus(low)]
+        return _united([mirrored, (left + right, [low, high])])
+    return _united([(left + right, [low, high])])
+
+
+def _without(x, y):
+    """An interval without one or several numbers inside it."""
+    kind, (low, high) = x if _kind(x) in _INTERVALS else _refuse()
+    ends = [low, *sorted(y[1] if _kind(y) == "set" else [y], key=_inexact), high]
+    if not all(_inexact(a) < _inexact(b) for a, b in zip(ends, ends[1:])):
+        raise _Unreadable
+    inner = ["()"] * (len(ends) - 2)
+    kinds = [a[0] + b[1] for a, b in zip([kind, *inner], [*inner, kind])]
+    return "∪", [(kind, [a, b]) for kind, a, b in zip(kinds, ends, ends[1:])]
+
+
+def _united(items, joined=True):
+    """A list of values; if it is surely of intervals, a union in which those that touch are one."""
+    parts, points, spans = [], [], []
+    for x in items:
+        parts += x[1] if _kind(x) == "∪" or joined and _kind(x) == "set" else [x]
+    for p in parts:
+        (spans if _kind(p) in _INTERVALS and len(p[1]) == 2 else points).append(p)
+    sure = joined or any(_kind(x) in ("∪", "(]", "[)") or _mp().inf in x[1] for x in items if _kind(x) in ("∪", *_INTERVALS))
+    if not (sure and spans):
+        return ("set", parts) if len(parts) != 1 else parts[0]
+    united = []
+    for kind, (low, high) in sorted(spans, key=lambda p: _inexact(p[1][0])):
+        if united and "(" + ")" != kind[0] + united[-1][0][1] and _same(united[-1][1][1], low):
+            before, (low, _) = united.pop()
+            kind = before[0] + kind[1]
+        united.append((kind, [low, high]))
+    return "∪", points + united
 
 
 def _refuse(reason=_Unreadable):
@@ -804,8 +880,9 @@ def _inexact(x):
 
 def _join(op, x, y):
     """x + y or x * y: exact if both are; a factor goes into the entries of a matrix."""
-    if op is operator.mul and _kind(y)[:1] == "⟦":
-        return y[0], [_join(op, x, cell) for cell in y[1]]
+    if _kind(y)[:1] == "⟦" and (op is operator.mul or _kind(x) == y[0] and len(x[1]) == len(y[1])):
+        rows = [x] * len(y[1]) if op is operator.mul else x[1]
+        return y[0], [_join(op, a, b) for a, b in zip(rows, y[1])]
     if not (isinstance(x, Fraction) and isinstance(y, Fraction)):
         return op(_inexact(x), _inexact(y))
     value = op(x, y)
@@ -835,27 +912,42 @@ class _Reader:
             items.append(self.item())
         return items, taken
 
+    def sides(self):
+        """An expression, a ratio a:b:c, or a set without points."""
+        values = [self.expr()]
+        while self.take(":"):
+            values.append(self.expr())
+        value = (":", values) if len(values) > 1 else values[0]
+        return _without(value, self.expr()) if self.take("∖") else value
+
     def item(self):
         """An expression, or an equation, membership, interval like 1 < x ≤ 2, or other chain."""
         outer, values, spans, letters, signs = self.letters, [], [], [], ""
         while len(values) == len(signs):
             start, self.letters = self.i, set()
-            values.append(self.expr())
+            values.append(self.sides())
             spans.append("".join(self.toks[start:self.i]))
             letters.append(self.letters)
-            signs += self.take(*"=∈<≤>≥")
-        if signs[:1] in (">", "≥"):
-            signs = signs[::-1].translate(str.maketrans("<≤>≥", ">≥<≤"))
-            values, spans, letters = values[::-1], spans[::-1], letters[::-1]
-        value, lone = values[0], [len(span) == 1 and span.isalpha() for span in spans]
+            signs += self.take(*"=∈≠<≤>≥")
+        value, unknown = values[0], [_UNKNOWN.fullmatch(span) for span in spans]
+        if signs and set(signs) <= set("<≤>≥"):
+            if any(m and m[1] for m in unknown):  # -x > -1
+                values, signs = [_minus(v) for v in values], signs.translate(_TURNED)
+            if signs[0] in ">≥":
+                values, unknown, letters = values[::-1], unknown[::-1], letters[::-1]
+                signs = signs[::-1].translate(_TURNED)
         if signs and set(signs) <= {"=", "∈"}:
             name = spans[0] if _LEFT_SIDE.fullmatch(spans[0]) else ""
-            value, letters[0] = ("=" + name, values), set() if name else letters[0]
-        elif set(signs) <= {"<", "≤"} and sum(lone) == 1 and signs and len(signs) - lone[1] < 2:
-            letters[lone.index(True)] = set()
-            low, *_, high = [-_mp().inf] * lone[0] + values + [_mp().inf] * lone[-1]
-            left = "[" if signs[0] == "≤" and not lone[0] else "("
-            value = left + ("]" if signs[-1] == "≤" and not lone[-1] else ")"), [low, high]
+            letters[0] = set() if name else letters[0]
+            value = ("=" + name, values) if "=" in signs or not name else _united(values[1:])
+        elif signs == "≠" and unknown[0]:
+            letters[0] = set()
+            value = _without(("()", [-_mp().inf, _mp().inf]), values[1])
+        elif set(signs) <= {"<", "≤"} and sum(map(bool, unknown)) == 1 and (
+                len(signs) == 1 or len(signs) == 2 and unknown[1]):
+            k = 0 if unknown[0] else 1
+            letters[k] = set()
+            value = _between(*values[:k] or [None], *values[k + 1:] or [None], signs, unknown[k][2])
         elif signs:
             value = "chain" + signs, values
         self.letters = outer.union(*letters)
@@ -977,12 +1069,12 @@ def _read(text, point):
     parts = []
     for signed in sorted(texts):
         reader = _Reader(signed, point)
-        items, _ = reader.items(",", ";", "∪")
+        items, taken = reader.items(",", ";", "∨", "∪")
         if reader.toks[reader.i]:
             raise _Unreadable
         for x in items:
             parts += x[1] if len(texts) == 2 and _kind(x) == "set" else [x]
-    return parts[0] if len(parts) == 1 else ("set", parts), reader.letters
+    return _united(parts, "∪" in taken), reader.letters
 
 
 def _same(x, y):
@@ -1000,10 +1092,13 @@ def _same(x, y):
         (name, sides), = equations
         other = y if _kind(x)[:1] == "=" else x
         return all(_same(side, other) for side in (sides if name == "=" else sides[-1:]))
-    if len(equations) == 2 and "=" not in kinds and re.search('["(]', x[0] + y[0]):
+    if len(equations) == 2 and "=" not in kinds and (
+            len(kinds) == 1 or re.search('["(]', x[0] + y[0])):
         return _same(x[1][-1], y[1][-1])
-    if "set" in kinds:  # {5} is 5
-        x, y = (v[1] if _kind(v) == "set" else [v] for v in (x, y))
+    if kinds & {"set", "∪"}:  # {5} is 5; 5, 5 is not
+        x, y = (v[1] if _kind(v) in ("set", "∪") else [v] for v in (x, y))
+        if (len(x) == 1) != (len(y) == 1) or len(x) > 1 and kinds == {"set", "∪"}:
+            return False
         return all(any(_same(a, b) for b in there)
                    for here, there in ((x, y), (y, x)) for a in here)
     if not equations and len(kinds) > 1 or len(x[1]) != len(y[1]):
@@ -1032,6 +1127,10 @@ def _equal(given, gold):
     if given.strip() == gold.strip():
         return bool(gold.strip())
     given, gold = _normalise(given), _normalise(gold)
+    labels = [_LABEL.fullmatch(text) for text in (given, gold)]
+    if bool(labels[0]) != bool(labels[1]):  # (B) 12 is B and 12
+        label, other = (labels[0], gold) if labels[0] else (labels[1], given)
+        given, gold = label[1 if re.fullmatch(r"\(?[A-Ha-h]\)?", other) else 2], other
     if _key(given) == _key(gold):
         return _key(given) != ""
     pairs = []
