@@ -189,7 +189,9 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         1<x<2 or 3<x<4 == (1,2)\cup(3,4)
         x \in (1,2) or x \in (3,4) == (1,2)\cup(3,4)
         x \in (1,2) \cup (3,4) == (1,2)\cup(3,4)
-        (-\infty,-1), (2,\infty) == (-\infty,-1)\cup(2,\infty)""",
+        (-\infty,-1), (2,\infty) == (-\infty,-1)\cup(2,\infty)
+        \{x \in \mathbb{R} \mid x > 2\} == (2,\infty)
+        {(0,1)\cup(2,3)} == (0,1)\cup(2,3)""",
     "matrices": r"""
         \begin{bmatrix} 1 & 0 \\ 0 & 1 \end{bmatrix} == \begin{pmatrix}1&0\\0&1\end{pmatrix}
         \left[\begin{array}{cc}1&2\\3&4\end{array}\right] == \begin{pmatrix}1&2\\3&4\end{pmatrix}
@@ -240,7 +242,9 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         x = 3 + 3 = 6 == x = 2\cdot 3
         S_{ABC}:S=7:32 == 7:32
         AB:CD = 3:4 == 3:4
-        \frac{NO}{BO}=\frac12 == \frac12""",
+        \frac{NO}{BO}=\frac12 == \frac12
+        x=1, y=2 == (1,2)
+        a = 2 \text{ and } b = 3 == (a,b)=(2,3)""",
     "equations in several variables": r"""
         5x - 7y + 11z + 4 = 0 == -5x+7y-11z-4=0
         10x - 14y + 22z + 8 = 0 == 5x - 7y + 11z + 4 = 0
@@ -265,7 +269,9 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         \sqrt{1-x^2} == \sqrt{(1-x)(1+x)}
         5y''+y' == y^{\prime}+5y^{\prime\prime}
         \theta^2 == θ²
-        \binom{n}{2} == \frac{n(n-1)}{2}""",
+        \binom{n}{2} == \frac{n(n-1)}{2}
+        \frac{mg}{k} == \frac{m g}{k}
+        \lfloor n/2\rfloor+n == n+\lfloor n/2\rfloor""",
     "complex numbers": r"""
         3+4i == 4i+3
         i(2-i) == 1+2i
@@ -305,7 +311,8 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         7,425,000 == 7425000
         1 000 == 1000
         1,000.99 == 1000.99
-        \$32,\!348 == 32348""",
+        \$32,\!348 == 32348
+        (10,\!000, 2) == (10000,2)""",
     "text and choices": r"""
         \text{Evelyn} == Evelyn
         evelyn == \text{Evelyn}
@@ -329,7 +336,9 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         B. 12 == B
         C) 12 == 12
         \text{The answer is } 33 == 33
-        the value of x is 33 == 33""",
+        the value of x is 33 == 33
+        \textbf{(Evelyn)} == \text{Evelyn}
+        \text{no real solutions} == \text{No real solutions.}""",
     "dresses": r"""
         $33$ == 33
         33 == $33$
@@ -473,7 +482,9 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         x^2 = 4 == x = 2
         x = 5+5+1 = 12 == x = 11
         7:32 == 32:7
-        7:32 == 7""",
+        7:32 == 7
+        y=2, x=1 == (1,2)
+        x=1, x=2 == (1,2)""",
     "letters": r"""
         (+5)(b+2) == (a+5)(b+2)
         x+1 == x+2n+1
@@ -487,7 +498,10 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         \frac{x}{y} == \frac{y}{x}
         x_1 == x_2
         f(x) = 2x == 3x
-        \sqrt{x^2} == x""",
+        \sqrt{x^2} == x
+        \lfloor n/4\rfloor == \lfloor n/3\rfloor
+        \lfloor n/2\rfloor == n/2
+        \lceil n/2\rceil == \lfloor n/2\rfloor""",
     "text": r"""
         \text{Navin} == \text{Evelyn}
         (C) == (B)
@@ -536,7 +550,6 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
     "right, but not recognised": r"""
         \frac{1}{3} \approx \frac{33}{100} == 1/3
         2x < 6 == x < 3
-        \{x \in \mathbb{R} : x \ne 3\} == x \ne 3
         0.333\ldots == 1/3
         6:8 == 3:4""",
     "refused": r"""
