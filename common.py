@@ -608,7 +608,7 @@ _JOINER = re.compile(  # what may stand between boxes of one list; a new line ne
     r"(?:[\s$&,;*]|\\[()\[\],;:! ]|\\q?quad|and\b|or\b"
     r"|\\(?:text|mbox)\{(?:[\s,]*|[a-z() ]*\b(?:and|or)\b[\s,]*)\})*"
     r"(?:[A-Za-z](?:_\{?\w\}?)?\s?=\s?)?\$?")
-_ANSWER_LINE = re.compile(r"(?i)\banswer(?:\s{1,4}is)?[*_ \t]{0,6}[:：]"
+_ANSWER_LINE = re.compile(r"(?i)(?<![a-z])answer(?:\s{1,4}is)?[*_ \t]{0,6}[:：]"
                           r"(?: {0,4}the (?:final )?answer is:?)?")
 
 
@@ -657,7 +657,7 @@ def _answer_line(text):
     rest = text[ends[-1]:ends[-1] + _MAX_CHARS].lstrip(" \t\r\n*_`")
     close = {"\\[": "\\]", "$$": "$$"}.get(rest[:2], "\n")
     line = rest.removeprefix("\\[").removeprefix("$$").split(close)[0]
-    return line.split("<|")[0].split(". I hope")[0].strip(" \t*_`")
+    return re.split(r"<\||</|\. I hope", line)[0].strip(" \t*_`")
 
 
 # --- normalisation
@@ -670,7 +670,8 @@ _SYMBOLS = r"""\times * \cdot * \ast * \div / \pm ± \mp ∓ \le ≤ \leq ≤ \l
     \lambda λ \mu μ \xi ξ \pi π \rho ρ \sigma σ \tau τ \phi φ \chi χ \psi ψ \omega ω infinity ∞
     inf ∞ infty ∞ \ne ≠ \neq ≠ != ≠ \setminus ∖ \backslash ∖ \colon : \smallsetminus ∖""".split()
 _SPACES = r"""\left \right \displaystyle \mathbf \mathbb \mathcal \mathit \boldsymbol \bm \boxed
-    \fbox \pounds \euro \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr""".split()
+    \fbox \pounds \euro \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \rm \bf \it \large
+    \Large \underline \text \textbf \mbox \mathrm""".split()
 _FUNCTIONS = dict(ln="log", lg="log10", arcsin="asin", arccos="acos", arctan="atan", abs="fabs") | {
     name: name for name in "sin cos tan sec csc cot log floor ceil".split()}
 _WORDS = dict(zip(_SYMBOLS[::2], _SYMBOLS[1::2])) | dict.fromkeys(_SPACES, " ") | {
@@ -725,9 +726,10 @@ _TABLE = [(re.compile(row[0]), *row[1:]) for row in (  # pattern, replacement, e
     (rf"(?i)(base\W*|(?<=\d)\s?_\W*(?:text\W*)?)({'|'.join(_BASES)})\b",
      lambda m: f"{m[1]}{_BASES[m[2].lower()]}", r"204_{\text{five}}", "204_{ 5 }"),
     (r"\\!|(?<!\\)\\[()\[\]]", "", r"\(33\)", "33"),
-    (r"\\\$|\\?%|[$€£¥~]|(?<!\\)\\[,;:> ]", " ", r"$\$36$; 28\%; 10\,000", "36 ; 28 ; 10000"),
-    (r"(?i)^(?!.*\b(?:not|never|if|or)\b)\s*(\\text\w*\s*\{)?\s*(?:[a-z][a-z()]*\s+){1,20}"
-     r"(?:is|are|equals)\b\s*:?\s*(?(1)\})(?=\s*[-\d\\(.])", "", "The area of $x$ is 12", "12"),
+    (r"\\(?:text)?color ?\{\w+\}|\\hspace\*? ?\{[^{}]*\}", "", r"\color{red}{33}", "{33}"),
+    (r"\\\$|\\?%|[$€£¥~]|(?<!\\)\\(?:[,;:> ]|$)", " ", r"$\$36$; 28\%; 10\,000", "36 ; 28 ; 10000"),
+    (r"(?i)^(?!.*\b(?:not|never|if|or)\b)\s*(\\text\w*\s*\{)?\s*(?:[a-z][a-z()]*\s+){0,20}"
+     r"(?:is|are|equals|answer(?=:))\b\s*:?\s*(?(1)\})(?=\s*(?:[-\d\\(.]|[a-z](?![a-z])))", "", "The area of $x$ is 12", "12"),
     (r"\\begin\s*\{\w+\*?\}(?:\s*\{[lcr|]*\})?", " ⟦ ", r"\begin{pmatrix}1&2", "⟦ 1&2"),
     (r"(?:\\\\)?\s*\\end\s*\{\w+\*?\}", " ⟧ ", r"3\\ \end{array}", "3 ⟧"),
     (r"(?<=\d)[eE]([+-]?\d+)", r"*10^{\1}", "1.5e-3", "1.5*10^{-3}"),
