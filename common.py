@@ -678,10 +678,14 @@ _WORDS = dict(zip(_SYMBOLS[::2], _SYMBOLS[1::2])) | dict.fromkeys(_SPACES, " ") 
     name: f"\\{name} " for name in [*_FUNCTIONS, "sqrt"]}
 _UNITS = """cm mm km kg mL ft in yd lb lbs oz hr hrs min sec mph kph sq deg pts day Hz kHz
     MHz eV keV MeV GeV Pa kPa atm mol nm kJ kW kV Mpc AU erg USD per pct yes no No odd""".split()
-_NOT_UNIT = re.compile(
-    r"\b(not?|if|when|for|mod|more|less|fewer|least|most|than|to|but|only|dozen|hundred"
-    r"|thousand|\w+illion|squared|cubed|half|twice|times|negative|minus)s?\b|[=<>∪∨]")
+_HEDGE = (  # words that are no units, nor may stand before a value
+    r"\b(?:not?|never|none|if|when|for|mod\w*|more|less|fewer|least|most|than|to|but|only|half|twice"
+    r"|times|squared|cubed|factorial|negative|minus|plus|over|under|above|below|either|wrong"
+    r"|incorrect|false|\w*(?:ten|hundred|thousand|illion|dozen)(?:th)?)s?\b")
+_NOT_UNIT = re.compile(_HEDGE + "|[=<>∪∨]")
 _TEXT = r"\\(?:text\w{0,6}|mbox|mathrm|operatorname)\s*\{\s*"
+_UNIT_TEXT = r"(?:[^{}\d=^]|\^\{?-?\d\}?)*"
+_EXPONENT = r"(?: ?\^ ?(?:\{[^{}]*\}|-?\d))?"
 _CHARS = str.maketrans(dict(zip("−–×·⋅÷⁄′⩽⩾∣\"\u200b", "--***//'≤≥|  ")) | {
     "√": "\\sqrt ", "∅": "\\{\\}", "\f": "\\f", "\b": "\\b"})
 _BASES = dict(zip("two three four five six seven eight nine ten eleven twelve sixteen".split(),
@@ -727,15 +731,16 @@ _TABLE = [(re.compile(row[0]), *row[1:]) for row in (  # pattern, replacement, e
      lambda m: f"{m[1]}{_BASES[m[2].lower()]}", r"204_{\text{five}}", "204_{ 5 }"),
     (r"\\!|(?<!\\)\\[()\[\]]", "", r"\(33\)", "33"),
     (r"\\(?:text)?color ?\{\w+\}|\\hspace\*? ?\{[^{}]*\}", "", r"\color{red}{33}", "{33}"),
-    (r"\\\$|\\?%|[$€£¥~]|(?<!\\)\\(?:[,;:> ]|$)", " ", r"$\$36$; 28\%; 10\,000", "36 ; 28 ; 10000"),
-    (r"(?i)^(?!.*\b(?:not|never|if|or)\b)\s*(\\text\w*\s*\{)?\s*(?:[a-z][a-z()]*\s+){0,20}"
-     r"(?:is|are|equals|answer(?=:))\b\s*:?\s*(?(1)\})(?=\s*(?:[-\d\\(.]|[a-z](?![a-z])))", "", "The area of $x$ is 12", "12"),
+    (r"\\\$|\\?%|[$€£¥¢~]|(?<!\\)\\(?:[,;:> ]|$)", " ", r"$\$36$; 28\%; 10\,000", "36 ; 28 ; 10000"),
+    ("(?i)^(?!.*" + _HEDGE + r")\s*(\\text\w*\s*\{)?\s*(?:[a-z][a-z()]*\s+){0,20}"
+     r"(?:is|are|equals|answer(?=:))\b\s*:?\s*(?(1)\})(?=\s*(?:[-\d\\(.]|[a-z](?![a-z])))", "",
+     "The area of $x$ is 12", "12"),
     (r"\\begin\s*\{\w+\*?\}(?:\s*\{[lcr|]*\})?", " ⟦ ", r"\begin{pmatrix}1&2", "⟦ 1&2"),
     (r"(?:\\\\)?\s*\\end\s*\{\w+\*?\}", " ⟧ ", r"3\\ \end{array}", "3 ⟧"),
     (r"(?<=\d)[eE]([+-]?\d+)", r"*10^{\1}", "1.5e-3", "1.5*10^{-3}"),
     (r"(?i)[,;]*\s*(?<![a-z\\])(?:and|or)(?![a-z])", "∨", "2, 3, and 5", "2, 3∨ 5"),
     (r"(?<=[\d}/*])\s*" + _TEXT + r"([A-Za-cf-hj-z])\s*\}", r'"\1"', r"5\text{ V}", "5"),
-    (_TEXT + rf"(?!(?:{'|'.join(_FUNCTIONS)})\b)([^{{}}\d=]*[A-Za-z]{{2}}[^{{}}\d=]*)\}}", r'"\1"',
+    (_TEXT + rf"(?!(?:{'|'.join(_FUNCTIONS)})\b)({_UNIT_TEXT}[A-Za-z]{{2}}{_UNIT_TEXT})\}}", r'"\1"',
      r"\text{more}", '"more"'),
     (_TEXT + r"([^{}]*)\}", r" \1 ", r"\text{(B)}", "(B)"),
     (r"[,;]\s*∨", "∨", r"3, \text{ and } 5", "3∨ 5"),
@@ -743,6 +748,7 @@ _TABLE = [(re.compile(row[0]), *row[1:]) for row in (  # pattern, replacement, e
     (r"\s+", " ", "x\n + 1", "x + 1"),
     (r"- ?(?=\\\{)", "∖", r"\mathbb{R} - \{3\}", r"(-∞,∞) ∖\{3\}"),
     (r" ?\^ ?\{ ?° ?\}| ?\^ ?°| °", "°", r"75^{\circ}; 75^\circ", "75°; 75°"),
+    (r"° ?[CF](?!\w)", "°", r"98.6^\circ\text{F}", "98.6°"),
     (r"\^ ?\{ ?('[' ]*)\}|\^ ?('+)", r"\1\2", r"y^{\prime\prime}", "y''"),
     (r'(?<!\d)\(?(\d+)\)? ?_? ?\{? ?"? ?base ?"? ?\{?(\d+)\}*', r"\1_\2", "6 base 7", "6_7"),
     (r"\\(frac|binom) ?(\d) ?(?=[\d{\\])", r"\\\1{\2}", r"\frac4{x}", r"\frac{4}{x}"),
@@ -760,7 +766,7 @@ _TABLE = [(re.compile(row[0]), *row[1:]) for row in (  # pattern, replacement, e
     (r"(?<=\d)( [mgshLJNWVK](?:/[smhL])?|m/s|(?<=\.\d)m(?=\^)|(?<=\.\d\d)m(?=\^))(\^?\{?\d\}?)? ?$",
      r' "\1\2"', "0.99m^2", '0.99'),
     (r"""(?:(?<=[\d)}\]°'.π])|(?<=(?<![A-Za-z])[b-zB-HJ-Z]))"""
-     r' ?(?:[/*]? ?"[^"]*"(?: ?\^ ?(?:\{[^{}]*\}|\d))? ?)+'
+     rf' ?(?:[/*]? ?"[^"]*"{_EXPONENT} ?(?:[/*] ?[mgsNJK](?![A-Za-z]){_EXPONENT} ?)*)+'
      r"(?! ?(?:[\w({^]|\.\d|\\[a-z]))", _unit,
      r"15\mbox{ cm}^2; 5x meters; 33 more", '15 ; 5x ; 33 "more"'),
 )]

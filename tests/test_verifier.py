@@ -118,7 +118,13 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         (2\text{ m}, 3\text{ m}) == (2,3)
         1000.99m^2 == 1000.99
         9.8m/s^2 == 9.8
-        28 pct == 28\%""",
+        28 pct == 28\%
+        98.6^\circ\text{F} == 98.6
+        33 ft/s == 33
+        33\,\text{kg}\cdot\text{m/s}^2 == 33
+        33\ \mathrm{kg\,m^2\,s^{-2}} == 33
+        33 \text{ N}\cdot\text{m} == 33
+        33¢ == 33""",
     "lists and sets": r"""
         -2,1 == 1,-2
         1, -2 == -2,1
@@ -401,7 +407,13 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         3 million == 3
         2 dozen == 2
         3 == 3m^2
-        5m == 5""",
+        5m == 5
+        33 wrong == 33
+        33 factorial == 33
+        33 thousandths == 33
+        33 tenths == 33
+        3mg == 3
+        5\text{ m}\cdot x == 5""",
     "lists, sets and tuples": r"""
         1,2 == 1,3
         1,2,3 == 1,2
