@@ -752,7 +752,7 @@ _TABLE = [(re.compile(row[0]), *row[1:]) for row in (  # pattern, replacement, e
     (r"\^ ?\{ ?('[' ]*)\}|\^ ?('+)", r"\1\2", r"y^{\prime\prime}", "y''"),
     (r'(?<!\d)\(?(\d+)\)? ?_? ?\{? ?"? ?base ?"? ?\{?(\d+)\}*', r"\1_\2", "6 base 7", "6_7"),
     (r"\\(frac|binom) ?(\d) ?(?=[\d{\\])", r"\\\1{\2}", r"\frac4{x}", r"\frac{4}{x}"),
-    (r"\\(frac|binom) ?(\{[^{}]*\}) ?(\d)", r"\\\1\2{\3}", r"\frac43", r"\frac{4}{3}"),
+    (r"\\(frac|binom) ?(\{[^{}]*\}) ?(\d)(?!\d)", r"\\\1\2{\3}", r"\frac43", r"\frac{4}{3}"),
     (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}", r"{5 \choose 3}", r"\binom{5 }{ 3}"),
     (r"(?<=\d) ?[xX] ?(?=10 ?\^)", "*", "2.5 x 10^3", "2.5*10^3"),
     (r"^ ?\\\{ ?[a-z] ?(?:∈ ?\(-∞,∞\) ?)?[|:](.*)\\\} ?$", r"\1", r"\{x \mid x > 5\}", "x > 5"),
@@ -1127,7 +1127,8 @@ def _proportional(pairs):
         return False
     gaps = [[_inexact(x[1][0]) - _inexact(x[1][1]) for x in pair] for pair in pairs]
     a, b = gaps[0]
-    return bool(a and b) and all(_same(a * d, b * c) for c, d in gaps)
+    finite = all(_mp().isfinite(gap) for pair in gaps for gap in pair)
+    return bool(finite and a and b) and all(_same(a * d, b * c) for c, d in gaps)
 
 
 def _key(text):
