@@ -588,14 +588,16 @@ def count_steps(steps, epochs, n_items, per_step):
 # --------------------------------------------------------------------------------------------------
 
 
-# Two answers are equal if they are the same text once normalised, or read as the same value, which
-# is a Fraction; where that is not exact, a number of 400 digits; or (kind, parts) for a set, tuple,
-# interval, matrix or equation. Letters take random rationals, so expressions are
-# equal if their numbers are, at three points. Nothing is solved or expanded. Refused, because a
-# reading would be a guess or the work could not be bounded before it is done: words that are no
-# unit (33 or more), `2 3`, improper mixed numbers, false chains (34 = 33), ellipses, sums and
-# integrals, which equal only the same text; and texts beyond 2,000 characters, 400 tokens, 30
-# levels, 25,000 bits of an exact number or 10^±200 of another, which are given up.
+# Two answers are equal if they are the same text once normalised, or read as the same value: a
+# Fraction; where that is not exact, a number of 400 digits; or (kind, parts) for a list, tuple,
+# interval, union, ratio, matrix or equation. Letters take random rationals, so expressions are
+# equal if their numbers are, at three points. Nothing is solved, expanded or run.
+#
+# Refused, because a reading would be a guess, are words that are no unit (33 or more), `2 3`,
+# improper mixed numbers, false chains (34 = 33), ellipses, sums and integrals: they equal only the
+# same text. Given up, because the work could not be bounded before it is done, are texts beyond
+# 2,000 characters, 400 tokens, 30 levels, 25,000 bits of an exact number or 10^±200 of another. A
+# hedge (several values, a range, a letter too many) is a value of its own, and equals no other.
 _MAX_RESPONSE, _MAX_CHARS, _MAX_TOKENS, _MAX_DEPTH = 200_000, 2_000, 400, 30
 _MAX_BITS, _MAX_LOG2, _DIGITS, _TOLERANCE = 25_000, 690, 400, 375  # 2^690 = 10^207
 _Unreadable = SyntaxError  # not in the grammar: only the same text can match
@@ -668,10 +670,10 @@ _SYMBOLS = r"""\times * \cdot * \ast * \div / \pm ± \mp ∓ \le ≤ \leq ≤ \l
     \lfloor \floor( \rfloor ) \lceil \ceil( \rceil ) >= ≥ \varepsilon ε \ell l \hbar ħ pi π ** ^
     \alpha α \beta β \gamma γ \delta δ \epsilon ε \zeta ζ \eta η \theta θ \iota ι \kappa κ \nu ν
     \lambda λ \mu μ \xi ξ \pi π \rho ρ \sigma σ \tau τ \phi φ \chi χ \psi ψ \omega ω infinity ∞
-    inf ∞ infty ∞ \ne ≠ \neq ≠ != ≠ \setminus ∖ \backslash ∖ \colon : \smallsetminus ∖""".split()
+    inf ∞ infty ∞ \ne ≠ \neq ≠ != ≠ \setminus ∖ \smallsetminus ∖ \backslash ∖ \colon :""".split()
 _SPACES = r"""\left \right \displaystyle \mathbf \mathbb \mathcal \mathit \boldsymbol \bm \boxed
-    \fbox \pounds \euro \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \rm \bf \it \large
-    \Large \underline \text \textbf \mbox \mathrm""".split()
+    \fbox \pounds \euro \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \rm \bf \it \large \Large
+    \underline \text \textbf \mbox \mathrm""".split()
 _FUNCTIONS = dict(ln="log", lg="log10", arcsin="asin", arccos="acos", arctan="atan", abs="fabs") | {
     name: name for name in "sin cos tan sec csc cot log floor ceil".split()}
 _WORDS = dict(zip(_SYMBOLS[::2], _SYMBOLS[1::2])) | dict.fromkeys(_SPACES, " ") | {
@@ -679,8 +681,8 @@ _WORDS = dict(zip(_SYMBOLS[::2], _SYMBOLS[1::2])) | dict.fromkeys(_SPACES, " ") 
 _UNITS = """cm mm km kg mL ft in yd lb lbs oz hr hrs min sec mph kph sq deg pts day Hz kHz
     MHz eV keV MeV GeV Pa kPa atm mol nm kJ kW kV Mpc AU erg USD per pct yes no No odd""".split()
 _HEDGE = (  # words that are no units, nor may stand before a value
-    r"\b(?:not?|never|none|if|when|for|mod\w*|more|less|fewer|least|most|than|to|but|only|half|twice"
-    r"|times|squared|cubed|factorial|negative|minus|plus|over|under|above|below|either|wrong"
+    r"\b(?:not?|never|none|if|when|for|mod\w*|more|less|fewer|least|most|than|to|but|only|half"
+    r"|twice|times|squared|cubed|factorial|negative|minus|plus|over|under|above|below|either|wrong"
     r"|incorrect|false|\w*(?:ten|hundred|thousand|illion|dozen)(?:th)?)s?\b")
 _NOT_UNIT = re.compile(_HEDGE + "|[=<>∪∨]")
 _TEXT = r"\\(?:text\w{0,6}|mbox|mathrm|operatorname)\s*\{\s*"
@@ -688,8 +690,7 @@ _UNIT_TEXT = r"(?:[^{}\d=^]|\^\{?-?\d\}?)*"
 _EXPONENT = r"(?: ?\^ ?(?:\{[^{}]*\}|-?\d))?"
 _CHARS = str.maketrans(dict(zip("−–×·⋅÷⁄′⩽⩾∣\"\u200b", "--***//'≤≥|  ")) | {
     "√": "\\sqrt ", "∅": "\\{\\}", "\f": "\\f", "\b": "\\b"})
-_BASES = dict(zip("two three four five six seven eight nine ten eleven twelve sixteen".split(),
-                  [*range(2, 13), 16]))
+_BASES = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
 def _word(m):
@@ -724,14 +725,14 @@ _TABLE = [(re.compile(row[0]), *row[1:]) for row in (  # pattern, replacement, e
     (r"(?s)(?<!\\)\\\\(?=[A-Za-z\\])(?!.*\\end)", r"\\", r"\\frac{1}{2}", r"\frac{1}{2}"),
     (r"\\mathbb\s*\{?R\}?", r"(-∞,∞)", r"x \in \mathbb{R}", "x ∈ (-∞,∞)"),
     (r"(\d)\s*(?:\{\s*,\s*\}|,\\!)\s*(?=\d{3})", r"\1", r"10{,}080; 32,\!348", "10080; 32348"),
-    (r"\\q?quad", " ", r"1,\quadx", "1, x"),
     (r"(?<!\d)(\d*)\.(\d*)(?:\\(?:overline|bar) ?\{(\d+)\}|(?:\\dot ?\{?(\d)\}?))", _repeating,
      r"0.1\overline{6}", "(15/90)"),
-    (rf"(?i)(base\W*|(?<=\d)\s?_\W*(?:text\W*)?)({'|'.join(_BASES)})\b",
-     lambda m: f"{m[1]}{_BASES[m[2].lower()]}", r"204_{\text{five}}", "204_{ 5 }"),
-    (r"\\!|(?<!\\)\\[()\[\]]", "", r"\(33\)", "33"),
-    (r"\\(?:text)?color ?\{\w+\}|\\hspace\*? ?\{[^{}]*\}", "", r"\color{red}{33}", "{33}"),
-    (r"\\\$|\\?%|[$€£¥¢~]|(?<!\\)\\(?:[,;:> ]|$)", " ", r"$\$36$; 28\%; 10\,000", "36 ; 28 ; 10000"),
+    (rf"(base\W*|(?<=\d)\s?_\W*(?:text\W*)?)({'|'.join(_BASES[2:])})\b",
+     lambda m: f"{m[1]}{_BASES.index(m[2])}", r"204_{\text{five}}", "204_{ 5 }"),
+    (r"\\!|(?<!\\)\\[()\[\]]|\\(?:text)?color ?\{\w+\}|\\hspace\*? ?\{[^{}]*\}", "",
+     r"\(33\); \color{red}{33}", "33; {33}"),
+    (r"\\\$|\\?%|[$€£¥¢~]|\\q?quad|(?<!\\)\\(?:[,;:> ]|$)", " ",
+     r"$\$36$; 28\%; 10\,000", "36 ; 28 ; 10000"),
     ("(?i)^(?!.*" + _HEDGE + r")\s*(\\text\w*\s*\{)?\s*(?:[a-z][a-z()]*\s+){0,20}"
      r"(?:is|are|equals|answer(?=:))\b\s*:?\s*(?(1)\})(?=\s*(?:[-\d\\(.]|[a-z](?![a-z])))", "",
      "The area of $x$ is 12", "12"),
@@ -740,15 +741,15 @@ _TABLE = [(re.compile(row[0]), *row[1:]) for row in (  # pattern, replacement, e
     (r"(?<=\d)[eE]([+-]?\d+)", r"*10^{\1}", "1.5e-3", "1.5*10^{-3}"),
     (r"(?i)[,;]*\s*(?<![a-z\\])(?:and|or)(?![a-z])", "∨", "2, 3, and 5", "2, 3∨ 5"),
     (r"(?<=[\d}/*])\s*" + _TEXT + r"([A-Za-cf-hj-z])\s*\}", r'"\1"', r"5\text{ V}", "5"),
-    (_TEXT + rf"(?!(?:{'|'.join(_FUNCTIONS)})\b)({_UNIT_TEXT}[A-Za-z]{{2}}{_UNIT_TEXT})\}}", r'"\1"',
-     r"\text{more}", '"more"'),
+    (_TEXT + rf"(?!(?:{'|'.join(_FUNCTIONS)})\b)({_UNIT_TEXT}[A-Za-z]{{2}}{_UNIT_TEXT})\}}",
+     r'"\1"', r"\text{more}", '"more"'),
     (_TEXT + r"([^{}]*)\}", r" \1 ", r"\text{(B)}", "(B)"),
     (r"[,;]\s*∨", "∨", r"3, \text{ and } 5", "3∨ 5"),
-    (r'"[^"]*"|\\?[^\W\d_]+|[<>]=|\*\*|(?<=[a-z ])!=', _word, r"\dfrac\pi2 <= x", r"\fracπ2 ≤ x"),
+    (r'"[^"]*"|\\?[^\W\d_]+|[<>]=|\*\*|(?<=[a-z ])!=', _word,
+     r"\dfrac\pi2 <= x", r"\fracπ2 ≤ x"),
     (r"\s+", " ", "x\n + 1", "x + 1"),
     (r"- ?(?=\\\{)", "∖", r"\mathbb{R} - \{3\}", r"(-∞,∞) ∖\{3\}"),
-    (r" ?\^ ?\{ ?° ?\}| ?\^ ?°| °", "°", r"75^{\circ}; 75^\circ", "75°; 75°"),
-    (r"° ?[CF](?!\w)", "°", r"98.6^\circ\text{F}", "98.6°"),
+    (r" ?(?:\^ ?\{ ?° ?\}|\^? ?°)(?: ?[CF](?!\w))?", "°", r"75^{\circ}; 9^\circ C", "75°; 9°"),
     (r"\^ ?\{ ?('[' ]*)\}|\^ ?('+)", r"\1\2", r"y^{\prime\prime}", "y''"),
     (r'(?<!\d)\(?(\d+)\)? ?_? ?\{? ?"? ?base ?"? ?\{?(\d+)\}*', r"\1_\2", "6 base 7", "6_7"),
     (r"\\(frac|binom) ?(\d) ?(?=[\d{\\])", r"\\\1{\2}", r"\frac4{x}", r"\frac{4}{x}"),
@@ -763,8 +764,8 @@ _TABLE = [(re.compile(row[0]), *row[1:]) for row in (  # pattern, replacement, e
     (r"(?<![\d.^_/])\d+ ?(?:\\frac ?\{ ?\d+ ?\} ?\{ ?\d+ ?\}|(?<= )\d+/\d+)", _mixed,
      r"3\frac12; 3½", "(3+1/2) ; (3+1/2)"),
     (r"[., :;]+$", lambda m: m[0] if ".." in m[0] else "", "33. ", "33"),
-    (r"(?<=\d)( [mgshLJNWVK](?:/[smhL])?|m/s|(?<=\.\d)m(?=\^)|(?<=\.\d\d)m(?=\^))(\^?\{?\d\}?)? ?$",
-     r' "\1\2"', "0.99m^2", '0.99'),
+    (r"(?<=\d)( [mgshLJNWVK](?:/[smhL])?|m/s|(?:(?<=\.\d)|(?<=\.\d\d))m(?=\^))(\^?\{?\d\}?)? ?$",
+     r' "\1\2"', "5 m/s; 0.99m^2", "5 m/s; 0.99"),
     (r"""(?:(?<=[\d)}\]°'.π])|(?<=(?<![A-Za-z])[b-zB-HJ-Z]))"""
      rf' ?(?:[/*]? ?"[^"]*"{_EXPONENT} ?(?:[/*] ?[mgsNJK](?![A-Za-z]){_EXPONENT} ?)*)+'
      r"(?! ?(?:[\w({^]|\.\d|\\[a-z]))", _unit,
@@ -796,9 +797,9 @@ def _normalise(text):
 #           | ( items ) and its kin [ ] { } \{ \} | ⟦ item (("&" | "\\") item)* ⟧
 #           | \sqrt [expr] arg | \sin^arg expr and its kin (\abs, \floor)
 #   name   := letter, \vec{...} or digits_base, with its primes and its subscript, is one token
-# Kinds: "set" (also lists), "()" and other brackets (tuples, intervals), "∪" (what is surely made of
-# intervals: unions, x < 5, x ≠ 5), ":" (ratios), "⟦" and its separators (matrices), "=" and the name
-# on the left (equations), "chain" and its signs, "text".
+# Kinds: "set" (also lists), "()" and other brackets (tuples, intervals), "∪" (what is surely made
+# of intervals: unions, x < 5, x ≠ 5), ":" (ratios), "⟦" and its separators (matrices), "=" and the
+# name on the left (equations), "chain" and its signs, "text".
 _NAME = (r"(?:[^\W\d_]|\d+(?=_)|\\(?:hat|vec|dot|ddot|tilde|angle)"
          r"(?:\s?\{[^{}]*\}|(?:\s?[^\W\d_])+))'*(?:_\s?(?:\d+|[^\W_]|\{[^{}]*\}))?'*")
 _TOKEN = re.compile(rf'"[^"]*"|{_NAME}|\d+(?:\.\d*)?|\.\d+|\\[A-Za-z]+|\\.|\S')
@@ -806,7 +807,8 @@ _LEFT_SIDE = re.compile(  # x, a_1, y', f(x), f^{-1}(x), P(A), AB, |AB|, "Area",
     rf"""{_NAME}(?:\^\{{?-1\}}?)?(?:\([\w,∩∪|'"]*\))?|(?:\\abs)?[(\[]?[A-Z]{{1,4}}[)\]]?|"[^"]*"
     |(?:\(|\\\{{){_NAME}(?:,{_NAME})*(?:\)|\\\}})|\\frac\{{d\w\}}\{{d\w\}}
     |\\frac\{{[A-Z]+\}}\{{[A-Z]+\}}|(?:{_NAME}|[A-Z]+)(?::(?:{_NAME}|[A-Z]+))+""", re.X)
-_UNKNOWN = re.compile(r"(-?)(\\abs\()?(?![πei∞])[^\W\d_](?:_\{?\w\}?|\([^\W\d_]\))?\)?")  # of x < 5
+_UNKNOWN = re.compile(  # of an inequality: x, x_1, f(x), -x, |x|
+    r"(-?)(\\abs\()?(?![πei∞])[^\W\d_](?:_\{?\w\}?|\([^\W\d_]\))?\)?")
 _CLOSE = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), "\\{": ("\\}",), "⟦": ("⟧",)}
 _LABEL = re.compile(r"\(?([A-H])(?:\)|[.:] ) ?([^∪∨]*\d[^∪∨]*)")  # (B) 12, B. 12, B) 12
 _local = threading.local()
@@ -830,15 +832,12 @@ def _minus(x):
 
 def _between(low, high, signs, absolute):
     """The numbers between two others, or those whose absolute value is; None is no bound."""
-    left = "[" if low is not None and signs[0] == "≤" else "("
+    left = "[" if absolute and low is None or low is not None and signs[0] == "≤" else "("
     right = "]" if high is not None and signs[-1] == "≤" else ")"
+    low = (Fraction(0) if absolute else -_mp().inf) if low is None else low
     high = _mp().inf if high is None else high
-    if low is None:
-        low, left = _minus(high if absolute else _mp().inf), right.translate(_TURNED) if absolute else left
-    elif absolute:
-        mirrored = (left + right).translate(_TURNED)[::-1], [_minus(high), _minus(low)]
-        return _united([mirrored, (left + right, [low, high])])
-    return _united([(left + right, [low, high])])
+    mirrored = (left + right).translate(_TURNED)[::-1], [_minus(high), _minus(low)]
+    return _united([(left + right, [low, high])] + [mirrored] * bool(absolute))
 
 
 def _without(x, y):
@@ -857,14 +856,14 @@ def _united(items, joined=True):
     parts, points, spans = [], [], []
     for x in items:
         parts += x[1] if _kind(x) == "∪" or joined and _kind(x) == "set" else [x]
-    for p in parts:
-        (spans if _kind(p) in _INTERVALS and len(p[1]) == 2 else points).append(p)
-    sure = joined or any(_kind(x) in ("∪", "(]", "[)") or _mp().inf in x[1] for x in items if _kind(x) in ("∪", *_INTERVALS))
-    if not (sure and spans):
+    for x in parts:
+        (spans if _kind(x) in _INTERVALS and len(x[1]) == 2 else points).append(x)
+    sure = joined or any(_kind(x) in ("∪", "(]", "[)") for x in items)
+    if not (sure and spans or any(_mp().inf in x[1] for x in spans)):
         return ("set", parts) if len(parts) != 1 else parts[0]
     united = []
-    for kind, (low, high) in sorted(spans, key=lambda p: _inexact(p[1][0])):
-        if united and "(" + ")" != kind[0] + united[-1][0][1] and _same(united[-1][1][1], low):
+    for kind, (low, high) in sorted(spans, key=lambda x: _inexact(x[1][0])):
+        if united and united[-1][0][1] + kind[0] != ")(" and _same(united[-1][1][1], low):
             before, (low, _) = united.pop()
             kind = before[0] + kind[1]
         united.append((kind, [low, high]))
@@ -937,13 +936,14 @@ class _Reader:
             spans.append("".join(self.toks[start:self.i]))
             letters.append(self.letters)
             signs += self.take(*"=∈≠<≤>≥")
-        value, unknown = values[0], [_UNKNOWN.fullmatch(span) for span in spans]
+        unknown = [_UNKNOWN.fullmatch(span) for span in spans]
         if signs and set(signs) <= set("<≤>≥"):
             if any(m and m[1] for m in unknown):  # -x > -1
-                values, signs = [_minus(v) for v in values], signs.translate(_TURNED)
+                values, signs = [_minus(x) for x in values], signs.translate(_TURNED)
             if signs[0] in ">≥":
                 values, unknown, letters = values[::-1], unknown[::-1], letters[::-1]
                 signs = signs[::-1].translate(_TURNED)
+        value, at = values[0], [k for k, m in enumerate(unknown) if m]
         if signs and set(signs) <= {"=", "∈"}:
             name = spans[0] if _LEFT_SIDE.fullmatch(spans[0]) else ""
             letters[0] = set() if name else letters[0]
@@ -951,11 +951,11 @@ class _Reader:
         elif signs == "≠" and unknown[0]:
             letters[0] = set()
             value = _without(("()", [-_mp().inf, _mp().inf]), values[1])
-        elif set(signs) <= {"<", "≤"} and sum(map(bool, unknown)) == 1 and (
-                len(signs) == 1 or len(signs) == 2 and unknown[1]):
-            k = 0 if unknown[0] else 1
-            letters[k] = set()
-            value = _between(*values[:k] or [None], *values[k + 1:] or [None], signs, unknown[k][2])
+        elif set(signs) <= {"<", "≤"} and (len(signs), at) in ((1, [0]), (1, [1]), (2, [1])):
+            low = values[0] if at != [0] else None
+            high = values[-1] if len(signs) != at[0] else None
+            letters[at[0]] = set()
+            value = _between(low, high, signs, unknown[at[0]][2])
         elif signs:
             value = "chain" + signs, values
         self.letters = outer.union(*letters)
@@ -1000,7 +1000,7 @@ class _Reader:
             return _join(operator.mul, Fraction(tok + "1"), self.expr(power))
         if tok in "πei∞":
             return {"π": +_mp().pi, "e": +_mp().e, "i": _mp().mpc(0, 1), "∞": _mp().inf}[tok]
-        if re.fullmatch(_NAME, tok):  # a rational below 1, then in [1, 3), then in ±[1, 3), then large
+        if re.fullmatch(_NAME, tok):  # points in (0, 1), [1, 3) and ±[1, 3), then large ones
             name = re.sub(r"[{} ]", "", tok)
             self.letters.add(name)
             crc = zlib.crc32(f"{name} {self.point}".encode("utf-8", "replace"))
@@ -1107,9 +1107,8 @@ def _same(x, y):
         return _same(x[1][-1], y[1][-1])
     if kinds == {"set", "()"}:  # x = 1, y = 2 is (1,2)
         (_, items), (_, entries) = (x, y) if _kind(x) == "set" else (y, x)
-        return all(_kind(item)[:1] == "=" and item[0] != "=" for item in items) and (
-            len(items) == len(entries) == len({item[0] for item in items}) > 1) and (
-            all(map(_same, items, entries)))
+        names = {_kind(item) for item in items if _kind(item)[:1] == "="} - {"="}
+        return len(names) == len(items) == len(entries) > 1 and all(map(_same, items, entries))
     if kinds & {"set", "∪"}:  # {5} is 5; 5, 5 is not
         x, y = (v[1] if _kind(v) in ("set", "∪") else [v] for v in (x, y))
         if (len(x) == 1) != (len(y) == 1) or len(x) > 1 and kinds == {"set", "∪"}:

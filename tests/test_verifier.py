@@ -204,7 +204,7 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         \begin{pmatrix} 0.2 \\ -3.6 \end{pmatrix} == \begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}
         \frac15\begin{pmatrix} 1 \\ -18 \end{pmatrix} == \begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}
         \begin{pmatrix} 1 \\ 2 \\ \end{pmatrix} == \begin{matrix} 1 \\ 2 \end{matrix}
-        \begin{pmatrix}1\\2\end{pmatrix} + \begin{pmatrix}5\\6\end{pmatrix} == \begin{pmatrix}6\\8\end{pmatrix}
+        \begin{array}1\\2\end{array}+\begin{array}5\\6\end{array} == \begin{array}6\\8\end{array}
         \begin{pmatrix}1\\-\sin x\\\end{pmatrix} == \begin{pmatrix}1\\-\sin x\end{pmatrix}""",
     "bases": r"""
         204_5 == 204_{5}
@@ -459,7 +459,7 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         \begin{pmatrix}1 & 2\end{pmatrix} == \begin{pmatrix}1 \\ 2\end{pmatrix}
         \begin{pmatrix}1\\2\\3\end{pmatrix} == \begin{pmatrix}1 \\ 2\end{pmatrix}
         \begin{cases} 33 \\ 34 \end{cases} == 33
-        \begin{pmatrix}1\\2\end{pmatrix} + \begin{pmatrix}5&6\end{pmatrix} == \begin{pmatrix}6\\8\end{pmatrix}""",
+        \begin{array}1\\2\end{array}+\begin{array}5&6\end{array} == \begin{array}6\\8\end{array}""",
     "bases need digits and base": r"""
         204 == 204_5
         54 == 204_5
