@@ -800,11 +800,11 @@ def _normalise(text):
 # Kinds: "set" (also lists), "()" and other brackets (tuples, intervals), "∪" (what is surely made
 # of intervals: unions, x < 5, x ≠ 5), ":" (ratios), "⟦" and its separators (matrices), "=" and the
 # name on the left (equations), "chain" and its signs, "text".
-_NAME = (r"(?:[^\W\d_]|\d+(?=_)|\\(?:hat|vec|dot|ddot|tilde|angle)"
+_NAME = (r"(?:[^\W\d_]|\d+(?=_)|\\(?:hat|vec|d?dot|tilde|angle|bar|over[a-z]+|widehat)"
          r"(?:\s?\{[^{}]*\}|(?:\s?[^\W\d_])+))'*(?:_\s?(?:\d+|[^\W_]|\{[^{}]*\}))?'*")
 _TOKEN = re.compile(rf'"[^"]*"|{_NAME}|\d+(?:\.\d*)?|\.\d+|\\[A-Za-z]+|\\.|\S')
 _LEFT_SIDE = re.compile(  # x, a_1, y', f(x), f^{-1}(x), P(A), AB, |AB|, "Area", (x,y), dy/dx, A:B
-    rf"""{_NAME}(?:\^\{{?-1\}}?)?(?:\([\w,∩∪|'"]*\))?|(?:\\abs)?[(\[]?[A-Z]{{1,4}}[)\]]?|"[^"]*"
+    rf"""m?{_NAME}(?:\^\{{?-1\}}?)?(?:\([\w,∩∪|'"]*\))?|(?:\\abs)?[(\[]?[A-Z]{{1,4}}[)\]]?|"[^"]*"
     |(?:\(|\\\{{){_NAME}(?:,{_NAME})*(?:\)|\\\}})|\\frac\{{d\w\}}\{{d\w\}}
     |\\frac\{{[A-Z]+\}}\{{[A-Z]+\}}|(?:{_NAME}|[A-Z]+)(?::(?:{_NAME}|[A-Z]+))+""", re.X)
 _UNKNOWN = re.compile(  # of an inequality: x, x_1, f(x), -x, |x|
@@ -947,7 +947,8 @@ class _Reader:
         if signs and set(signs) <= {"=", "∈"}:
             name = spans[0] if _LEFT_SIDE.fullmatch(spans[0]) else ""
             letters[0] = set() if name else letters[0]
-            value = ("=" + name, values) if "=" in signs or not name else _united(values[1:])
+            sure = name and "=" not in signs and _kind(values[-1]) != "set"
+            value = _united(values[1:]) if sure else ("=" + name, values)
         elif signs == "≠" and unknown[0]:
             letters[0] = set()
             value = _without(("()", [-_mp().inf, _mp().inf]), values[1])

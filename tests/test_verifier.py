@@ -250,7 +250,12 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         AB:CD = 3:4 == 3:4
         \frac{NO}{BO}=\frac12 == \frac12
         x=1, y=2 == (1,2)
-        a = 2 \text{ and } b = 3 == (a,b)=(2,3)""",
+        a = 2 \text{ and } b = 3 == (a,b)=(2,3)
+        \overline{AB} = 5 == 5
+        m\angle A = 30^\circ == 30
+        (x,y) \in \{(1,2),(3,4)\} == (1,2),(3,4)
+        n \in \{1,3\} == n=1 \text{ or } n=3
+        f(x)=x \text{ and } f(x)=-x == f(x)=\pm x""",
     "equations in several variables": r"""
         5x - 7y + 11z + 4 = 0 == -5x+7y-11z-4=0
         10x - 14y + 22z + 8 = 0 == 5x - 7y + 11z + 4 = 0
@@ -498,7 +503,9 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         7:32 == 7
         y=2, x=1 == (1,2)
         x=1, x=2 == (1,2)
-        x^2+y^2=25\infty == x^2+y^2=25""",
+        x^2+y^2=25\infty == x^2+y^2=25
+        \overline{AB} = 5 == 6
+        (x,y) \in \{(1,2),(4,3)\} == (1,2),(3,4)""",
     "letters": r"""
         (+5)(b+2) == (a+5)(b+2)
         x+1 == x+2n+1
@@ -515,7 +522,8 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         \sqrt{x^2} == x
         \lfloor n/4\rfloor == \lfloor n/3\rfloor
         \lfloor n/2\rfloor == n/2
-        \lceil n/2\rceil == \lfloor n/2\rfloor""",
+        \lceil n/2\rceil == \lfloor n/2\rfloor
+        \overline{AB} == \overline{AC}""",
     "text": r"""
         \text{Navin} == \text{Evelyn}
         (C) == (B)
