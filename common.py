@@ -625,7 +625,7 @@ def extract_answer(response: str) -> str | None:
     text = response.rpartition("</think>")[2]
     if "<think>" in text:
         return None
-    text = re.sub(r"(\\boxed|\\fbox)[ ](-?[\w.]*\w)", r"\1{\2}", text[-_MAX_RESPONSE:])
+    text = re.sub(r"(\\boxed|\\fbox) (-?\d+(?:\.\d+)?)", r"\1{\2}", text[-_MAX_RESPONSE:])
     return (_boxed(text) or _answer_line(text)).strip() or None
 
 
@@ -745,7 +745,7 @@ _TABLE = [(re.compile(row[0]), *row[1:]) for row in (  # pattern, replacement, e
      r'"\1"', r"\text{more}", '"more"'),
     (_TEXT + r"([^{}]*)\}", r" \1 ", r"\text{(B)}", "(B)"),
     (r"[,;]\s*∨", "∨", r"3, \text{ and } 5", "3∨ 5"),
-    (r'"[^"]*"|\\?[^\W\d_]+|[<>]=|\*\*|(?<=[a-z ])!=', _word,
+    (r'"[^"]*"|\\?[^\W\d_]+|[<>]=|\*\*|(?<=[x-z ])!=', _word,
      r"\dfrac\pi2 <= x", r"\fracπ2 ≤ x"),
     (r"\s+", " ", "x\n + 1", "x + 1"),
     (r"- ?(?=\\\{)", "∖", r"\mathbb{R} - \{3\}", r"(-∞,∞) ∖\{3\}"),
@@ -803,14 +803,15 @@ def _normalise(text):
 _NAME = (r"(?:[^\W\d_]|\d+(?=_)|\\(?:hat|vec|d?dot|tilde|angle|bar|over[a-z]+|widehat)"
          r"(?:\s?\{[^{}]*\}|(?:\s?[^\W\d_])+))'*(?:_\s?(?:\d+|[^\W_]|\{[^{}]*\}))?'*")
 _TOKEN = re.compile(rf'"[^"]*"|{_NAME}|\d+(?:\.\d*)?|\.\d+|\\[A-Za-z]+|\\.|\S')
-_LEFT_SIDE = re.compile(  # x, a_1, y', f(x), f^{-1}(x), P(A), AB, |AB|, "Area", (x,y), dy/dx, A:B
-    rf"""m?{_NAME}(?:\^\{{?-1\}}?)?(?:\([\w,∩∪|'"]*\))?|(?:\\abs)?[(\[]?[A-Z]{{1,4}}[)\]]?|"[^"]*"
-    |(?:\(|\\\{{){_NAME}(?:,{_NAME})*(?:\)|\\\}})|\\frac\{{d\w\}}\{{d\w\}}
-    |\\frac\{{[A-Z]+\}}\{{[A-Z]+\}}|(?:{_NAME}|[A-Z]+)(?::(?:{_NAME}|[A-Z]+))+""", re.X)
+_LEFT_SIDE = re.compile(  # x, a_1, y', f(x), f^{-1}(x), P(A) | AB, |AB| | "Area" | {x,y} | ratios
+    rf"""(?:m(?=\\angle))?{_NAME}(?:\^\{{?-1\}}?)?(?:\([\w,∩∪|'"]*\))?
+    |(?:\\abs)?[(\[]?[A-Z]{{1,4}}[)\]]?|"[^"]*"|(?:\(|\\\{{){_NAME}(?:,{_NAME})*(?:\)|\\\}})
+    |\\frac\{{(?:d\w|[A-Z]+)\}}\{{(?:d\w|[A-Z]+)\}}|(?:{_NAME}|[A-Z]+)(?::(?:{_NAME}|[A-Z]+))+""",
+    re.X)
 _UNKNOWN = re.compile(  # of an inequality: x, x_1, f(x), -x, |x|
     r"(-?)(\\abs\()?(?![πei∞])[^\W\d_](?:_\{?\w\}?|\([^\W\d_]\))?\)?")
 _CLOSE = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), "\\{": ("\\}",), "⟦": ("⟧",)}
-_LABEL = re.compile(r"\(?([A-H])(?:\)|[.:] ) ?([^∪∨]*\d[^∪∨]*)")  # (B) 12, B. 12, B) 12
+_LABEL = re.compile(r"\(?([A-H])(?:\)|[.:] ) ?((?=.*\d)(?:(?!\b[A-H]\b)[^∪∨])*)")  # (B) 12, B. 12
 _local = threading.local()
 
 

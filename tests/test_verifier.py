@@ -505,7 +505,10 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         x=1, x=2 == (1,2)
         x^2+y^2=25\infty == x^2+y^2=25
         \overline{AB} = 5 == 6
-        (x,y) \in \{(1,2),(4,3)\} == (1,2),(3,4)""",
+        (x,y) \in \{(1,2),(4,3)\} == (1,2),(3,4)
+        mx = 5 == 5
+        n!=120 == n \neq 120
+        x=1, y=3 == (1,2)""",
     "letters": r"""
         (+5)(b+2) == (a+5)(b+2)
         x+1 == x+2n+1
@@ -542,7 +545,10 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         (B) 12 == (C) 12
         (B) 12 or (C) 13 == B
         (B) 12, 13 == 12
-        the answer is not 33 == 33""",
+        the answer is not 33 == 33
+        (A) 5, (B) 6 == A
+        (A), (B) 6 == A
+        A) 12 B == A""",
     "hedges": r"""
         33, 34 == 33
         33 or 34 == 33
@@ -639,6 +645,7 @@ RESPONSES = [  # where the answer stands: (verdict, response, gold)
     ("wrong", r"\boxed{33}, so it is not \boxed{34}", "33"),
     ("wrong", r"\boxed{34}. So $x=\boxed{35}$ and then \boxed{33}", "35, 33"),
     ("correct", r"\boxed 33", "33"),
+    ("correct", r"It goes into \boxed form. Answer: 33", "33"),
     ("correct", r"\boxed{33\ }", "33"),
     ("correct", r"\boxed{\color{red}{33}}", "33"),
     ("correct", r"\boxed{\hspace{1mm}\bf 33}", "33"),
