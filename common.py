@@ -676,6 +676,7 @@ _SPACES = r"""\left \right \displaystyle \mathbf \mathbb \mathcal \mathit \bolds
     \underline \text \textbf \mbox \mathrm""".split()
 _FUNCTIONS = dict(ln="log", lg="log10", arcsin="asin", arccos="acos", arctan="atan", abs="fabs") | {
     name: name for name in "sin cos tan sec csc cot log floor ceil".split()}
+_EXACT = {"floor": math.floor, "ceil": math.ceil, "fabs": abs}
 _WORDS = dict(zip(_SYMBOLS[::2], _SYMBOLS[1::2])) | dict.fromkeys(_SPACES, " ") | {
     name: f"\\{name} " for name in [*_FUNCTIONS, "sqrt"]}
 _UNITS = """cm mm km kg mL ft in yd lb lbs oz hr hrs min sec mph kph sq deg pts day Hz kHz
@@ -899,7 +900,8 @@ def _join(op, x, y):
 
 
 class _Reader:
-    """Reads one answer with random values for its letters."""
+    """Reads one answer with random values for its letters: at points 0 to 2 in (0, 1), [1, 3) and
+    ±[1, 3); from 3 large ones, for what is rounded; from 6 natural numbers, for what is counted."""
 
     def __init__(self, text, point):
         self.toks, self.point, self.letters = _TOKEN.findall(text) + [""], point, set()
@@ -983,7 +985,7 @@ class _Reader:
             elif self.take("^"):
                 left = self.power(left, self.prefix(2))
             elif self.take("!"):
-                left = self.call("factorial", left)
+                left = self.count(math.factorial, left)
             elif self.take("°"):
                 left = _join(operator.mul, _mp().pi / 180, left) if self.trig else left
             else:
@@ -1002,10 +1004,12 @@ class _Reader:
             return _join(operator.mul, Fraction(tok + "1"), self.expr(power))
         if tok in "πei∞":
             return {"π": +_mp().pi, "e": +_mp().e, "i": _mp().mpc(0, 1), "∞": _mp().inf}[tok]
-        if re.fullmatch(_NAME, tok):  # points in (0, 1), [1, 3) and ±[1, 3), then large ones
+        if re.fullmatch(_NAME, tok):
             name = re.sub(r"[{} ]", "", tok)
             self.letters.add(name)
             crc = zlib.crc32(f"{name} {self.point}".encode("utf-8", "replace"))
+            if self.point >= 6:
+                return Fraction(crc % 40 + 5)
             value = Fraction(crc % 20011 + 10007, (30029, 10007, 10007, 97, 89, 83)[self.point])
             return -value if self.point == 2 and crc % 3 else value
         if tok[0].isdecimal() or tok[0] == "." and len(tok) > 1:
@@ -1016,7 +1020,7 @@ class _Reader:
             top = self.prefix(2)
             return _join(operator.mul, self.power(self.prefix(2), Fraction(-1)), top)
         if tok == "\\binom":
-            return self.call("binomial", self.prefix(2), self.prefix(2))
+            return self.count(math.comb, self.prefix(2), self.prefix(2))
         if tok == "\\sqrt":
             index = self.expr() if (given := self.take("[")) else Fraction(2)
             x = self.prefix(2) if not given or self.take("]") else _refuse()
@@ -1046,7 +1050,8 @@ class _Reader:
         self.trig -= 1
         if power == -1 and name in ("sin", "cos", "tan"):
             name, power = "a" + name, Fraction(1)
-        value = self.call(name, x)
+        exact = isinstance(x, Fraction) and _EXACT.get(name)
+        value = Fraction(exact(x)) if exact else self.call(name, x)
         return self.power(value / _mp().log(_inexact(base)) if name == "log" else value, power)
 
     def power(self, x, y):
@@ -1062,12 +1067,18 @@ class _Reader:
         sign = (-1) ** y.numerator if odd_root else 1
         return sign * self.call("power", -base if odd_root else base, exponent)
 
+    def count(self, function, *args):
+        """A factorial or binomial of natural numbers; undefined for others."""
+        if not all(isinstance(x, Fraction) and x.denominator == 1 for x in args) or (
+                not 0 <= args[-1] <= args[0]):
+            raise ValueError
+        return Fraction(function(*map(int, args))) if args[0] <= 2_500 else _refuse(_TooMuch)
+
     def call(self, name, *args):
         """An inexact function, refused if large, or if not real though a letter is negative."""
         args = [_inexact(x) for x in args]
         value = getattr(_mp(), name)(*args)
-        size = _mp().mag(value) if value else 0
-        if size > _MAX_LOG2 or name == "factorial" and size < -_MAX_LOG2:
+        if value and _mp().mag(value) > _MAX_LOG2:
             raise _TooMuch
         if self.point == 2 and self.letters and _mp().im(value) and not any(map(_mp().im, args)):
             raise ValueError
@@ -1151,8 +1162,9 @@ def _equal(given, gold):
     if _key(given) == _key(gold):
         return _key(given) != ""
     pairs = []
-    whole = re.search(r"\\(?:floor|ceil)", given + gold)  # needs large numbers
-    for point in range(3, 6) if whole else range(3):
+    counts = re.search(r"!|\\binom", given + gold)
+    rounds = re.search(r"\\floor|\\ceil", given + gold)
+    for point in range(6, 12) if counts else range(3, 6) if rounds else range(3):
         try:
             (x, letters), (y, more) = _read(given, point), _read(gold, point)
         except (ZeroDivisionError, ValueError, OverflowError):

@@ -312,7 +312,14 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         2017^{2016} == 2017 \cdot 2017^{2015}
         \sqrt{66} == √66
         2π == 2\pi
-        -\infty == -∞""",
+        -\infty == -∞
+        \frac{n!}{2} == \frac12 n!
+        \binom{2n}{n} == \frac{(2n)!}{n!^2}
+        \binom{n}{k} == \binom{n}{n-k}
+        \frac{\lambda^k e^{-\lambda}}{k!} == e^{-\lambda}\frac{\lambda^k}{k!}
+        \binom{n}{\lfloor n/2\rfloor} == \binom{n}{\lceil n/2\rceil}
+        |-\frac12| == 0.5
+        \binom{2023}{1000} == \binom{2023}{1023}""",
     "thousands separators": r"""
         10,000 == 10000
         10{,}000 == 10000
@@ -526,7 +533,10 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         \lfloor n/4\rfloor == \lfloor n/3\rfloor
         \lfloor n/2\rfloor == n/2
         \lceil n/2\rceil == \lfloor n/2\rfloor
-        \overline{AB} == \overline{AC}""",
+        \overline{AB} == \overline{AC}
+        \binom{n}{k} == \binom{n}{k+1}
+        n! == (n+1)!
+        \binom{n}{2} == \frac{n(n+1)}{2}""",
     "text": r"""
         \text{Navin} == \text{Evelyn}
         (C) == (B)
@@ -618,7 +628,9 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         \sum_{k=0}^{n-2} F_k == \sum_{k=0}^{n-1} F_k
         9^{9^{9^9}} == 9
         \  == 0
-        --- == 0""",
+        --- == 0
+        (1/2)! == \frac{\sqrt\pi}{2}
+        (-1)! == 1""",
 }.items() for pair in pairs.strip().split("\n        ")]
 
 RESPONSES = [  # where the answer stands: (verdict, response, gold)
@@ -787,6 +799,7 @@ HOSTILE = [
     "'" * 1500, "\\{" + ",".join("\\sqrt{%d}" % k for k in range(60)) + "\\}", "\\pm" * 500 + "1",
     "\\text{" * 300, "$" * 1_000_000, "(1+x)^{2000}(1+y)^{2000}", "\\lfloor 10^{400} \\rfloor",
     "\\sqrt[10^{9}]{2}", "\\pi^{\\pi^{\\pi^{\\pi}}}", "0.\\overline{" + "3" * 1900 + "}",
+    "\\gamma!", "\\pi!", "0.5!", "(1+i)!", "\\binom{0.5}{0.25}", "\\binom{2500}{1250}", "2500!",
     "(2^{20000}+" * 25 + "1" + ")" * 25, "2^{20000}+" * 140 + "1", "\\gamma!" * 200, "1 " * 900,
     "\\sin\\cos " * 15 + "1", "\\log(" * 25 + "7" + ")" * 25, "x\\sin x " * 120, "x^{0.1}" * 140,
 ]
