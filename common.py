@@ -813,6 +813,7 @@ _UNKNOWN = re.compile(  # of an inequality: x, x_1, f(x), -x, |x|
     r"(-?)(\\abs\()?(?![πei∞])[^\W\d_](?:_\{?\w\}?|\([^\W\d_]\))?\)?")
 _CLOSE = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), "\\{": ("\\}",), "⟦": ("⟧",)}
 _LABEL = re.compile(r"\(?([A-H])(?:\)|[.:] ) ?((?=.*\d)(?:(?!\b[A-H]\b)[^∪∨])*)")  # (B) 12, B. 12
+_INTERVALS, _TURNED = ("()", "(]", "[)", "[]"), str.maketrans("<≤>≥()[]", ">≥<≤)(][")
 _local = threading.local()
 
 
@@ -825,7 +826,31 @@ def _mp():
     return _local.mp
 
 
-_INTERVALS, _TURNED = ("()", "(]", "[)", "[]"), str.maketrans("<≤>≥()[]", ">≥<≤)(][")
+def _refuse(reason=_Unreadable):
+    raise reason
+
+
+def _kind(x):
+    return x[0] if isinstance(x, tuple) else ""
+
+
+def _inexact(x):
+    """A number of 400 digits, unless it is too small or large to be told from others."""
+    value = _refuse() if _kind(x) else _mp().convert(x)
+    too_much = isinstance(x, Fraction) and x and abs(_mp().mag(value)) > _MAX_LOG2
+    return _refuse(_TooMuch) if too_much else value
+
+
+def _join(op, x, y):
+    """x + y or x * y: exact if both are; a factor goes into the entries of a matrix."""
+    if _kind(y)[:1] == "⟦" and (op is operator.mul or _kind(x) == y[0] and len(x[1]) == len(y[1])):
+        rows = [x] * len(y[1]) if op is operator.mul else x[1]
+        return y[0], [_join(op, a, b) for a, b in zip(rows, y[1])]
+    if not (isinstance(x, Fraction) and isinstance(y, Fraction)):
+        return op(_inexact(x), _inexact(y))
+    value = op(x, y)
+    size = max(value.numerator.bit_length(), value.denominator.bit_length())
+    return value if size <= _MAX_BITS else _refuse(_TooMuch)
 
 
 def _minus(x):
@@ -870,33 +895,6 @@ def _united(items, joined=True):
             kind = before[0] + kind[1]
         united.append((kind, [low, high]))
     return "∪", points + united
-
-
-def _refuse(reason=_Unreadable):
-    raise reason
-
-
-def _kind(x):
-    return x[0] if isinstance(x, tuple) else ""
-
-
-def _inexact(x):
-    """A number of 400 digits, unless it is too small or large to be told from others."""
-    value = _refuse() if _kind(x) else _mp().convert(x)
-    too_much = isinstance(x, Fraction) and x and abs(_mp().mag(value)) > _MAX_LOG2
-    return _refuse(_TooMuch) if too_much else value
-
-
-def _join(op, x, y):
-    """x + y or x * y: exact if both are; a factor goes into the entries of a matrix."""
-    if _kind(y)[:1] == "⟦" and (op is operator.mul or _kind(x) == y[0] and len(x[1]) == len(y[1])):
-        rows = [x] * len(y[1]) if op is operator.mul else x[1]
-        return y[0], [_join(op, a, b) for a, b in zip(rows, y[1])]
-    if not (isinstance(x, Fraction) and isinstance(y, Fraction)):
-        return op(_inexact(x), _inexact(y))
-    value = op(x, y)
-    size = max(value.numerator.bit_length(), value.denominator.bit_length())
-    return value if size <= _MAX_BITS else _refuse(_TooMuch)
 
 
 class _Reader:
@@ -1145,6 +1143,7 @@ def _proportional(pairs):
 
 def _key(text):
     """What stands for an answer without a reading; case counts unless it is a word or a choice."""
+    text = re.sub(r"([_^])\{(?:([^\W\d])\}|(\d)\}(?!\d))", r"\1\2\3", text)
     words = re.fullmatch(r'["\[({\s]*([A-Za-z"\s]+?)["\])}\s.]*', text)
     key = re.sub(r'"|(?<!\d)\s+|\s+(?![\d.])', "", words[1] if words else text)  # 3 3 is not 33
     return key.lower() if words and ('"' in text or len(key) > 2 or key in "ABCD") else key

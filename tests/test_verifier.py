@@ -70,7 +70,8 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         0.1\overline{6} == 1/6
         0.\dot{3} == 1/3
         .\overline{142857} == 1/7
-        3.\overline{12} == 103/33""",
+        3.\overline{12} == 103/33
+        0.\overline{9} == 1""",
     "leading zeros and signs": r"""
         033 == 33
         33 == 033
@@ -356,7 +357,9 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         \text{The answer is } 33 == 33
         the value of x is 33 == 33
         \textbf{(Evelyn)} == \text{Evelyn}
-        \text{no real solutions} == \text{No real solutions.}""",
+        \text{no real solutions} == \text{No real solutions.}
+        \sum_{k=1}^{n} k^2 == \sum_{k=1}^n k^2
+        \sum_{k=1}^{n}k^{2} == \sum_{k=1}^n k^2""",
     "dresses": r"""
         $33$ == 33
         33 == $33$
@@ -630,7 +633,9 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         \  == 0
         --- == 0
         (1/2)! == \frac{\sqrt\pi}{2}
-        (-1)! == 1""",
+        (-1)! == 1
+        \sum_{k=1}^{n} k^2 == \sum_{k=1}^n k^3
+        70 (or 71) == 70""",
 }.items() for pair in pairs.strip().split("\n        ")]
 
 RESPONSES = [  # where the answer stands: (verdict, response, gold)
