@@ -970,8 +970,9 @@ class _Reader:
             raise _TooMuch
         start, left = self.i, self.prefix()
         while tok := self.toks[self.i]:
-            if tok[0].isdecimal() and self.i == start + 1:
-                raise _Unreadable  # 3 3 is neither 9 nor 33
+            if tok[0].isdecimal() and (self.i == start + 1 or self.toks[self.i - 1] in ")}" and (
+                    self.toks[self.i + 1] != "^")):
+                raise _Unreadable  # 3 3 is neither 9 nor 33, (3)3 not 9; 2^{3} 3^{2} is 72
             if power < 1 and tok in "+-":
                 left = _join(operator.add, left, self.expr(1))
             elif power < 2 and self.take("*"):

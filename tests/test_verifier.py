@@ -43,7 +43,8 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         4^{-1} == 0.25
         |3-5| == 2
         2|x| + |y-1| == |1-y|+|2x|
-        2^5+1 = 33 == 33""",
+        2^5+1 = 33 == 33
+        2^{3} 3^{2} == 72""",
     "fractions in every notation": r"""
         \frac43 == 4/3
         \dfrac{4}{3} == \frac43
@@ -635,7 +636,10 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         (1/2)! == \frac{\sqrt\pi}{2}
         (-1)! == 1
         \sum_{k=1}^{n} k^2 == \sum_{k=1}^n k^3
-        70 (or 71) == 70""",
+        70 (or 71) == 70
+        (3)3 == 9
+        1\frac{4}{5}1 == 1\frac{4}{5}
+        \frac{10}{11}1 == \frac{10}{11}""",
 }.items() for pair in pairs.strip().split("\n        ")]
 
 RESPONSES = [  # where the answer stands: (verdict, response, gold)
