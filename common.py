@@ -608,15 +608,17 @@ def count_steps(steps, epochs, n_items, per_step):
 # --------------------------------------------------------------------------------------------------
 
 
-# Two answers are equal if they are the same text once normalised, or read as the same value, which
-# is a Fraction; where that is not exact, a number of 400 digits; or (kind, parts) for a set, tuple,
-# interval, matrix or equation. Letters take random rationals, so expressions are
-# equal if their numbers are, at three points. Nothing is solved or expanded. Refused, because a
-# reading would be a guess or the work could not be bounded before it is done: words that are no
-# unit (33 or more), `2 3`, improper mixed numbers, false chains (34 = 33), ellipses, sums and
-# integrals, which equal only the same text; and texts beyond 2,000 characters, 400 tokens, 30
-# levels, 25,000 bits of an exact number or 10^±200 of another, which are given up.
-_MAX_RESPONSE, _MAX_CHARS, _MAX_TOKENS, _MAX_DEPTH = 400_000, 2_000, 400, 30
+# Two answers are equal if they are the same text once normalised, or read as the same value: a
+# Fraction; where that is not exact, a number of 400 digits; or (kind, parts) for a list, tuple,
+# interval, union, ratio, matrix or equation. Letters take random rationals, so expressions are
+# equal if their numbers are, at three points. Nothing is solved, expanded or run.
+#
+# Refused, because a reading would be a guess, are words that are no unit (33 or more), `2 3`,
+# improper mixed numbers, false chains (34 = 33), ellipses, sums and integrals: they equal only the
+# same text. Given up, because the work could not be bounded before it is done, are texts beyond
+# 2,000 characters, 400 tokens, 30 levels, 25,000 bits of an exact number or 10^±200 of another. A
+# hedge (several values, a range, a letter too many) is a value of its own, and equals no other.
+_MAX_RESPONSE, _MAX_CHARS, _MAX_TOKENS, _MAX_DEPTH = 200_000, 2_000, 400, 30
 _MAX_BITS, _MAX_LOG2, _DIGITS, _TOLERANCE = 25_000, 690, 400, 375  # 2^690 = 10^207
 _Unreadable = SyntaxError  # not in the grammar: only the same text can match
 _TooMuch = RecursionError  # in the grammar, but beyond a limit
@@ -624,9 +626,11 @@ _TooMuch = RecursionError  # in the grammar, but beyond a limit
 # --- where the answer stands
 _BRACE = re.compile(r"(\\(?:boxed|fbox)\s*)?\{|\}|\\[{}]")
 _JOINER = re.compile(  # what may stand between boxes of one list; a new line needs a conjunction
-    r"(?=[^\n]*\Z|[^,;]*(?:and|or|[,;]))(?:[\s$&,;*]|\\[()\[\],;:! ]|\\q?quad|and\b|or\b"
-    r"|\\(?:text|mbox)\{[\s,]*(?:and|or)?[\s,]*\})*")
-_ANSWER_LINE = re.compile(r"(?i)\banswer(?:\s{1,4}is)?[*_ \t]{0,6}[:：]"
+    r"(?=[^\n]*\Z|[^,;]*(?:and|or|[,;]))(?:[ ]?[a-z]{3,}(?=[ ]and[ ]))?"  # a unit
+    r"(?:[\s$&,;*]|\\[()\[\],;:! ]|\\q?quad|and\b|or\b"
+    r"|\\(?:text|mbox)\{(?:[\s,]*|[a-z() ]*\b(?:and|or)\b[\s,]*)\})*"
+    r"(?:[A-Za-z](?:_\{?\w\}?)?\s?=\s?)?\$?")
+_ANSWER_LINE = re.compile(r"(?i)(?<![a-z])answer(?:\s{1,4}is)?[*_ \t]{0,6}[:：]"
                           r"(?: {0,4}the (?:final )?answer is:?)?")
 
 
@@ -641,7 +645,7 @@ def extract_answer(response: str) -> str | None:
     text = response.rpartition("</think>")[2]
     if "<think>" in text:
         return None
-    text = text[-_MAX_RESPONSE:]
+    text = re.sub(r"(\\boxed|\\fbox) (-?\d+(?:\.\d+)?)", r"\1{\2}", text[-_MAX_RESPONSE:])
     return (_boxed(text) or _answer_line(text)).strip() or None
 
 
@@ -675,7 +679,7 @@ def _answer_line(text):
     rest = text[ends[-1]:ends[-1] + _MAX_CHARS].lstrip(" \t\r\n*_`")
     close = {"\\[": "\\]", "$$": "$$"}.get(rest[:2], "\n")
     line = rest.removeprefix("\\[").removeprefix("$$").split(close)[0]
-    return line.split("<|")[0].split(". I hope")[0].strip(" \t*_`")
+    return re.split(r"<\||</|\. I hope", line)[0].strip(" \t*_`")
 
 
 # --- normalisation
@@ -686,21 +690,28 @@ _SYMBOLS = r"""\times * \cdot * \ast * \div / \pm ± \mp ∓ \le ≤ \leq ≤ \l
     \lfloor \floor( \rfloor ) \lceil \ceil( \rceil ) >= ≥ \varepsilon ε \ell l \hbar ħ pi π ** ^
     \alpha α \beta β \gamma γ \delta δ \epsilon ε \zeta ζ \eta η \theta θ \iota ι \kappa κ \nu ν
     \lambda λ \mu μ \xi ξ \pi π \rho ρ \sigma σ \tau τ \phi φ \chi χ \psi ψ \omega ω infinity ∞
-    inf ∞ infty ∞ \ne ≠ \neq ≠""".split()
+    inf ∞ infty ∞ \ne ≠ \neq ≠ != ≠ \setminus ∖ \smallsetminus ∖ \backslash ∖ \colon :""".split()
 _SPACES = r"""\left \right \displaystyle \mathbf \mathbb \mathcal \mathit \boldsymbol \bm \boxed
-    \fbox \pounds \euro \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \quad \qquad""".split()
+    \fbox \pounds \euro \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \rm \bf \it \large \Large
+    \underline \text \textbf \mbox \mathrm""".split()
 _FUNCTIONS = dict(ln="log", lg="log10", arcsin="asin", arccos="acos", arctan="atan", abs="fabs") | {
     name: name for name in "sin cos tan sec csc cot log floor ceil".split()}
+_EXACT = {"floor": math.floor, "ceil": math.ceil, "fabs": abs}
 _WORDS = dict(zip(_SYMBOLS[::2], _SYMBOLS[1::2])) | dict.fromkeys(_SPACES, " ") | {
     name: f"\\{name} " for name in [*_FUNCTIONS, "sqrt"]}
-_UNITS = """cm mm km kg mg ml mL ft in yd mi lb lbs oz hr hrs min sec mph kph sq deg pts day Hz kHz
-    MHz eV keV MeV GeV Pa kPa atm mol nm kJ kW kV mA pc Mpc AU erg USD per yes no No odd""".split()
-_NOT_UNIT = re.compile(
-    r"\b(not?|if|when|for|mod|more|less|fewer|least|most|than|to|but|only|dozen|hundred"
-    r"|thousand|\w+illion|squared|cubed|half|twice|times|negative|minus)s?\b|[=<>∪]")
+_UNITS = """cm mm km kg mL ft in yd lb lbs oz hr hrs min sec mph kph sq deg pts day Hz kHz
+    MHz eV keV MeV GeV Pa kPa atm mol nm kJ kW kV Mpc AU erg USD per pct yes no No odd""".split()
+_HEDGE = (  # words that are no units, nor may stand before a value
+    r"\b(?:not?|never|none|if|when|for|mod\w*|more|less|fewer|least|most|than|to|but|only|half"
+    r"|twice|times|squared|cubed|factorial|negative|minus|plus|over|under|above|below|either|wrong"
+    r"|incorrect|false|\w*(?:ten|hundred|thousand|illion|dozen)(?:th)?)s?\b")
+_NOT_UNIT = re.compile(_HEDGE + "|[=<>∪∨]")
 _TEXT = r"\\(?:text\w{0,6}|mbox|mathrm|operatorname)\s*\{\s*"
+_UNIT_TEXT = r"(?:[^{}\d=^]|\^\{?-?\d\}?)*"
+_EXPONENT = r"(?: ?\^ ?(?:\{[^{}]*\}|-?\d))?"
 _CHARS = str.maketrans(dict(zip("−–×·⋅÷⁄′⩽⩾∣\"\u200b", "--***//'≤≥|  ")) | {
-    "√": "\\sqrt ", "∅": "\\{\\}"})
+    "√": "\\sqrt ", "∅": "\\{\\}", "\f": "\\f", "\b": "\\b"})
+_BASES = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
 def _word(m):
@@ -724,30 +735,49 @@ def _mixed(m):
     return f" ({whole}+{top}/{bottom}) " if 0 < top < bottom else f" ?{m[0]} "
 
 
+def _repeating(m):
+    """A repeating decimal is a fraction."""
+    whole, start, cycle = m[1] or "0", m[2], m[3] or m[4]
+    top, scale = int(whole + start + cycle) - int(whole + start), 10 ** len(start)
+    return f"({top}/{scale * (10 ** len(cycle) - 1)})"
+
+
 _TABLE = [(re.compile(row[0]), *row[1:]) for row in (  # pattern, replacement, example, its result
-    (r"(?s)\\\\(?=[A-Za-z\\])(?!.*\\end)", r"\\", r"\\frac{1}{2}", r"\frac{1}{2}"),
+    (r"(?s)(?<!\\)\\\\(?=[A-Za-z\\])(?!.*\\end)", r"\\", r"\\frac{1}{2}", r"\frac{1}{2}"),
     (r"\\mathbb\s*\{?R\}?", r"(-∞,∞)", r"x \in \mathbb{R}", "x ∈ (-∞,∞)"),
-    (r"(\d)\s*(?:\{\s*,\s*\}|,\\!)\s*(?=\d{3})", r"\1,", r"10{,}080; 32,\!348", "10080; 32348"),
-    (r"\\!|(?<!\\)\\[()\[\]]", "", r"\(33\)", "33"),
-    (r"\\\$|\\?%|[$€£¥~]|(?<!\\)\\[,;:> ]", " ", r"$\$36$; 28\%; 10\,000", "36 ; 28 ; 10000"),
+    (r"(\d)\s*(?:\{\s*,\s*\}|,\\!)\s*(?=\d{3})", r"\1", r"10{,}080; 32,\!348", "10080; 32348"),
+    (r"(?<!\d)(\d*)\.(\d*)(?:\\(?:overline|bar) ?\{(\d+)\}|(?:\\dot ?\{?(\d)\}?))", _repeating,
+     r"0.1\overline{6}", "(15/90)"),
+    (rf"(base\W*|(?<=\d)\s?_\W*(?:text\W*)?)({'|'.join(_BASES[2:])})\b",
+     lambda m: f"{m[1]}{_BASES.index(m[2])}", r"204_{\text{five}}", "204_{ 5 }"),
+    (r"\\!|(?<!\\)\\[()\[\]]|\\(?:text)?color ?\{\w+\}|\\hspace\*? ?\{[^{}]*\}", "",
+     r"\(33\); \color{red}{33}", "33; {33}"),
+    (r"\\\$|\\?%|[$€£¥¢~]|\\q?quad|(?<!\\)\\(?:[,;:> ]|$)", " ",
+     r"$\$36$; 28\%; 10\,000", "36 ; 28 ; 10000"),
+    ("(?i)^(?!.*" + _HEDGE + r")\s*(\\text\w*\s*\{)?\s*(?:[a-z][a-z()]*\s+){0,20}"
+     r"(?:is|are|equals|answer(?=:))\b\s*:?\s*(?(1)\})(?=\s*(?:[-\d\\(.]|[a-z](?![a-z])))", "",
+     "The area of $x$ is 12", "12"),
     (r"\\begin\s*\{\w+\*?\}(?:\s*\{[lcr|]*\})?", " ⟦ ", r"\begin{pmatrix}1&2", "⟦ 1&2"),
     (r"(?:\\\\)?\s*\\end\s*\{\w+\*?\}", " ⟧ ", r"3\\ \end{array}", "3 ⟧"),
     (r"(?<=\d)[eE]([+-]?\d+)", r"*10^{\1}", "1.5e-3", "1.5*10^{-3}"),
-    (r"(?i)[,;]*\s*(?<![a-z\\])(?:and|or)(?![a-z])", "∪", "2, 3, and 5", "2, 3∪ 5"),
+    (r"(?i)[,;]*\s*(?<![a-z\\])(?:and|or)(?![a-z])", "∨", "2, 3, and 5", "2, 3∨ 5"),
     (r"(?<=[\d}/*])\s*" + _TEXT + r"([A-Za-cf-hj-z])\s*\}", r'"\1"', r"5\text{ V}", "5"),
-    (_TEXT + rf"(?!(?:{'|'.join(_FUNCTIONS)})\b)([^{{}}\d=]*[A-Za-z]{{2}}[^{{}}\d=]*)\}}", r'"\1"',
-     r"\text{more}", '"more"'),
+    (_TEXT + rf"(?!(?:{'|'.join(_FUNCTIONS)})\b)({_UNIT_TEXT}[A-Za-z]{{2}}{_UNIT_TEXT})\}}",
+     r'"\1"', r"\text{more}", '"more"'),
     (_TEXT + r"([^{}]*)\}", r" \1 ", r"\text{(B)}", "(B)"),
-    (r'"[^"]*"|\\?[^\W\d_]+|[<>]=|\*\*', _word, r"\dfrac\pi2 <= x", r"\fracπ2 ≤ x"),
+    (r"[,;]\s*∨", "∨", r"3, \text{ and } 5", "3∨ 5"),
+    (r'"[^"]*"|\\?[^\W\d_]+|[<>]=|\*\*|(?<=[x-z ])!=', _word,
+     r"\dfrac\pi2 <= x", r"\fracπ2 ≤ x"),
     (r"\s+", " ", "x\n + 1", "x + 1"),
-    (r" ?\^ ?\{ ?° ?\}| ?\^ ?°| °", "°", r"75^{\circ}; 75^\circ", "75°; 75°"),
+    (r"- ?(?=\\\{)", "∖", r"\mathbb{R} - \{3\}", r"(-∞,∞) ∖\{3\}"),
+    (r" ?(?:\^ ?\{ ?° ?\}|\^? ?°)(?: ?[CF](?!\w))?", "°", r"75^{\circ}; 9^\circ C", "75°; 9°"),
     (r"\^ ?\{ ?('[' ]*)\}|\^ ?('+)", r"\1\2", r"y^{\prime\prime}", "y''"),
     (r'(?<!\d)\(?(\d+)\)? ?_? ?\{? ?"? ?base ?"? ?\{?(\d+)\}*', r"\1_\2", "6 base 7", "6_7"),
     (r"\\(frac|binom) ?(\d) ?(?=[\d{\\])", r"\\\1{\2}", r"\frac4{x}", r"\frac{4}{x}"),
-    (r"\\(frac|binom) ?(\{[^{}]*\}) ?(\d)", r"\\\1\2{\3}", r"\frac43", r"\frac{4}{3}"),
+    (r"\\(frac|binom) ?(\{[^{}]*\}) ?(\d)(?!\d)", r"\\\1\2{\3}", r"\frac43", r"\frac{4}{3}"),
     (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}", r"{5 \choose 3}", r"\binom{5 }{ 3}"),
     (r"(?<=\d) ?[xX] ?(?=10 ?\^)", "*", "2.5 x 10^3", "2.5*10^3"),
-    (r"^ ?\\\{ ?[a-z] ?[|:](.*)\\\} ?$", r"\1", r"\{x \mid x > 5\}", "x > 5"),
+    (r"^ ?\\\{ ?[a-z] ?(?:∈ ?\(-∞,∞\) ?)?[|:](.*)\\\} ?$", r"\1", r"\{x \mid x > 5\}", "x > 5"),
     (r"\|([^|]*)\|", r"\\abs(\1)", "|x|", r"\abs(x)"),
     (r"^ ?(?:\w ?)?≈| ?≈ ?-?\d[\d.]* ?(?=$|[,;)}])", "", r"x = 1/3 \approx 0.33", "x = 1/3"),
     (r"(?<![\d.,(\[{_])(?<!\d )[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d)\]}]|,\d|\\})",
@@ -755,9 +785,10 @@ _TABLE = [(re.compile(row[0]), *row[1:]) for row in (  # pattern, replacement, e
     (r"(?<![\d.^_/])\d+ ?(?:\\frac ?\{ ?\d+ ?\} ?\{ ?\d+ ?\}|(?<= )\d+/\d+)", _mixed,
      r"3\frac12; 3½", "(3+1/2) ; (3+1/2)"),
     (r"[., :;]+$", lambda m: m[0] if ".." in m[0] else "", "33. ", "33"),
-    (r"(?<=\d) ([mgshLJNWVK](?:/[smhL])?(?:\^?\{?\d\}?)?) ?$", r' "\1"', "5 m/s^2", "5"),
+    (r"(?<=\d)( [mgshLJNWVK](?:/[smhL])?|m/s|(?:(?<=\.\d)|(?<=\.\d\d))m(?=\^))(\^?\{?\d\}?)? ?$",
+     r' "\1\2"', "5 m/s; 0.99m^2", "5 m/s; 0.99"),
     (r"""(?:(?<=[\d)}\]°'.π])|(?<=(?<![A-Za-z])[b-zB-HJ-Z]))"""
-     r' ?(?:[/*]? ?"[^"]*"(?: ?\^ ?(?:\{[^{}]*\}|\d))? ?)+'
+     rf' ?(?:[/*]? ?"[^"]*"{_EXPONENT} ?(?:[/*] ?[mgsNJK](?![A-Za-z]){_EXPONENT} ?)*)+'
      r"(?! ?(?:[\w({^]|\.\d|\\[a-z]))", _unit,
      r"15\mbox{ cm}^2; 5x meters; 33 more", '15 ; 5x ; 33 "more"'),
 )]
@@ -779,22 +810,30 @@ def _normalise(text):
 
 
 # --- a parser that computes
-#   answer := item (("," | ";" | "∪") item)*    "and" and "or" have become ∪
-#   item   := expr (("=" | "∈" | "<" | "≤" | ">" | "≥") expr)*
+#   answer := item (("," | ";" | "∨" | "∪") item)*    "and" and "or" have become ∨
+#   item   := sides (("=" | "∈" | "≠" | "<" | "≤" | ">" | "≥") sides)*
+#   sides  := expr (":" expr)* ("∖" expr)*
 #   expr   := base, then from loose to tight: + - | * / and no sign | ^ ! °
 #   base   := number | name | sign expr | "words" | \frac arg arg | \binom arg arg
 #           | ( items ) and its kin [ ] { } \{ \} | ⟦ item (("&" | "\\") item)* ⟧
 #           | \sqrt [expr] arg | \sin^arg expr and its kin (\abs, \floor)
 #   name   := letter, \vec{...} or digits_base, with its primes and its subscript, is one token
-# Kinds: "set" (also lists, unions), "()" and other brackets (tuples, intervals, x < 5), "⟦" and its
-# separators (matrices), "=" and the name on the left (equations), "chain" and its signs, "text".
-_NAME = (r"(?:[^\W\d_]|\d+(?=_)|\\(?:hat|vec|dot|ddot|tilde|angle)"
+# Kinds: "set" (also lists), "()" and other brackets (tuples, intervals), "∪" (what is surely made
+# of intervals: unions, x < 5, x ≠ 5), ":" (ratios), "⟦" and its separators (matrices), "=" and the
+# name on the left (equations), "chain" and its signs, "text".
+_NAME = (r"(?:[^\W\d_]|\d+(?=_)|\\(?:hat|vec|d?dot|tilde|angle|bar|over[a-z]+|widehat)"
          r"(?:\s?\{[^{}]*\}|(?:\s?[^\W\d_])+))'*(?:_\s?(?:\d+|[^\W_]|\{[^{}]*\}))?'*")
 _TOKEN = re.compile(rf'"[^"]*"|{_NAME}|\d+(?:\.\d*)?|\.\d+|\\[A-Za-z]+|\\.|\S')
-_LEFT_SIDE = re.compile(  # x, a_1, y', f(x), f^{-1}(x), P(A), AB, |AB|, "Area", (x,y), dy/dx
-    rf"""{_NAME}(?:\^\{{?-1\}}?)?(?:\([\w,∩∪|'"]*\))?|(?:\\abs)?[(\[]?[A-Z]{{1,4}}[)\]]?|"[^"]*"
-    |\({_NAME}(?:,{_NAME})*\)|\\frac\{{d\w\}}\{{d\w\}}""", re.X)
+_LEFT_SIDE = re.compile(  # x, a_1, y', f(x), f^{-1}(x), P(A) | AB, |AB| | "Area" | {x,y} | ratios
+    rf"""(?:m(?=\\angle))?{_NAME}(?:\^\{{?-1\}}?)?(?:\([\w,∩∪|'"]*\))?
+    |(?:\\abs)?[(\[]?[A-Z]{{1,4}}[)\]]?|"[^"]*"|(?:\(|\\\{{){_NAME}(?:,{_NAME})*(?:\)|\\\}})
+    |\\frac\{{(?:d\w|[A-Z]+)\}}\{{(?:d\w|[A-Z]+)\}}|(?:{_NAME}|[A-Z]+)(?::(?:{_NAME}|[A-Z]+))+""",
+    re.X)
+_UNKNOWN = re.compile(  # of an inequality: x, x_1, f(x), -x, |x|
+    r"(-?)(\\abs\()?(?![πei∞])[^\W\d_](?:_\{?\w\}?|\([^\W\d_]\))?\)?")
 _CLOSE = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), "\\{": ("\\}",), "⟦": ("⟧",)}
+_LABEL = re.compile(r"\(?([A-H])(?:\)|[.:] ) ?((?=.*\d)(?:(?!\b[A-H]\b)[^∪∨])*)")  # (B) 12, B. 12
+_INTERVALS, _TURNED = ("()", "(]", "[)", "[]"), str.maketrans("<≤>≥()[]", ">≥<≤)(][")
 _local = threading.local()
 
 
@@ -824,8 +863,9 @@ def _inexact(x):
 
 def _join(op, x, y):
     """x + y or x * y: exact if both are; a factor goes into the entries of a matrix."""
-    if op is operator.mul and _kind(y)[:1] == "⟦":
-        return y[0], [_join(op, x, cell) for cell in y[1]]
+    if _kind(y)[:1] == "⟦" and (op is operator.mul or _kind(x) == y[0] and len(x[1]) == len(y[1])):
+        rows = [x] * len(y[1]) if op is operator.mul else x[1]
+        return y[0], [_join(op, a, b) for a, b in zip(rows, y[1])]
     if not (isinstance(x, Fraction) and isinstance(y, Fraction)):
         return op(_inexact(x), _inexact(y))
     value = op(x, y)
@@ -833,8 +873,53 @@ def _join(op, x, y):
     return value if size <= _MAX_BITS else _refuse(_TooMuch)
 
 
+def _minus(x):
+    return _join(operator.mul, Fraction(-1), x)
+
+
+def _between(low, high, signs, absolute):
+    """The numbers between two others, or those whose absolute value is; None is no bound."""
+    left = "[" if absolute and low is None or low is not None and signs[0] == "≤" else "("
+    right = "]" if high is not None and signs[-1] == "≤" else ")"
+    low = (Fraction(0) if absolute else -_mp().inf) if low is None else low
+    high = _mp().inf if high is None else high
+    mirrored = (left + right).translate(_TURNED)[::-1], [_minus(high), _minus(low)]
+    return _united([(left + right, [low, high])] + [mirrored] * bool(absolute))
+
+
+def _without(x, y):
+    """An interval without one or several numbers inside it."""
+    kind, (low, high) = x if _kind(x) in _INTERVALS else _refuse()
+    ends = [low, *sorted(y[1] if _kind(y) == "set" else [y], key=_inexact), high]
+    if not all(_inexact(a) < _inexact(b) for a, b in zip(ends, ends[1:])):
+        raise _Unreadable
+    inner = ["()"] * (len(ends) - 2)
+    kinds = [a[0] + b[1] for a, b in zip([kind, *inner], [*inner, kind])]
+    return "∪", [(kind, [a, b]) for kind, a, b in zip(kinds, ends, ends[1:])]
+
+
+def _united(items, joined=True):
+    """A list of values; if it is surely of intervals, a union in which those that touch are one."""
+    parts, points, spans = [], [], []
+    for x in items:
+        parts += x[1] if _kind(x) == "∪" or joined and _kind(x) == "set" else [x]
+    for x in parts:
+        (spans if _kind(x) in _INTERVALS and len(x[1]) == 2 else points).append(x)
+    sure = joined or any(_kind(x) in ("∪", "(]", "[)") for x in items)
+    if not (sure and spans or any(_mp().inf in x[1] for x in spans)):
+        return ("set", parts) if len(parts) != 1 else parts[0]
+    united = []
+    for kind, (low, high) in sorted(spans, key=lambda x: _inexact(x[1][0])):
+        if united and united[-1][0][1] + kind[0] != ")(" and _same(united[-1][1][1], low):
+            before, (low, _) = united.pop()
+            kind = before[0] + kind[1]
+        united.append((kind, [low, high]))
+    return "∪", points + united
+
+
 class _Reader:
-    """Reads one answer with random values for its letters."""
+    """Reads one answer with random values for its letters: at points 0 to 2 in (0, 1), [1, 3) and
+    ±[1, 3); from 3 large ones, for what is rounded; from 6 natural numbers, for what is counted."""
 
     def __init__(self, text, point):
         self.toks, self.point, self.letters = _TOKEN.findall(text) + [""], point, set()
@@ -855,27 +940,44 @@ class _Reader:
             items.append(self.item())
         return items, taken
 
+    def sides(self):
+        """An expression, a ratio a:b:c, or a set without points."""
+        values = [self.expr()]
+        while self.take(":"):
+            values.append(self.expr())
+        value = (":", values) if len(values) > 1 else values[0]
+        return _without(value, self.expr()) if self.take("∖") else value
+
     def item(self):
         """An expression, or an equation, membership, interval like 1 < x ≤ 2, or other chain."""
         outer, values, spans, letters, signs = self.letters, [], [], [], ""
         while len(values) == len(signs):
             start, self.letters = self.i, set()
-            values.append(self.expr())
+            values.append(self.sides())
             spans.append("".join(self.toks[start:self.i]))
             letters.append(self.letters)
-            signs += self.take(*"=∈<≤>≥")
-        if signs[:1] in (">", "≥"):
-            signs = signs[::-1].translate(str.maketrans("<≤>≥", ">≥<≤"))
-            values, spans, letters = values[::-1], spans[::-1], letters[::-1]
-        value, lone = values[0], [len(span) == 1 and span.isalpha() for span in spans]
+            signs += self.take(*"=∈≠<≤>≥")
+        unknown = [_UNKNOWN.fullmatch(span) for span in spans]
+        if signs and set(signs) <= set("<≤>≥"):
+            if any(m and m[1] for m in unknown):  # -x > -1
+                values, signs = [_minus(x) for x in values], signs.translate(_TURNED)
+            if signs[0] in ">≥":
+                values, unknown, letters = values[::-1], unknown[::-1], letters[::-1]
+                signs = signs[::-1].translate(_TURNED)
+        value, at = values[0], [k for k, m in enumerate(unknown) if m]
         if signs and set(signs) <= {"=", "∈"}:
             name = spans[0] if _LEFT_SIDE.fullmatch(spans[0]) else ""
-            value, letters[0] = ("=" + name, values), set() if name else letters[0]
-        elif set(signs) <= {"<", "≤"} and sum(lone) == 1 and signs and len(signs) - lone[1] < 2:
-            letters[lone.index(True)] = set()
-            low, *_, high = [-_mp().inf] * lone[0] + values + [_mp().inf] * lone[-1]
-            left = "[" if signs[0] == "≤" and not lone[0] else "("
-            value = left + ("]" if signs[-1] == "≤" and not lone[-1] else ")"), [low, high]
+            letters[0] = set() if name else letters[0]
+            sure = name and "=" not in signs and _kind(values[-1]) != "set"
+            value = _united(values[1:]) if sure else ("=" + name, values)
+        elif signs == "≠" and unknown[0]:
+            letters[0] = set()
+            value = _without(("()", [-_mp().inf, _mp().inf]), values[1])
+        elif set(signs) <= {"<", "≤"} and (len(signs), at) in ((1, [0]), (1, [1]), (2, [1])):
+            low = values[0] if at != [0] else None
+            high = values[-1] if len(signs) != at[0] else None
+            letters[at[0]] = set()
+            value = _between(low, high, signs, unknown[at[0]][2])
         elif signs:
             value = "chain" + signs, values
         self.letters = outer.union(*letters)
@@ -888,8 +990,9 @@ class _Reader:
             raise _TooMuch
         start, left = self.i, self.prefix()
         while tok := self.toks[self.i]:
-            if tok[0].isdecimal() and self.i == start + 1:
-                raise _Unreadable  # 3 3 is neither 9 nor 33
+            if tok[0].isdecimal() and (self.i == start + 1 or self.toks[self.i - 1] in ")}" and (
+                    self.toks[self.i + 1] != "^")):
+                raise _Unreadable  # 3 3 is neither 9 nor 33, (3)3 not 9; 2^{3} 3^{2} is 72
             if power < 1 and tok in "+-":
                 left = _join(operator.add, left, self.expr(1))
             elif power < 2 and self.take("*"):
@@ -901,7 +1004,7 @@ class _Reader:
             elif self.take("^"):
                 left = self.power(left, self.prefix(2))
             elif self.take("!"):
-                left = self.call("factorial", left)
+                left = self.count(math.factorial, left)
             elif self.take("°"):
                 left = _join(operator.mul, _mp().pi / 180, left) if self.trig else left
             else:
@@ -920,11 +1023,13 @@ class _Reader:
             return _join(operator.mul, Fraction(tok + "1"), self.expr(power))
         if tok in "πei∞":
             return {"π": +_mp().pi, "e": +_mp().e, "i": _mp().mpc(0, 1), "∞": _mp().inf}[tok]
-        if re.fullmatch(_NAME, tok):  # a rational below 1, then one in [1, 3), then any in ±[1, 3)
+        if re.fullmatch(_NAME, tok):
             name = re.sub(r"[{} ]", "", tok)
             self.letters.add(name)
             crc = zlib.crc32(f"{name} {self.point}".encode("utf-8", "replace"))
-            value = Fraction(crc % 20011 + 10007, 10007 if self.point else 30029)
+            if self.point >= 6:
+                return Fraction(crc % 40 + 5)
+            value = Fraction(crc % 20011 + 10007, (30029, 10007, 10007, 97, 89, 83)[self.point])
             return -value if self.point == 2 and crc % 3 else value
         if tok[0].isdecimal() or tok[0] == "." and len(tok) > 1:
             return Fraction(tok)
@@ -934,7 +1039,7 @@ class _Reader:
             top = self.prefix(2)
             return _join(operator.mul, self.power(self.prefix(2), Fraction(-1)), top)
         if tok == "\\binom":
-            return self.call("binomial", self.prefix(2), self.prefix(2))
+            return self.count(math.comb, self.prefix(2), self.prefix(2))
         if tok == "\\sqrt":
             index = self.expr() if (given := self.take("[")) else Fraction(2)
             x = self.prefix(2) if not given or self.take("]") else _refuse()
@@ -944,10 +1049,12 @@ class _Reader:
         return self.function(_FUNCTIONS.get(tok[1:]) or _refuse())
 
     def bracket(self, opening):
-        separators = ("&", "\\\\") if opening == "⟦" else (",", ";")
+        separators = {"⟦": ("&", "\\\\"), "{": (",", ";", "∪")}.get(opening, (",", ";"))
         items, taken = ([], "") if self.toks[self.i] == "\\}" else self.items(*separators)
         closing = self.take(*_CLOSE[opening]) or _refuse()
-        kind = {"{": "set", "\\{": "set", "⟦": "⟦" + taken}.get(opening, opening + closing)
+        if opening == "{":
+            return _united(items, "∪" in taken)
+        kind = {"\\{": "set", "⟦": "⟦" + taken}.get(opening, opening + closing)
         return items[0] if len(items) == 1 and opening != "\\{" else (kind, items)
 
     def function(self, name):
@@ -962,7 +1069,8 @@ class _Reader:
         self.trig -= 1
         if power == -1 and name in ("sin", "cos", "tan"):
             name, power = "a" + name, Fraction(1)
-        value = self.call(name, x)
+        exact = isinstance(x, Fraction) and _EXACT.get(name)
+        value = Fraction(exact(x)) if exact else self.call(name, x)
         return self.power(value / _mp().log(_inexact(base)) if name == "log" else value, power)
 
     def power(self, x, y):
@@ -978,12 +1086,18 @@ class _Reader:
         sign = (-1) ** y.numerator if odd_root else 1
         return sign * self.call("power", -base if odd_root else base, exponent)
 
+    def count(self, function, *args):
+        """A factorial or binomial of natural numbers; undefined for others."""
+        if not all(isinstance(x, Fraction) and x.denominator == 1 for x in args) or (
+                not 0 <= args[-1] <= args[0]):
+            raise ValueError
+        return Fraction(function(*map(int, args))) if args[0] <= 2_500 else _refuse(_TooMuch)
+
     def call(self, name, *args):
         """An inexact function, refused if large, or if not real though a letter is negative."""
         args = [_inexact(x) for x in args]
         value = getattr(_mp(), name)(*args)
-        size = _mp().mag(value) if value else 0
-        if size > _MAX_LOG2 or name == "factorial" and size < -_MAX_LOG2:
+        if value and _mp().mag(value) > _MAX_LOG2:
             raise _TooMuch
         if self.point == 2 and self.letters and _mp().im(value) and not any(map(_mp().im, args)):
             raise ValueError
@@ -997,12 +1111,12 @@ def _read(text, point):
     parts = []
     for signed in sorted(texts):
         reader = _Reader(signed, point)
-        items, _ = reader.items(",", ";", "∪")
+        items, taken = reader.items(",", ";", "∨", "∪")
         if reader.toks[reader.i]:
             raise _Unreadable
         for x in items:
             parts += x[1] if len(texts) == 2 and _kind(x) == "set" else [x]
-    return parts[0] if len(parts) == 1 else ("set", parts), reader.letters
+    return _united(parts, "∪" in taken), reader.letters
 
 
 def _same(x, y):
@@ -1020,10 +1134,17 @@ def _same(x, y):
         (name, sides), = equations
         other = y if _kind(x)[:1] == "=" else x
         return all(_same(side, other) for side in (sides if name == "=" else sides[-1:]))
-    if len(equations) == 2 and "=" not in kinds and re.search('["(]', x[0] + y[0]):
+    if len(equations) == 2 and "=" not in kinds and (
+            len(kinds) == 1 or re.search('["(]', x[0] + y[0])):
         return _same(x[1][-1], y[1][-1])
-    if "set" in kinds:  # {5} is 5
-        x, y = (v[1] if _kind(v) == "set" else [v] for v in (x, y))
+    if kinds == {"set", "()"}:  # x = 1, y = 2 is (1,2)
+        (_, items), (_, entries) = (x, y) if _kind(x) == "set" else (y, x)
+        names = {_kind(item) for item in items if _kind(item)[:1] == "="} - {"="}
+        return len(names) == len(items) == len(entries) > 1 and all(map(_same, items, entries))
+    if kinds & {"set", "∪"}:  # {5} is 5; 5, 5 is not
+        x, y = (v[1] if _kind(v) in ("set", "∪") else [v] for v in (x, y))
+        if (len(x) == 1) != (len(y) == 1) or len(x) > 1 and kinds == {"set", "∪"}:
+            return False
         return all(any(_same(a, b) for b in there)
                    for here, there in ((x, y), (y, x)) for a in here)
     if not equations and len(kinds) > 1 or len(x[1]) != len(y[1]):
@@ -1037,12 +1158,14 @@ def _proportional(pairs):
         return False
     gaps = [[_inexact(x[1][0]) - _inexact(x[1][1]) for x in pair] for pair in pairs]
     a, b = gaps[0]
-    return bool(a and b) and all(_same(a * d, b * c) for c, d in gaps)
+    finite = all(_mp().isfinite(gap) for pair in gaps for gap in pair)
+    return bool(finite and a and b) and all(_same(a * d, b * c) for c, d in gaps)
 
 
 def _key(text):
     """What stands for an answer without a reading; case counts unless it is a word or a choice."""
-    words = re.fullmatch(r'[\[({]*([A-Za-z"\s]+)[\])}]*', text)
+    text = re.sub(r"([_^])\{(?:([^\W\d])\}|(\d)\}(?!\d))", r"\1\2\3", text)
+    words = re.fullmatch(r'["\[({\s]*([A-Za-z"\s]+?)["\])}\s.]*', text)
     key = re.sub(r'"|(?<!\d)\s+|\s+(?![\d.])', "", words[1] if words else text)  # 3 3 is not 33
     return key.lower() if words and ('"' in text or len(key) > 2 or key in "ABCD") else key
 
@@ -1052,10 +1175,16 @@ def _equal(given, gold):
     if given.strip() == gold.strip():
         return bool(gold.strip())
     given, gold = _normalise(given), _normalise(gold)
+    labels = [_LABEL.fullmatch(text) for text in (given, gold)]
+    if bool(labels[0]) != bool(labels[1]):  # (B) 12 is B and 12
+        label, other = (labels[0], gold) if labels[0] else (labels[1], given)
+        given, gold = label[1 if re.fullmatch(r"\(?[A-Ha-h]\)?", other) else 2], other
     if _key(given) == _key(gold):
         return _key(given) != ""
     pairs = []
-    for point in range(3):
+    counts = re.search(r"!|\\binom", given + gold)
+    rounds = re.search(r"\\floor|\\ceil", given + gold)
+    for point in range(6, 12) if counts else range(3, 6) if rounds else range(3):
         try:
             (x, letters), (y, more) = _read(given, point), _read(gold, point)
         except (ZeroDivisionError, ValueError, OverflowError):

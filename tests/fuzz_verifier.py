@@ -1,11 +1,12 @@
 r"""Fuzzes the verifier, and times it.
 
-    python tests/fuzz_verifier.py --n 200000 --seed 0    # a minute or two on one core
+    python tests/fuzz_verifier.py --n 200000 --seed 0    # a minute or two on one core, see --budget
     python tests/fuzz_verifier.py --speed                # the cases of test_verifier.py, one by one
 
 A violation is an exception, a call of more than a second, a touched file, a changed environment, a
-new thread, a started process, or a call of eval, exec and their kin; then the exit status is 1. The
-second is of processor time, which other work on the machine does not change.
+new thread, a started process, or a call of eval, exec and their kin; then the exit status is 1. So
+it is if the calls take longer together than the time budget (--budget, 300 seconds). Seconds are of
+processor time, which other work on the machine does not change.
 """
 import argparse
 import builtins
@@ -77,12 +78,13 @@ def traps(violations):
             setattr(owner, name, trap(name))
 
 
-def fuzz(n, seed):
+def fuzz(n, seed, budget):
     rng, violations, seconds, verdicts, slowest = random.Random(seed), [], [], {}, (0, "")
     grade(r"\boxed{\sin \pi}", "1")  # imports first, then the traps
     originals = [(owner, dict(vars(owner))) for owner in (os, subprocess, builtins)]
     before = dict(os.environ), threading.active_count(), sorted(os.listdir())
     traps(violations)
+    begin = time.process_time()
     for _ in range(n):
         text, gold = text_of(rng), rng.choice(SEEDS)
         form = rng.randrange(6)
@@ -110,7 +112,10 @@ def fuzz(n, seed):
         vars(owner).update(names)
     if before != (dict(os.environ), threading.active_count(), sorted(os.listdir())):
         violations.append("the environment, the threads or the folder have changed")
-    print(f"{n} texts, seed {seed}: {verdicts}")
+    total = time.process_time() - begin
+    if total > budget:
+        violations.append(f"{total:.0f} s of processor time, the budget is {budget:.0f} s")
+    print(f"{n} texts, seed {seed}, {total:.0f} s of a budget of {budget:.0f} s: {verdicts}")
     report(seconds, slowest)
     print(f"violations: {len(violations)}", *violations[:20], sep="\n  ")
     return bool(violations)
@@ -147,12 +152,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--budget", type=float, default=300,
+                        help="seconds of processor time; a longer run fails (default 300)")
     parser.add_argument("--speed", action="store_true", help="only the timing table")
     arguments = parser.parse_args()
     if arguments.speed:
         sys.exit(speed())
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # a canary: the folder must stay empty
-        failed = fuzz(arguments.n, arguments.seed)
+        failed = fuzz(arguments.n, arguments.seed, arguments.budget)
         os.chdir("/")
     sys.exit(failed)

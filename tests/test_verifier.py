@@ -43,7 +43,8 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         4^{-1} == 0.25
         |3-5| == 2
         2|x| + |y-1| == |1-y|+|2x|
-        2^5+1 = 33 == 33""",
+        2^5+1 = 33 == 33
+        2^{3} 3^{2} == 72""",
     "fractions in every notation": r"""
         \frac43 == 4/3
         \dfrac{4}{3} == \frac43
@@ -65,7 +66,13 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         .5 == \frac12
         .35625 == 0.35625
         0.0000672 == 6.72 \times 10^{-5}
-        33. == 33""",
+        33. == 33
+        0.\overline{3} == \frac13
+        0.1\overline{6} == 1/6
+        0.\dot{3} == 1/3
+        .\overline{142857} == 1/7
+        3.\overline{12} == 103/33
+        0.\overline{9} == 1""",
     "leading zeros and signs": r"""
         033 == 33
         33 == 033
@@ -110,7 +117,16 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         28 percent == 28\%
         28\text{ percent} == 28
         5x \text{ dollars} == 5x
-        (2\text{ m}, 3\text{ m}) == (2,3)""",
+        (2\text{ m}, 3\text{ m}) == (2,3)
+        1000.99m^2 == 1000.99
+        9.8m/s^2 == 9.8
+        28 pct == 28\%
+        98.6^\circ\text{F} == 98.6
+        33 ft/s == 33
+        33\,\text{kg}\cdot\text{m/s}^2 == 33
+        33\ \mathrm{kg\,m^2\,s^{-2}} == 33
+        33 \text{ N}\cdot\text{m} == 33
+        33¢ == 33""",
     "lists and sets": r"""
         -2,1 == 1,-2
         1, -2 == -2,1
@@ -129,7 +145,11 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         (1,2), (3,4) == (3,4),(1,2)
         \{(1,2),(3,4)\} == (3,4),(1,2)
         \emptyset == \varnothing
-        \{\} == \emptyset""",
+        \{\} == \emptyset
+        19, 46, \text{ and } 82 == 19, 46, and 82
+        \{1,2\}\cup\{3\} == 1,2,3
+        (1,2) or (3,4) == (3,4),(1,2)
+        x_1=2,\quadx_2=3 == 3,2""",
     "tuples": r"""
         (1,2) == \left( 1, 2 \right)
         (1,-16,-4,43) == (1,-16,-4,43)
@@ -158,18 +178,44 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         [-1, -\tfrac12) \cup (-\tfrac12, 0) == [-1,-0.5)\cup(-0.5,0)
         \left(\frac{3}{5},\frac{8}{3}\right] == (0.6,\frac{8}{3}]
         (-\sqrt{3}, \sqrt{3}) == -\sqrt3 < x < \sqrt3
-        f(2) < f(1) < f(4) == f(4) > f(1) > f(2)""",
+        f(2) < f(1) < f(4) == f(4) > f(1) > f(2)
+        (0,2] \cup (2,3) == (0,3)
+        (-\infty,2)\cup[2,\infty) == \mathbb{R}
+        x \neq 3 == (-\infty,3)\cup(3,\infty)
+        x != 3 == x \ne 3
+        \mathbb{R}\setminus\{3\} == (-\infty,3)\cup(3,\infty)
+        \mathbb{R} - \{3\} == x \ne 3
+        \mathbb{R} \setminus \{1,-1\} == (-\infty,-1)\cup(-1,1)\cup(1,\infty)
+        [0,2]\setminus\{1\} == [0,1)\cup(1,2]
+        |x| < 1 == -1 < x < 1
+        |x| \le 2 == [-2,2]
+        |x| > 1 == (-\infty,-1)\cup(1,\infty)
+        1\leq|z|\leq \frac{3}{2} == [-\frac{3}{2}, -1] \cup [1, \frac{3}{2}]
+        0<f(x)<1 == (0,1)
+        -x > -1 == x < 1
+        -x >= -1 == x \le 1
+        1<x<2 or 3<x<4 == (1,2)\cup(3,4)
+        x \in (1,2) or x \in (3,4) == (1,2)\cup(3,4)
+        x \in (1,2) \cup (3,4) == (1,2)\cup(3,4)
+        (-\infty,-1), (2,\infty) == (-\infty,-1)\cup(2,\infty)
+        \{x \in \mathbb{R} \mid x > 2\} == (2,\infty)
+        {(0,1)\cup(2,3)} == (0,1)\cup(2,3)""",
     "matrices": r"""
         \begin{bmatrix} 1 & 0 \\ 0 & 1 \end{bmatrix} == \begin{pmatrix}1&0\\0&1\end{pmatrix}
         \left[\begin{array}{cc}1&2\\3&4\end{array}\right] == \begin{pmatrix}1&2\\3&4\end{pmatrix}
         \begin{pmatrix} 0.2 \\ -3.6 \end{pmatrix} == \begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}
         \frac15\begin{pmatrix} 1 \\ -18 \end{pmatrix} == \begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}
-        \begin{pmatrix} 1 \\ 2 \\ \end{pmatrix} == \begin{matrix} 1 \\ 2 \end{matrix}""",
+        \begin{pmatrix} 1 \\ 2 \\ \end{pmatrix} == \begin{matrix} 1 \\ 2 \end{matrix}
+        \begin{array}1\\2\end{array}+\begin{array}5\\6\end{array} == \begin{array}6\\8\end{array}
+        \begin{pmatrix}1\\-\sin x\\\end{pmatrix} == \begin{pmatrix}1\\-\sin x\end{pmatrix}""",
     "bases": r"""
         204_5 == 204_{5}
         4210_{5} == 4210_5
         204_{\text{base }5} == 204_5
-        2516 \text{ base } 8 == 2516_8""",
+        2516 \text{ base } 8 == 2516_8
+        204_{\text{five}} == 204_5
+        1010_{two} == 1010_2
+        2516 base eight == 2516_8""",
     "mixed numbers": r"""
         1\frac{4}{5} == 1.8
         137 \frac{1}{2} == 137.5
@@ -198,7 +244,20 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         f^{-1}(x) = x+1 == x+1
         AB = 5 == 5
         \frac{dy}{dx} = 2x == 2x
-        x = \frac13 \approx 0.333 == \frac13""",
+        x = \frac13 \approx 0.333 == \frac13
+        \{x,y\}=\{1,2\} == \{2,1\}
+        x = 5+5+1 = 11 == x = 11
+        x = 3 + 3 = 6 == x = 2\cdot 3
+        S_{ABC}:S=7:32 == 7:32
+        AB:CD = 3:4 == 3:4
+        \frac{NO}{BO}=\frac12 == \frac12
+        x=1, y=2 == (1,2)
+        a = 2 \text{ and } b = 3 == (a,b)=(2,3)
+        \overline{AB} = 5 == 5
+        m\angle A = 30^\circ == 30
+        (x,y) \in \{(1,2),(3,4)\} == (1,2),(3,4)
+        n \in \{1,3\} == n=1 \text{ or } n=3
+        f(x)=x \text{ and } f(x)=-x == f(x)=\pm x""",
     "equations in several variables": r"""
         5x - 7y + 11z + 4 = 0 == -5x+7y-11z-4=0
         10x - 14y + 22z + 8 = 0 == 5x - 7y + 11z + 4 = 0
@@ -223,7 +282,9 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         \sqrt{1-x^2} == \sqrt{(1-x)(1+x)}
         5y''+y' == y^{\prime}+5y^{\prime\prime}
         \theta^2 == θ²
-        \binom{n}{2} == \frac{n(n-1)}{2}""",
+        \binom{n}{2} == \frac{n(n-1)}{2}
+        \frac{mg}{k} == \frac{m g}{k}
+        \lfloor n/2\rfloor+n == n+\lfloor n/2\rfloor""",
     "complex numbers": r"""
         3+4i == 4i+3
         i(2-i) == 1+2i
@@ -253,7 +314,14 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         2017^{2016} == 2017 \cdot 2017^{2015}
         \sqrt{66} == √66
         2π == 2\pi
-        -\infty == -∞""",
+        -\infty == -∞
+        \frac{n!}{2} == \frac12 n!
+        \binom{2n}{n} == \frac{(2n)!}{n!^2}
+        \binom{n}{k} == \binom{n}{n-k}
+        \frac{\lambda^k e^{-\lambda}}{k!} == e^{-\lambda}\frac{\lambda^k}{k!}
+        \binom{n}{\lfloor n/2\rfloor} == \binom{n}{\lceil n/2\rceil}
+        |-\frac12| == 0.5
+        \binom{2023}{1000} == \binom{2023}{1023}""",
     "thousands separators": r"""
         10,000 == 10000
         10{,}000 == 10000
@@ -263,7 +331,8 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         7,425,000 == 7425000
         1 000 == 1000
         1,000.99 == 1000.99
-        \$32,\!348 == 32348""",
+        \$32,\!348 == 32348
+        (10,\!000, 2) == (10000,2)""",
     "text and choices": r"""
         \text{Evelyn} == Evelyn
         evelyn == \text{Evelyn}
@@ -279,7 +348,19 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         June 5 == \text{June 5}
         12:00 == 12:00
         3:4 == 3 : 4
-        x + \sum_{k=1}^{n} k == x+\sum_{k=1}^{n}k""",
+        x + \sum_{k=1}^{n} k == x+\sum_{k=1}^{n}k
+        \text{(B) } 12 == B
+        \text{(B) } 12 == 12
+        \textbf{(B)}\ 12 == \text{(B)}
+        \textbf{(C) }\frac{3}{4} == 0.75
+        B. 12 == B
+        C) 12 == 12
+        \text{The answer is } 33 == 33
+        the value of x is 33 == 33
+        \textbf{(Evelyn)} == \text{Evelyn}
+        \text{no real solutions} == \text{No real solutions.}
+        \sum_{k=1}^{n} k^2 == \sum_{k=1}^n k^2
+        \sum_{k=1}^{n}k^{2} == \sum_{k=1}^n k^2""",
     "dresses": r"""
         $33$ == 33
         33 == $33$
@@ -306,7 +387,8 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         2^{98} == 2^{99}
         \frac{1}{2^{99}} == \frac{1}{2^{98}}
         \frac{1}{2006!} == \frac{1}{2004!}
-        4 == \frac{34}{16}+\frac{\sqrt{1358}}{16}""",
+        4 == \frac{34}{16}+\frac{\sqrt{1358}}{16}
+        \frac651 == \frac65""",
     "no tolerance": r"""
         0.333 == 1/3
         0.3333333333333333 == \frac13
@@ -319,7 +401,9 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         10^{-60}\pi == 10^{-61}\pi
         \sqrt2+10^{-100} == \sqrt2
         1+e^{-500} == 1
-        16386.16 == 16386.17""",
+        16386.16 == 16386.17
+        0.\overline{35} == 0.\overline{53}
+        0.\overline{33} == 0.33""",
     "percent is not a factor": r"""
         0.28 == 28\%
         28 == 0.28
@@ -338,7 +422,15 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         at least 33 == 33
         not 33 == 33
         3 million == 3
-        2 dozen == 2""",
+        2 dozen == 2
+        3 == 3m^2
+        5m == 5
+        33 wrong == 33
+        33 factorial == 33
+        33 thousandths == 33
+        33 tenths == 33
+        3mg == 3
+        5\text{ m}\cdot x == 5""",
     "lists, sets and tuples": r"""
         1,2 == 1,3
         1,2,3 == 1,2
@@ -355,7 +447,9 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         32, 349 == 32349
         \pm 2 == 2
         2 == \pm 2
-        \pm 3 == 3, -2""",
+        \pm 3 == 3, -2
+        33, 33 == 33
+        33 == 33, 33""",
     "intervals": r"""
         (0,1) == (0,1.5)
         [0,9) == [0,1)
@@ -368,18 +462,29 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         [-2,7] == -2<x\le 7
         (-\infty,5) == (-\infty,5]
         (0.6,2.6667] == (\frac{3}{5},\frac{8}{3}]
-        x \ne 3 == 3""",
+        x \ne 3 == 3
+        (0,2) \cup (2,3) == (0,3)
+        x \neq 3 == \mathbb{R}\setminus\{4\}
+        |x| > 1 == (1,\infty)
+        |x| < 1 == -1 \le x \le 1
+        -x > -1 == x > 1
+        (1,2),(3,4) == (1,2)\cup(3,4)
+        [0,2]\setminus\{3\} == [0,2]""",
     "matrices": r"""
         \begin{pmatrix}1 & 2 \\ 3 & 5\end{pmatrix} == \begin{pmatrix}1 & 2 \\ 3 & 4\end{pmatrix}
         \begin{pmatrix}1 & 2\end{pmatrix} == \begin{pmatrix}1 \\ 2\end{pmatrix}
         \begin{pmatrix}1\\2\\3\end{pmatrix} == \begin{pmatrix}1 \\ 2\end{pmatrix}
-        \begin{cases} 33 \\ 34 \end{cases} == 33""",
+        \begin{cases} 33 \\ 34 \end{cases} == 33
+        \begin{array}1\\2\end{array}+\begin{array}5&6\end{array} == \begin{array}6\\8\end{array}""",
     "bases need digits and base": r"""
         204 == 204_5
         54 == 204_5
         204_5 == 204
         204_6 == 204_5
-        214_5 == 204_5""",
+        214_5 == 204_5
+        1010_{\text{two}} == 1010_3
+        1010_{\text{two}} == 1010
+        1010_{\text{two}} == 10""",
     "mixed numbers are not products": r"""
         3\frac12 == \frac32
         \frac{3}{2} == 3\frac{1}{2}
@@ -403,7 +508,18 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         2x = 10 == 5
         34 = 33 == 33
         33 = 34 == 33
-        x^2 = 4 == x = 2""",
+        x^2 = 4 == x = 2
+        x = 5+5+1 = 12 == x = 11
+        7:32 == 32:7
+        7:32 == 7
+        y=2, x=1 == (1,2)
+        x=1, x=2 == (1,2)
+        x^2+y^2=25\infty == x^2+y^2=25
+        \overline{AB} = 5 == 6
+        (x,y) \in \{(1,2),(4,3)\} == (1,2),(3,4)
+        mx = 5 == 5
+        n!=120 == n \neq 120
+        x=1, y=3 == (1,2)""",
     "letters": r"""
         (+5)(b+2) == (a+5)(b+2)
         x+1 == x+2n+1
@@ -417,7 +533,14 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         \frac{x}{y} == \frac{y}{x}
         x_1 == x_2
         f(x) = 2x == 3x
-        \sqrt{x^2} == x""",
+        \sqrt{x^2} == x
+        \lfloor n/4\rfloor == \lfloor n/3\rfloor
+        \lfloor n/2\rfloor == n/2
+        \lceil n/2\rceil == \lfloor n/2\rfloor
+        \overline{AB} == \overline{AC}
+        \binom{n}{k} == \binom{n}{k+1}
+        n! == (n+1)!
+        \binom{n}{2} == \frac{n(n+1)}{2}""",
     "text": r"""
         \text{Navin} == \text{Evelyn}
         (C) == (B)
@@ -431,7 +554,15 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         A, B == B
         (A)(B) == B
         1:00 == 12:00
-        east == west""",
+        east == west
+        \textbf{(A)}\ 12 == \text{(B)}
+        (B) 12 == (C) 12
+        (B) 12 or (C) 13 == B
+        (B) 12, 13 == 12
+        the answer is not 33 == 33
+        (A) 5, (B) 6 == A
+        (A), (B) 6 == A
+        A) 12 B == A""",
     "hedges": r"""
         33, 34 == 33
         33 or 34 == 33
@@ -459,13 +590,10 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         33? == 33
         \approx 33, 34 == 33""",
     "right, but not recognised": r"""
-        0.\overline{3} == \frac13
-        0.1\overline{6} == 1/6
-        (0,2] \cup (2,3) == (0,3)
-        x \neq 3 == (-\infty,3)\cup(3,\infty)
-        \text{(B) } 12 == B
-        \textbf{(B)}\ 12 == 12
-        \frac{1}{3} \approx \frac{33}{100} == 1/3""",
+        \frac{1}{3} \approx \frac{33}{100} == 1/3
+        2x < 6 == x < 3
+        0.333\ldots == 1/3
+        6:8 == 3:4""",
     "refused": r"""
         0.\overline{3} == 0.\overline{5}
         0.\overline{3} == 0
@@ -504,7 +632,14 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         \sum_{k=0}^{n-2} F_k == \sum_{k=0}^{n-1} F_k
         9^{9^{9^9}} == 9
         \  == 0
-        --- == 0""",
+        --- == 0
+        (1/2)! == \frac{\sqrt\pi}{2}
+        (-1)! == 1
+        \sum_{k=1}^{n} k^2 == \sum_{k=1}^n k^3
+        70 (or 71) == 70
+        (3)3 == 9
+        1\frac{4}{5}1 == 1\frac{4}{5}
+        \frac{10}{11}1 == \frac{10}{11}""",
 }.items() for pair in pairs.strip().split("\n        ")]
 
 RESPONSES = [  # where the answer stands: (verdict, response, gold)
@@ -525,6 +660,22 @@ RESPONSES = [  # where the answer stands: (verdict, response, gold)
     ("correct", r"\boxed{1}; \boxed{-2}", "1,-2"),
     ("correct", r"\boxed{1} or \boxed{-2}", "1,-2"),
     ("correct", r"\boxed{1}\boxed{2}", "1,2"),
+    ("correct", r"$x = \boxed{1}$ and $y = \boxed{2}$", "1,2"),
+    ("correct", r"\boxed{1} \text{ for part (a) and } \boxed{2}", "1,2"),
+    ("correct", r"\boxed{1} papers and \boxed{2} bins", "1,2"),
+    ("wrong", r"\boxed{33}, so it is not \boxed{34}", "33"),
+    ("wrong", r"\boxed{34}. So $x=\boxed{35}$ and then \boxed{33}", "35, 33"),
+    ("correct", r"\boxed 33", "33"),
+    ("correct", r"It goes into \boxed form. Answer: 33", "33"),
+    ("correct", r"\boxed{33\ }", "33"),
+    ("correct", r"\boxed{\color{red}{33}}", "33"),
+    ("correct", r"\boxed{\hspace{1mm}\bf 33}", "33"),
+    ("correct", r"\boxed{\mbox{\text{(B)}}}", "B"),
+    ("correct", r"\boxed{\text{Answer: }x^2+1}", "x^2+1"),
+    ("correct", "__Answer:__ 33</s>", "33"),
+    ("correct", "Answer: x<3", "(-\\infty,3)"),
+    ("wrong", r"\boxed{\text{33 is not }34}", "34"),
+    ("correct", r"\boxed -3.5.", "-3.5"),
     ("correct", r"**\boxed{1}** and **\boxed{2}**", "1,2"),
     ("correct", "<think>\\boxed{1}</think>\\boxed{33}", "33"),
     ("correct", "thoughts \\boxed{1}</think>\\boxed{33}", "33"),
@@ -657,6 +808,7 @@ HOSTILE = [
     "'" * 1500, "\\{" + ",".join("\\sqrt{%d}" % k for k in range(60)) + "\\}", "\\pm" * 500 + "1",
     "\\text{" * 300, "$" * 1_000_000, "(1+x)^{2000}(1+y)^{2000}", "\\lfloor 10^{400} \\rfloor",
     "\\sqrt[10^{9}]{2}", "\\pi^{\\pi^{\\pi^{\\pi}}}", "0.\\overline{" + "3" * 1900 + "}",
+    "\\gamma!", "\\pi!", "0.5!", "(1+i)!", "\\binom{0.5}{0.25}", "\\binom{2500}{1250}", "2500!",
     "(2^{20000}+" * 25 + "1" + ")" * 25, "2^{20000}+" * 140 + "1", "\\gamma!" * 200, "1 " * 900,
     "\\sin\\cos " * 15 + "1", "\\log(" * 25 + "7" + ")" * 25, "x\\sin x " * 120, "x^{0.1}" * 140,
 ]
