@@ -90,11 +90,12 @@ def field_comments(config_class):
 
 # The least value that flags of these names take.
 LEAST = {name: 1 for name in (
-    "epochs", "mini_batch", "prompts", "rollouts", "samples", "vocab_chunk", "micro_tokens",
-    "sample_rows", "max_new_tokens", "max_prompt_tokens")}
+    "epochs", "mini_batch", "prompts", "rollouts", "samples", "sample_rows", "max_new_tokens",
+    "max_prompt_tokens")}
 LEAST |= {name: 0 for name in (
     "lr", "steps", "seed", "split_seed", "clip", "clip_high", "kl_coef", "weight_decay",
-    "temperature", "warmup_steps", "save_every", "show_every", "limit", "kv_gib")}
+    "temperature", "warmup_steps", "save_every", "show_every", "limit", "kv_gib", "micro_tokens",
+    "vocab_chunk")}
 
 
 class Parser(argparse.ArgumentParser):
@@ -194,9 +195,15 @@ class LM:
         return hidden[b, t], ids[b, t + 1]
 
     def head(self):
-        """Output embedding of the real vocabulary, (V, D); take it once, before a chunk loop."""
-        weight = self.model.get_output_embeddings().weight[: self.vocab]
-        return weight.bfloat16() if self.bf16 and not torch.is_grad_enabled() else weight
+        """Output embedding of the real vocabulary as a constant in the compute dtype: (V, D)."""
+        weight = self.model.get_output_embeddings().weight.detach()[: self.vocab]
+        return weight.bfloat16() if self.bf16 else weight
+
+    def chunk_size(self, chunk):
+        """Tokens of a vocabulary chunk; 0 stands for 16 MiB of fp32 logits on a CPU, whose caches
+        and allocator like small tensors, and 256 MiB on a GPU, which needs much work at once."""
+        mib = 16 if self.device.type == "cpu" else 256
+        return chunk or max(1, (mib << 20) // (4 * self.vocab))
 
     def logits(self, hidden, head, temperature):
         """logits / temperature in fp32: (n, D), (V, D) -> (n, V)."""
@@ -210,8 +217,9 @@ class LM:
 
     @torch.no_grad()
     def token_logp(self, hidden, tokens, temperature, chunk):
-        """log pi(y_t|s_t) as a constant: (N, D), (N,) -> (N,), `chunk` tokens at once."""
-        head, blocks = self.head(), zip(hidden.split(chunk), tokens.split(chunk))
+        """log pi(y_t|s_t) as a constant: (N, D), (N,) -> (N,), `chunk` tokens at once (0: auto)."""
+        head, chunk = self.head(), self.chunk_size(chunk)
+        blocks = zip(hidden.split(chunk), tokens.split(chunk))
         return torch.cat([pick(self.log_probs(h, head, temperature), y) for h, y in blocks])
 
 
@@ -1240,14 +1248,14 @@ def verify(response: str, answer: str) -> bool:
 #   paged cache          keys and values lie in pages of one pool, so memory follows the tokens that
 #                        are alive, not rows * longest; when it is full, the youngest rows wait
 #   shared prefill       a prompt passes through the model once for its K rollouts
-#   no waiting           which rows have ended is asked once a block; on CUDA a block is BLOCK replays
-#                        of one recorded step, since launching ~1,700 small kernels takes longer than
-#                        running them
+#   no waiting           which rows have ended is asked once a block; on CUDA a block is BLOCK
+#                        replays of one recorded step, since launching ~1,700 small kernels takes
+#                        longer than running them
 #   one uniform a token  inverse CDF over sums of 64 weights: a V-wide pass, not V random numbers
 # --------------------------------------------------------------------------------------------------
 
 BLOCK = 8  # tokens between two looks at which rows have ended; an ended row wastes half of them
-PAGE = {"cpu": 32, "cuda": 256}  # tokens; what suits `attend_pages` there
+PAGE = {"cpu": 32, "gpu": 256}  # tokens; what suits `attend_pages` there
 FAR = 1 << 40  # first position of a page that belongs to nobody
 
 
@@ -1297,7 +1305,7 @@ def random_stream(seed, prompt, index):
     return np.random.Generator(np.random.Philox(key=key))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode(lm, groups, temperature, sample_rows, kv_gib):
     """Fill in the rollouts of all rows; groups: lists of Rows that have one prompt."""
     waiting = deque(g[i : i + sample_rows] for g in groups for i in range(0, len(g), sample_rows))
@@ -1324,26 +1332,29 @@ def decode(lm, groups, temperature, sample_rows, kv_gib):
 
 class PagedCache:
     """Keys and values of the live rows, in pages 1 to `used` of a pool; page 0 takes what has no
-    place. Per layer two tensors (pages, page, kv heads, head dim)."""
+    place. The pool: (layers, 2, pages, page, kv heads, head dim)."""
 
     def __init__(self, lm, rows, longest, kv_gib):
         config, device = lm.model.config, lm.device
         heads = config.num_key_value_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         dtype = torch.bfloat16 if lm.bf16 else torch.float32
-        self.page = PAGE[device.type]
+        self.page = PAGE["cpu" if device.type == "cpu" else "gpu"]
         each = self.pages_for(longest)
         size = 2 * config.num_hidden_layers * self.page * heads * dim * dtype.itemsize
         self.capacity = min(rows * each, int(cache_bytes(lm, kv_gib) / size))
         self.tight = self.capacity < rows * each  # rows may have to wait for pages
-        check(self.capacity >= each, f"the sampler's cache holds {self.capacity * self.page} tokens "
-              f"and a row may take {longest}: lower --max-new-tokens, or free memory for --kv-gib")
+        check(self.capacity >= each, f"the sampler's cache holds {self.capacity * self.page} "
+              f"tokens and a row may take {longest}: lower --max-new-tokens or raise --kv-gib")
         # on a CPU a page of a head is one matrix; the kernel on CUDA wants positions first
-        order = (1, 2) if device.type == "cuda" else (2, 1)
-        shape = (self.page, heads) if device.type == "cuda" else (heads, self.page)
-        self.pools = [[torch.zeros(self.capacity + 1, *shape, dim, dtype=dtype, device=device)
-                       .permute(0, *order, 3) for _ in "kv"]
-                      for _ in range(config.num_hidden_layers)]
+        cpu, layers = device.type == "cpu", config.num_hidden_layers
+        page = (heads, self.page, dim) if cpu else (self.page, heads, dim)
+        shape = (layers, 2, self.capacity + 1, *page)
+        if cpu:  # numpy's zeros take no memory until they are written
+            pool = torch.from_numpy(np.zeros(shape[2] * size, np.uint8)).view(dtype).view(shape)
+        else:
+            pool = torch.zeros(shape, dtype=dtype, device=device)
+        self.pool = pool.transpose(3, 4) if cpu else pool
         self.used = 0
 
     def pages_for(self, tokens):
@@ -1362,9 +1373,7 @@ class PagedCache:
         gaps = [page for page in range(1, len(places) + 1) if page not in places]
         moved = [page for page in places if page > len(places)]
         if gaps:
-            to, source = (torch.tensor(x, device=self.pools[0][0].device) for x in (gaps, moved))
-            for pool in (pool for pair in self.pools for pool in pair):
-                pool[to] = pool[source]
+            self.pool[:, :, gaps] = self.pool[:, :, moved]
         for page, gap in zip(moved, gaps):
             row, i = places[page]
             row.pages[i] = gap
@@ -1397,11 +1406,10 @@ class PagedCache:
             n_live += n
         return started
 
-    def prefill(self, lm, groups, budget=16384):
-        """Store keys and values of all known tokens but the last, once for the rows of a group;
-        about `budget` padded tokens at once."""
+    def prefill(self, lm, groups):
+        """Store keys and values of all known tokens but the last, once for the rows of a group."""
         groups = [group for group in groups if len(group[0]) > 1]
-        for part in micro_batches([group[0].rollout for group in groups], budget):
+        for part in micro_batches([group[0].rollout for group in groups], 0, lm.device):
             part = [groups[i] for i in part]
             ids = [(g[0].rollout.prompt + g[0].rollout.tokens)[:-1] for g in part]
             padded = torch.zeros(len(part), max(map(len, ids)), dtype=torch.long)
@@ -1417,8 +1425,8 @@ class PagedCache:
                                       for x in (source, pages, offsets))
 
             def attend(module, query, key, value, scaling):
-                for pool, new in zip(self.pools[module.layer_idx], (key, value)):
-                    new = new.transpose(1, 2).flatten(0, 1)[source]  # (copies of tokens, heads, dim)
+                for pool, new in zip(self.pool[module.layer_idx], (key, value)):
+                    new = new.transpose(1, 2).flatten(0, 1)[source]  # (copies, kv heads, dim)
                     pool[pages, offsets] = new.to(pool.dtype)
                 return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)[0]
 
@@ -1477,7 +1485,8 @@ class Step:
             place[i], uniforms[i] = len(row) - 1, row.stream.random(BLOCK)
         state = {"table": table, "owner": owner, "first": first, "place": place, "token": token,
                  "uniforms": uniforms, "t": np.zeros(1, np.int64),
-                 "tokens": np.zeros((B, BLOCK), np.int64), "logps": np.zeros((B, BLOCK), np.float32)}
+                 "tokens": np.zeros((B, BLOCK), np.int64),
+                 "logps": np.zeros((B, BLOCK), np.float32)}
         return {k: torch.from_numpy(v).to(self.lm.device) for k, v in state.items()}
 
     def record(self, shape, state):
@@ -1498,7 +1507,7 @@ class Step:
         dead = (columns * page > at)[..., None]  # (B, W, 1)
 
         def attend(module, query, key, value, scaling):
-            pools = self.cache.pools[module.layer_idx]
+            pools = self.cache.pool[module.layer_idx]  # (2, pages, page, kv heads, dim)
             for pool, new in zip(pools, (key, value)):
                 pool[here, offset] = new[:, :, 0].to(pool.dtype)
             keys, values = (pool[: len(owner)] for pool in pools)
@@ -1556,7 +1565,8 @@ def inverse_cdf(weights, uniform):
     fp32 would swallow rare tokens, of which a large vocabulary has many. A token of weight 0 is
     never drawn.
     """
-    blocks = F.pad(weights, (0, -weights.shape[-1] % 64)).unflatten(-1, (-1, 64))
+    spare = -weights.shape[-1] % 64
+    blocks = (F.pad(weights, (0, spare)) if spare else weights).unflatten(-1, (-1, 64))
     mass = blocks.sum(-1, dtype=torch.float64)
     cdf = mass.cumsum(-1)
     target = uniform * cdf[:, -1:]
@@ -1568,7 +1578,7 @@ def inverse_cdf(weights, uniform):
 
 
 def paged_attention(module, query, key, value, attention_mask, scaling, attend, **kwargs):
-    """What transformers' attention layers call while we sample: (B, H, T, dim) -> (B, T, H, dim)."""
+    """What attention layers call while we sample: query (B, H, T, dim) -> (B, T, H, dim)."""
     odd = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
     check(not odd, f"unsupported architecture: its attention has {', '.join(odd)}")
     return attend(module, query, key, value, scaling), None
@@ -1593,11 +1603,13 @@ def paged_attention_in(lm):
 # --------------------------------------------------------------------------------------------------
 
 
-def micro_batches(rows, micro_tokens):
+def micro_batches(rows, micro_tokens, device):
     """Row indices in groups of at most micro_tokens padded tokens (or one row), alike in length.
 
+    0 stands for 2,048 on a CPU, where what fits its caches is twice as fast, else for 32,768.
     Memory and speed only: losses divide by counts of the whole update; no split moves a gradient.
     """
+    micro_tokens = micro_tokens or (2048 if device.type == "cpu" else 32768)
     lengths = [len(r.prompt) + len(r.tokens) for r in rows]
     groups = []
     for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
@@ -1608,24 +1620,30 @@ def micro_batches(rows, micro_tokens):
     return groups
 
 
-def over_chunks(fn, chunk, hidden, *tensors):
+def over_chunks(fn, chunk, lm, hidden, *tensors):
     """Forward and backward of a loss over blocks of `chunk` tokens; returns what it logs, summed.
 
-    hidden: (N, D), from the model's graph; tensors: (N, ...) constants. fn takes a block of each,
-    goes through (n, V) log-probs and gives the block's part of the loss, a scalar, and a tuple of
-    (n,) tensors to log. A block's gradient is taken before the next block begins: (N, V) never
-    exists, memory is bounded by chunk * V, and nothing is computed twice. The gradients of the
-    hidden states then go through the model at once. Without a graph there is no backward pass.
+    hidden: (N, D), from lm's graph; tensors: (N, ...) constants. fn takes lm's head (V, D) and a
+    block of each, goes through (n, V) log-probs and gives the block's part of the loss, a scalar,
+    and a tuple of (n,) tensors to log. A block's gradient is taken before the next block begins:
+    (N, V) never exists, memory is bounded by chunk * V, and nothing is computed twice. The
+    gradients of hidden states and head (summed in fp32) then go through the model at once. Where
+    hidden has no graph there is no backward pass.
     """
-    grads, sums = [], 0.0
+    trains, grads, sums, chunk = hidden.requires_grad, [], 0.0, lm.chunk_size(chunk)
+    head = lm.head().requires_grad_(trains)
+    head_grad = torch.zeros_like(head, dtype=torch.float32) if trains else None
     for h, *block in zip(*(t.split(chunk) for t in (hidden.detach(), *tensors))):
-        loss, logged = fn(h.requires_grad_(hidden.requires_grad), *block)
-        if hidden.requires_grad:
+        loss, logged = fn(head, h.requires_grad_(trains), *block)
+        if trains:
             loss.backward()
             grads.append(h.grad)
+            head_grad += head.grad
+            head.grad = None
         sums = sums + torch.stack([x.detach().sum(dtype=torch.float64) for x in logged])
-    if grads:
-        hidden.backward(torch.cat(grads))
+    if trains:
+        weight = lm.model.get_output_embeddings().weight[: lm.vocab]
+        torch.autograd.backward((hidden, weight), (torch.cat(grads), head_grad))
     return sums
 
 

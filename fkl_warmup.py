@@ -34,8 +34,8 @@ import torch
 from common import (Rollout, Run, Timer, append_json_line, batch_indices, check, check_pair,
                     count_steps, describe_lm, differences, encode_examples, fingerprint, load_lm,
                     load_problems, make_optimizer, micro_batches, optimizer_step, over_chunks,
-                    pick, progress, read_json_lines, rollout_stats, run_cli, sample, tokenize_problems,
-                    verify)
+                    pick, progress, read_json_lines, rollout_stats, run_cli, sample,
+                    tokenize_problems, verify)
 
 
 @dataclass
@@ -71,8 +71,8 @@ class Config:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto: bf16 on CUDA, else fp32
     # --- memory, speed and display only: they change no result beyond rounding
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    micro_tokens: int = 32768  # padded tokens of a forward/backward micro-batch
-    vocab_chunk: int = 1024  # tokens whose (n, V) log-probs exist at once
+    micro_tokens: int = 0  # padded tokens of a micro-batch; 0: 32,768 on a GPU, 2,048 on a CPU
+    vocab_chunk: int = 0  # tokens whose (n, V) log-probs exist at once; 0: 256 MiB, on a CPU 16
     sample_rows: int = 256  # rows decoded at once
     kv_gib: float = 0.0  # GiB of the sampler's keys and values; 0: what the device can spare
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
@@ -91,22 +91,22 @@ def accumulate(cfg, student, teacher, rows, n_tokens):
     Returns sums over its tokens: of the loss (exact KL, or -log pi_theta(y)), of the entropy.
     """
     hidden, tokens = student.states(rows)  # (N, D), (N,)
-    head, constants = student.head(), [tokens]  # (V, D)
+    constants = [tokens]
     if cfg.targets == "soft":
         with torch.no_grad():
             constants.append(teacher.states(rows)[0])
-        head_teacher = teacher.head()
+        head_teacher = teacher.head()  # (V, D)
 
-    def chunk(h, y, h_teacher=None):
+    def chunk(head, h, y, h_teacher=None):
         logp = student.log_probs(h, head, cfg.temperature)  # (n, V)
-        entropy = -(logp.exp() * logp).detach().sum(-1)
+        entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
         if h_teacher is None:
             loss = -pick(logp, y)
         else:
             loss = forward_kl(logp, teacher.log_probs(h_teacher, head_teacher, cfg.temperature))
         return loss.sum() / n_tokens, (loss, entropy)
 
-    return over_chunks(chunk, cfg.vocab_chunk, hidden, *constants)
+    return over_chunks(chunk, cfg.vocab_chunk, student, hidden, *constants)
 
 
 def cached_rollouts(cfg, teacher, path, prompts):
@@ -217,7 +217,7 @@ def main(cfg):
         timer("updating")
         n_tokens = sum(len(r.tokens) for r in rows)
         sums = torch.zeros(2, dtype=torch.float64)  # of loss, entropy
-        for group in micro_batches(rows, cfg.micro_tokens):
+        for group in micro_batches(rows, cfg.micro_tokens, student.device):
             sums += accumulate(cfg, student, teacher, [rows[i] for i in group], n_tokens).cpu()
         grad_norm = optimizer_step(student, optimizer, scheduler, cfg.grad_clip)
 

@@ -71,8 +71,8 @@ class Config:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto: bf16 on CUDA, else fp32
     # --- memory, speed and display only: they change no result beyond rounding
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    micro_tokens: int = 32768  # padded tokens of a forward/backward micro-batch
-    vocab_chunk: int = 1024  # tokens whose (n, V) log-probs exist at once
+    micro_tokens: int = 0  # padded tokens of a micro-batch; 0: 32,768 on a GPU, 2,048 on a CPU
+    vocab_chunk: int = 0  # tokens whose (n, V) log-probs exist at once; 0: 256 MiB, on a CPU 16
     sample_rows: int = 256  # rows decoded at once
     kv_gib: float = 0.0  # GiB of the sampler's keys and values; 0: what the device can spare
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
@@ -123,7 +123,7 @@ def row_weights(lengths, keep, aggregation, max_new_tokens):
 def score(cfg, lm, rows):
     """log pi(y_t|s_t) as constants, one (len,) tensor a row."""
     logps = [None] * len(rows)
-    for group in micro_batches(rows, cfg.micro_tokens):
+    for group in micro_batches(rows, cfg.micro_tokens, lm.device):
         hidden, tokens = lm.states([rows[i] for i in group])
         logp = lm.token_logp(hidden, tokens, cfg.temperature, cfg.vocab_chunk)
         for i, row_logp in zip(group, logp.split([len(rows[i].tokens) for i in group])):
@@ -142,11 +142,10 @@ def accumulate(cfg, policy, rows, adv, logp_old, logp_ref):
     teaches = (weights != 0) & ((adv != 0) | bool(logp_ref))  # (B,)
     teaches[:1] |= ~teaches.any()  # a gradient of zeros is still one: AdamW has its momentum
     sums, clip_high = torch.zeros(4, dtype=torch.float64), cfg.clip_high or cfg.clip
-    head = policy.head()  # (V, D)
 
-    def chunk(h, y, old, ref, sampled, A, weight):
+    def chunk(head, h, y, old, ref, sampled, A, weight):
         all_logp = policy.log_probs(h, head, cfg.temperature)  # (n, V)
-        entropy = -(all_logp.exp() * all_logp).detach().sum(-1)
+        entropy = -(all_logp.detach().exp() * all_logp.detach()).sum(-1)
         logp = pick(all_logp, y)  # (n,)
         old = old if logp_old else logp.detach()
         loss = policy_loss(logp, old, A, cfg.clip, clip_high)
@@ -159,7 +158,8 @@ def accumulate(cfg, policy, rows, adv, logp_old, logp_ref):
 
     for some in (teaches, ~teaches):  # rows without a gradient are only looked at, for the log
         indices = some.nonzero().squeeze(-1).tolist()
-        for group in micro_batches([rows[i] for i in indices], cfg.micro_tokens):
+        for group in micro_batches([rows[i] for i in indices], cfg.micro_tokens,
+                                   policy.device):
             group = [indices[i] for i in group]
             part = [rows[i] for i in group]
             with torch.set_grad_enabled(bool(teaches[group[0]])):
@@ -168,7 +168,7 @@ def accumulate(cfg, policy, rows, adv, logp_old, logp_ref):
                 old, ref = (torch.cat([logps[i] for i in group]) if logps else sampled
                             for logps in (logp_old, logp_ref))
                 A, weight = (flat(x[group], part).to(y.device) for x in (adv, weights))
-                sums += over_chunks(chunk, cfg.vocab_chunk, hidden, y, old, ref, sampled, A,
+                sums += over_chunks(chunk, cfg.vocab_chunk, policy, hidden, y, old, ref, sampled, A,
                                     weight).cpu()
     return sums
 

@@ -32,7 +32,8 @@ import torch
 
 from common import (Run, Timer, batch_indices, check, check_pair, count_steps,
                     describe_lm, load_lm, load_problems, make_optimizer, micro_batches,
-                    optimizer_step, over_chunks, pick, rollout_stats, run_cli, sample, tokenize_problems)
+                    optimizer_step, over_chunks, pick, rollout_stats, run_cli, sample,
+                    tokenize_problems)
 
 
 @dataclass
@@ -66,8 +67,8 @@ class Config:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto: bf16 on CUDA, else fp32
     # --- memory, speed and display only: they change no result beyond rounding
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    micro_tokens: int = 32768  # padded tokens of a forward/backward micro-batch
-    vocab_chunk: int = 1024  # tokens whose (n, V) log-probs exist at once
+    micro_tokens: int = 0  # padded tokens of a micro-batch; 0: 32,768 on a GPU, 2,048 on a CPU
+    vocab_chunk: int = 0  # tokens whose (n, V) log-probs exist at once; 0: 256 MiB, on a CPU 16
     sample_rows: int = 256  # rows decoded at once
     kv_gib: float = 0.0  # GiB of the sampler's keys and values; 0: what the device can spare
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
@@ -101,7 +102,7 @@ def accumulate(cfg, student, teacher, rows, n_tokens):
     hidden, tokens = student.states(rows)  # (N, D), (N,)
     with torch.no_grad():
         hidden_teacher, _ = teacher.states(rows)
-    head, head_teacher = student.head(), teacher.head()  # (V, D)
+    head_teacher = teacher.head()  # (V, D)
     adv = torch.zeros(len(tokens), device=tokens.device)
     if cfg.estimator != "full":  # constants, of all tokens before the first has its loss
         logp, logq = (lm.token_logp(h, tokens, cfg.temperature, cfg.vocab_chunk)
@@ -109,15 +110,15 @@ def accumulate(cfg, student, teacher, rows, n_tokens):
         adv = dense_advantages(logp, logq, [len(r.tokens) for r in rows],
                                returns=cfg.estimator == "return")
 
-    def chunk(h, h_teacher, y, A):
+    def chunk(head, h, h_teacher, y, A):
         logp = student.log_probs(h, head, cfg.temperature)  # (n, V)
         logq = teacher.log_probs(h_teacher, head_teacher, cfg.temperature)
         kl = reverse_kl(logp, logq)  # (n,)
-        entropy = -(logp.exp() * logp).detach().sum(-1)
+        entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
         loss = kl if cfg.estimator == "full" else -A * pick(logp, y)
         return loss.sum() / n_tokens, (kl, kl**2, entropy)
 
-    return over_chunks(chunk, cfg.vocab_chunk, hidden, hidden_teacher, tokens, adv)
+    return over_chunks(chunk, cfg.vocab_chunk, student, hidden, hidden_teacher, tokens, adv)
 
 
 def main(cfg):
@@ -150,7 +151,7 @@ def main(cfg):
         timer("updating")
         n_tokens = sum(len(r.tokens) for r in rows)
         sums = torch.zeros(3, dtype=torch.float64)  # of kl, kl^2, entropy
-        for group in micro_batches(rows, cfg.micro_tokens):
+        for group in micro_batches(rows, cfg.micro_tokens, student.device):
             sums += accumulate(cfg, student, teacher, [rows[i] for i in group], n_tokens).cpu()
         grad_norm = optimizer_step(student, optimizer, scheduler, cfg.grad_clip)
 

@@ -1,70 +1,89 @@
 """How fast the sampler, the losses and whole steps are on the device at hand, beside what one would
 use instead. Prints a table and writes it as JSON.
 
-Every ratio is of two medians measured in one run, ours and the reference taking turns. Models have
+A ratio is of two medians from one run, in which ours and the reference take turns. Models have
 random weights: on CUDA of Qwen3's shapes in bf16, on a CPU small and in fp32. An untrained model
-never stops, so lengths are forced: all equal, or drawn from a log-normal whose 99th percentile is
-8 times its median, as rollouts of a reasoning model are, and cut at that percentile.
+never stops, so lengths are forced: all equal, or drawn from a log-normal whose 99th percentile is 8
+times its median, as rollouts of a reasoning model are, and cut there.
 
-    python tests/bench.py                          # all parts, 6 minutes on two CPU cores
-    python tests/bench.py --parts sampling --size 8b
+    python tests/bench.py                                  # all parts
+    python tests/bench.py --parts sampling --size 8b       # on a GPU
 """
 
 import argparse
 import json
+import platform
 import statistics
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM, StoppingCriteria
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
+                          StoppingCriteria)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-from common import LM, Rollout, Row, decode, random_stream
+import fkl_warmup
+import grpo
+import opd
+from common import LM, Rollout, Row, Step, decode, random_stream
 
-SHAPES = {  # hidden, layers, heads, kv heads, head dim, mlp, vocabulary, tied
+SHAPES = {  # hidden, layers, heads, kv heads, head dim, mlp, vocabulary, tied embeddings
     "small": (128, 4, 4, 4, 32, 384, 4096, True),
     "0.6b": (1024, 28, 16, 8, 128, 3072, 151936, True),
     "1.7b": (2048, 28, 16, 8, 128, 6144, 151936, True),
     "8b": (4096, 36, 32, 8, 128, 12288, 151936, False),
 }
+VOCAB = 151936  # of the losses
 
 
-def make_lm(size, device):
+def make_model(size, device, dtype):
     hidden, layers, heads, kv_heads, dim, mlp, vocab, tied = SHAPES[size]
-    bf16 = device.startswith("cuda")
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv_heads, head_dim=dim, intermediate_size=mlp, pad_token_id=0,
-        tie_word_embeddings=tied, max_position_embeddings=40960, eos_token_id=None)
+        eos_token_id=1, tie_word_embeddings=tied, max_position_embeddings=40960)
     with torch.device(device):
-        model = Qwen3ForCausalLM(config).to(torch.bfloat16 if bf16 else torch.float32).eval()
+        model = Qwen3ForCausalLM(config).to(dtype).eval().requires_grad_(False)
     model.set_attn_implementation("sdpa")
-    return LM(size, model.requires_grad_(False), None, vocab, [], bf16, "bfloat16")
+    model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
+    return model
 
 
-def turns(repeats, **functions):
-    """Median seconds of each function, called in turn after one call that does not count."""
+def now():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def turns(repeats, functions):
+    """Median seconds of each function, called in turn, after one turn that does not count."""
     seconds = {name: [] for name in functions}
-    for repeat in range(repeats + 1):
+    for _ in range(repeats + 1):
         for name, function in functions.items():
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            started = time.perf_counter()
+            started = now()
             function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if repeat:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(s) for name, s in seconds.items()}
+            seconds[name].append(now() - started)
+    return {name: statistics.median(s[1:]) for name, s in seconds.items()}
 
 
-# --- sampling
+def row(part, case, unit, ours, **references):
+    """A row of the table: ours, each reference, and how many times ours it is."""
+    numbers = {name: value for name, value in references.items() if value}
+    ratios = {f"ours / {name}": ours / value for name, value in numbers.items()}
+    return {"part": part, "case": case, "unit": unit, "ours": ours, **numbers, **ratios}
+
+
+# --- sampling -------------------------------------------------------------------------------------
 
 
 def long_tailed(n, longest):
@@ -74,7 +93,18 @@ def long_tailed(n, longest):
     return np.clip(lengths.astype(int), 1, longest).tolist()
 
 
+def ours(lm, prompts, lengths, slots):
+    """prompts: (tokens, rollouts) pairs; lengths: of all rollouts; slots: rows decoded at once."""
+    limits = iter(lengths)
+    groups = [[Row(Rollout(p, [], [], False), random_stream((0,), p, s), next(limits))
+               for s in range(k)] for p, k in prompts]
+    decode(lm, groups, 1.0, slots, 0.0)
+    assert [len(r.rollout.tokens) for g in groups for r in g] == lengths
+
+
 class StopAt(StoppingCriteria):
+    """Ends each row of a batch at its own length."""
+
     def __init__(self, prompt, lengths):
         self.prompt, self.lengths = prompt, lengths
 
@@ -82,59 +112,258 @@ class StopAt(StoppingCriteria):
         return input_ids.shape[1] - self.prompt >= self.lengths
 
 
-def ours(lm, prompts, k, lengths, slots):
-    limits = iter(lengths)
-    groups = [[Row(Rollout(p, [], [], False), random_stream((0,), p, s), next(limits))
-               for s in range(k)] for p in prompts]
-    decode(lm, groups, 1.0, slots, 0.0)
-    assert [len(r.rollout.tokens) for g in groups for r in g] == lengths
+PLAIN = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
 
 
-def generate(lm, prompts, k, lengths, slots):
+def generate(lm, prompts, lengths, slots):
     """transformers' generate, `slots` rows at a time."""
-    rows = torch.tensor([p for p in prompts for _ in range(k)], device=lm.device)
-    for i in range(0, len(rows), slots):
+    ids = torch.tensor([p for p, k in prompts for _ in range(k)], device=lm.device)
+    for i in range(0, len(ids), slots):
         part = torch.tensor(lengths[i : i + slots], device=lm.device)
-        lm.model.generate(rows[i : i + slots], max_new_tokens=int(part.max()), do_sample=True,
-                          top_k=0, top_p=1.0, temperature=1.0,
-                          stopping_criteria=[StopAt(rows.shape[1], part)])
+        lm.model.generate(ids[i : i + slots], max_new_tokens=int(part.max()), **PLAIN,
+                          stopping_criteria=[StopAt(ids.shape[1], part)])
 
 
-def generate_batch(lm, prompts, k, lengths, slots):
+def generate_batch(lm, prompts, lengths, slots):
     """transformers' continuous batching."""
-    config = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
-                              eos_token_id=-1, max_new_tokens=max(lengths))
+    config = GenerationConfig(**PLAIN, eos_token_id=-1, max_new_tokens=max(lengths))
     with lm.model.continuous_batching_context_manager(config) as manager:
-        for prompt, length in zip([p for p in prompts for _ in range(k)], lengths):
+        for prompt, length in zip((p for p, k in prompts for _ in range(k)), lengths):
             manager.add_request(prompt, max_new_tokens=length, eos_token_id=-1)
-        done = 0
-        while done < len(lengths):
+        left = len(lengths)
+        while left and manager.is_running():
             result = manager.get_result(timeout=1)
-            done += result is not None and result.is_finished()
+            left -= result is not None and result.is_finished()
+    assert not left, "continuous batching stopped"
+    lm.model.set_attn_implementation("sdpa")
 
 
-def bench_sampling(lm, args):
-    cuda, rng = lm.device.type == "cuda", np.random.default_rng(1)
-    slots, prompt, equal, longest = (256, 256, 512, 2048) if cuda else (128, 32, 128, 512)
-    for name, rollouts, k, lengths in (
-            (f"equal lengths of {equal}", slots, 1, [equal] * slots),
-            (f"equal lengths of {equal}, 8 rollouts a prompt", slots, 8, [equal] * slots),
-            (f"long-tailed to {longest}", slots, 1, long_tailed(slots, longest)),
-            (f"long-tailed to {longest}, 8 rollouts a prompt", slots, 8, long_tailed(slots, longest)),
-            (f"long-tailed to {longest}, {4 * slots} rollouts", 4 * slots, 1,
-             long_tailed(4 * slots, longest))):
-        prompts = rng.integers(2, lm.vocab - 1, (rollouts // k, prompt)).tolist()
-        case = (lm, prompts, k, lengths, slots)
-        names = dict(ours=ours, generate=generate) | (dict(generate_batch=generate_batch) if args.batch else {})
-        seconds = turns(args.repeats, **{n: lambda f=f: f(*case) for n, f in names.items()})
-        tokens = sum(lengths)
-        print(name, {n: round(tokens / s) for n, s in seconds.items()}, flush=True)
+def bandwidth():
+    """Measured bytes a second of a large copy on the GPU, reading and writing."""
+    x = torch.empty(2**32, dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    seconds = turns(5, {"copy": lambda: [y.copy_(x) for _ in range(5)]})["copy"]
+    return 5 * 2 * x.numel() / seconds
+
+
+def bench_sampling(args, device):
+    cuda = device == "cuda"
+    slots, length, equal, longest = (256, 256, 512, 2048) if cuda else (128, 32, 128, 512)
+    model = make_model(args.size, device, torch.bfloat16 if cuda else torch.float32)
+    lm = LM(args.size, model, None, model.config.vocab_size, [], cuda, "bfloat16")
+    rng, rate = np.random.default_rng(1), bandwidth() if cuda else None
+    steps, run_block = [], Step.run_block
+    Step.run_block = lambda *a: steps.append(1) or run_block(*a)
+    tail, tails = long_tailed(slots, longest), long_tailed(4 * slots, longest)
+    for case, k, lengths in (
+            (f"{slots} rows, all {equal} tokens", 1, [equal] * slots),
+            (f"{slots} rows, all {equal} tokens, 8 of a prompt", 8, [equal] * slots),
+            (f"{slots} rows, long-tailed to {longest}", 1, tail),
+            (f"{slots} rows, long-tailed to {longest}, 8 of a prompt", 8, tail),
+            (f"{4 * slots} rows, {slots} at once, long-tailed to {longest}", 1, tails)):
+        ids = rng.integers(2, lm.vocab - 1, (len(lengths) // k, length)).tolist()
+        what = lm, [(p, k) for p in ids], lengths, slots
+        functions = {f.__name__: lambda f=f: f(*what) for f in (ours, generate, generate_batch)}
+        try:
+            generate_batch(lm, [(ids[0], 1)], [2], slots)
+        except Exception as error:  # not on every device and version
+            print(f"no generate_batch here: {common.first_line(error)[:90]}")
+            del functions["generate_batch"]
+        del steps[:]
+        seconds = turns(args.repeats, functions)
+        speeds = {name: sum(lengths) / s for name, s in seconds.items()}
+        yield row("sampling", case, "tokens/s", **speeds)
+        if cuda:
+            n_steps = len(steps) / (args.repeats + 1) * common.BLOCK
+            c = model.config
+            kv = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # bytes a token, bf16
+            unread = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size
+            weights = 2 * (sum(p.numel() for p in model.parameters()) - unread)
+            live = kv * sum(length * n + n * (n + 1) // 2 for n in lengths)
+            yield row("sampling", case, "share of the bandwidth limit",
+                      (n_steps * weights + live) / rate / seconds["ours"])
+    Step.run_block = run_block
+
+
+# --- losses ---------------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak bytes of all tensors made inside, on any device; slow."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.seen = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage.data_ptr(), storage.nbytes()
+                inputs = (a.untyped_storage() for a in args if isinstance(a, torch.Tensor))
+                if key and key not in self.seen | {x.data_ptr() for x in inputs}:
+                    self.seen.add(key)
+                    self.live += size
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self.drop, key, size)
+        return out
+
+    def drop(self, key, size):
+        self.seen.discard(key)
+        self.live -= size
+
+
+class Given(LM):
+    """An LM of hidden states that are given: (N, D), and a head (V, D)."""
+
+    def __init__(self, N, D, device, train):
+        self.hidden = torch.randn(N, D, device=device, requires_grad=train)
+        weight = torch.nn.Parameter(torch.randn(VOCAB, D, device=device) / D**0.5, train)
+        embedding = SimpleNamespace(weight=weight)
+        model = SimpleNamespace(device=torch.device(device),
+                                get_output_embeddings=lambda: embedding)
+        super().__init__("given", model, None, VOCAB, [], device == "cuda", "float32")
+
+    def states(self, rows):
+        return self.hidden, torch.tensor([t for r in rows for t in r.tokens], device=self.device)
+
+
+def loss_functions(N, D, device, **chunk):
+    """name: (ours, plain), each a forward and backward pass over N tokens, with grads at hand."""
+    student, teacher = Given(N, D, device, True), Given(N, D, device, False)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, N).tolist()
+    rows = [Rollout([0], tokens, [-10.0] * N, True)]
+    distil = dict(teacher="", student="", **chunk)
+
+    def plain(loss):  # of all tokens at once
+        def log_probs(lm):
+            with lm.autocast():
+                weight = lm.model.get_output_embeddings().weight
+                return F.linear(lm.hidden, weight).float().log_softmax(-1)  # (N, V)
+        logp = log_probs(student)
+        if loss is not grpo.policy_loss:
+            return loss(logp, log_probs(teacher)).mean().backward()
+        logp = logp.gather(-1, torch.tensor(tokens, device=device)[:, None])
+        return loss(logp, logp.detach(), torch.ones_like(logp), 0.2, 0.2).mean().backward()
+
+    def ours_grpo():
+        grpo.accumulate(grpo.Config("", kl_coef=0, **chunk), student, rows, torch.ones(1), None, None)
+
+    def ours_distil(stage):
+        stage.accumulate(stage.Config(**distil), student, teacher, rows, N)
+
+    return {"GRPO": (ours_grpo, lambda: plain(grpo.policy_loss)),
+            "forward KL": (lambda: ours_distil(fkl_warmup), lambda: plain(fkl_warmup.forward_kl)),
+            "reverse KL": (lambda: ours_distil(opd), lambda: plain(opd.reverse_kl))}
+
+
+def peak_bytes(function, device):
+    """Of what a call needs beside what is there before it (after a first call: its gradients)."""
+    if device == "cuda":
+        function()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with LiveBytes() as memory:
+        function()
+    return memory.peak
+
+
+def bench_losses(args, device):
+    few, D = (2048, 2048) if device == "cuda" else (512, 64)
+    for name, (mine, plain) in loss_functions(few, D, device).items():
+        seconds = turns(args.repeats, {"ours": mine, "plain": plain})
+        yield row("losses", f"{name}, {few} tokens, D {D}, V {VOCAB}", "tokens/s",
+                  **{k: few / s for k, s in seconds.items()})
+        yield row("losses", f"{name}, {few} tokens", "peak GiB", peak_bytes(mine, device) / 2**30,
+                  plain=peak_bytes(plain, device) / 2**30)
+    mine, _ = loss_functions(16384, D, device)["reverse KL"]
+    yield row("losses", "reverse KL, 16384 tokens", "peak GiB", peak_bytes(mine, device) / 2**30)
+
+
+# --- whole steps ----------------------------------------------------------------------------------
+
+
+def write_model(path, size, dtype):
+    """A model folder with a tokenizer of words t0, t1, ..."""
+    model = make_model(size, "cpu", dtype)
+    words = {f"t{i}": i for i in range(model.config.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, "t2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t1", pad_token="t0",
+                            chat_template="{{ messages[0].content }}").save_pretrained(path)
+    model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
+    model.save_pretrained(path)
+
+
+def bench_steps(args, device):
+    cuda = device == "cuda"
+    length, longest, prompts, steps = (256, 2048, 32, 4) if cuda else (32, 512, 16, 4)
+    run = common.decode
+
+    def with_lengths(lm, groups, *rest):
+        rows = [r for group in groups for r in group]
+        for r, limit in zip(rows, long_tailed(len(rows), longest)):
+            r.limit = min(r.limit, limit)
+        run(lm, groups, *rest)
+
+    common.decode = with_lengths
+    with tempfile.TemporaryDirectory() as folder:
+        model, data = f"{folder}/model", f"{folder}/data.jsonl"
+        write_model(model, args.size, torch.bfloat16 if cuda else torch.float32)
+        rng = np.random.default_rng(0)
+        for _ in range(prompts):
+            words = " ".join(f"t{i}" for i in rng.integers(3, 4000, length - 10))
+            common.append_json_line(data, {"problem": words, "answer": "33"})
+        same = dict(data=data, exclude="none", prompts=prompts, steps=steps, show_every=0,
+                    save_every=0, max_new_tokens=longest, lr=1e-9, gradient_checkpointing=cuda)
+        for name, stage, names in (("GRPO", grpo, dict(model=model, mini_batch=prompts)),
+                                   ("OPD", opd, dict(teacher=model, student=model))):
+            stage.main(stage.Config(**names, **same, out=f"{folder}/{name}"))
+            lines = common.read_json_lines(f"{folder}/{name}/metrics.jsonl")[1:]
+            seconds = statistics.median(line["seconds"] for line in lines)
+            case = f"{name}, {prompts} x 8 rows, long-tailed to {longest}"
+            yield row("steps", case, "tokens/s", lines[0]["tokens"] / seconds)
+            for key in lines[0]:
+                if key.startswith("seconds_"):
+                    share = statistics.median(line[key] / line["seconds"] for line in lines)
+                    yield row("steps", case, f"share of {key.removeprefix('seconds_')}", share)
+    common.decode = run
+
+
+PARTS = {"sampling": bench_sampling, "losses": bench_losses, "steps": bench_steps}
+
+
+def main():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="sampling,losses,steps", help="[default: all of them]")
+    parser.add_argument("--size", choices=SHAPES, default="1.7b" if device == "cuda" else "small",
+                        help="model [default: 1.7b on a GPU, else small]")
+    parser.add_argument("--repeats", type=int, default=3, help="turns [default: 3]")
+    parser.add_argument("--out", default="bench.json", help="[default: bench.json]")
+    args = parser.parse_args()
+    chip = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
+    hardware = {"device": chip, "threads": torch.get_num_threads(), "torch": torch.__version__,
+                "size": args.size}
+    print(hardware)
+    print("| part | case | unit | ours | reference | ours / reference |\n"
+          "| --- | --- | --- | --: | --: | --: |")
+    rows = []
+    for part in args.parts.split(","):
+        for line in PARTS[part](args, device):
+            rows.append(line)
+            names = [n for n in line if f"ours / {n}" in line] or [""]
+            for name in names:
+                cells = [part, line["case"], line["unit"], f"{line['ours']:.4g}",
+                         f"{name} {line[name]:.4g}" if name else "-",
+                         f"{line[f'ours / {name}']:.2f}" if name else "-"]
+                print(f"| {' | '.join(cells)} |", flush=True)
+            common.write_json(args.out, {**hardware, "rows": rows})
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batch", action="store_true")
-    args = parser.parse_args()
-    lm = make_lm("small", "cpu")
-    bench_sampling(lm, args)
+    main()

@@ -324,7 +324,7 @@ MISTAKES = {  # name: (script, flags added to a good line, words of the message)
     "mini-batch 0": ("grpo.py", "--mini-batch 0", "--mini-batch"),
     "no rollouts": ("fkl_warmup.py", "--rollouts 0", "--rollouts"),
     "no new tokens": ("opd.py", "--max-new-tokens 0", "--max-new-tokens"),
-    "vocabulary chunk 0": ("opd.py", "--vocab-chunk 0", "--vocab-chunk"),
+    "negative vocabulary chunk": ("opd.py", "--vocab-chunk -1", "--vocab-chunk"),
     "negative learning rate": ("opd.py", "--lr -1", "--lr"),
     "negative seed": ("opd.py", "--seed -1", "--seed"),
     "prompt limit 1": ("opd.py", "--max-prompt-tokens 1", "--max-prompt-tokens 1"),

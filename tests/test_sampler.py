@@ -274,7 +274,7 @@ def test_a_prompt_of_one_token(lm):
 
 def test_recorded_steps_with_rows_and_pages_to_spare(lm, monkeypatch):
     """What CUDA does, with the graph played by a function: shapes are powers of two, state is
-    copied into the tensors of the first recording, rows and pages beyond the live ones do nothing."""
+    copied into the tensors of the first recording, spare rows and pages do nothing."""
     rows, recorded = draw(lm, sample_rows=7), []
 
     class Graph:
