@@ -30,7 +30,7 @@ from typing import Literal
 
 import torch
 
-from common import (Run, Timer, batch_indices, check, check_pair, count_steps,
+from common import (Run, Timer, backward, batch_indices, check, check_pair, count_steps,
                     describe_lm, load_lm, load_problems, make_optimizer, micro_batches,
                     optimizer_step, over_chunks, rollout_stats, run_cli, sample, tokenize_problems)
 
@@ -70,7 +70,7 @@ class Config:
     vocab_chunk: int = 1024  # tokens whose (n, V) log-probs exist at once
     sample_rows: int = 256  # rows decoded at once
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
-    save_every: int = 50  # steps between resumable states; 0 is never
+    save_every: int = 50  # steps between checkpoints; 0: only one when it is told to stop
     show_every: int = 10  # steps between printed rollouts; 0 is never
 
 
@@ -131,7 +131,7 @@ def main(cfg):
                                  max_prompt_tokens=cfg.max_prompt_tokens)
     steps = count_steps(cfg.steps, cfg.epochs, len(problems), cfg.prompts)
     optimizer, scheduler = make_optimizer(student, cfg, steps)
-    start = run.resume(student, optimizer, scheduler)
+    start = run.resume(student, optimizer, scheduler, teacher)
 
     for step in run.steps(start, steps):
         timer = Timer()
@@ -149,14 +149,14 @@ def main(cfg):
         sums = torch.zeros(3, dtype=torch.float64)  # of kl, kl^2, entropy
         for group in micro_batches(rows, cfg.micro_tokens):
             loss, kl, entropy = loss_per_token(cfg, student, teacher, [rows[i] for i in group])
-            (loss.sum() / n_tokens).backward()
+            backward(loss.sum() / n_tokens)
             sums += torch.stack([x.double().sum() for x in (kl, kl**2, entropy)]).cpu()
         grad_norm = optimizer_step(student, optimizer, scheduler, cfg.grad_clip)
 
         kl, square, entropy = (sums / n_tokens).tolist()
         kl_std = max(0.0, square - kl**2) ** 0.5
         run.log(step, "kl", "entropy", "length", kl=kl, kl_std=kl_std, entropy=entropy,
-                grad_norm=grad_norm, **rollout_stats(rows), **timer.stop())
+                grad_norms=[grad_norm], **rollout_stats(rows), **timer.stop())
         run.show(step, student, rows[0], f"KL to the teacher {kl:.3f} nats a token")
         run.save_state(step, student, optimizer, scheduler)
     run.finish(student)
