@@ -1434,11 +1434,11 @@ def lock(path, name):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.seek(0)
-        raise UserError(f"{name} is in use by another run ({file.read()})") from error
+        raise UserError(f"{name} is in use by another run ({file.read().strip()})") from error
     except OSError as error:  # a file system without locks, as some clusters have
         print(f"{name} cannot be locked ({error.strerror}): let no other run write there")
     file.truncate(0)
-    file.write(f"pid {os.getpid()} on {platform.node()}")
+    file.write(f"pid {os.getpid()} on {platform.node()}\n")
     file.flush()
     return file
 
@@ -1569,6 +1569,8 @@ class Run:
         if self.stop_signal:
             stop_at_once(number)
         self.stop_signal = number
+        # not print, which would fail if the signal came in the middle of another print
+        os.write(2, b"\nstopping after this step; the same signal again stops at once\n")
 
     def steps(self, start, total):
         """Step numbers start..total-1 behind a progress bar; see `save_state` for signals."""
