@@ -77,7 +77,11 @@ def forked(line, before=nothing, after=nothing, meanwhile=nothing):
             sys.settrace(None)
             after()
             os._exit(status)
-    meanwhile(pid)
+    try:
+        meanwhile(pid)
+    except BaseException:  # leave no child behind that has stopped itself
+        os.kill(pid, signal.SIGKILL)
+        raise
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     texts = []
     for fd in outputs:
