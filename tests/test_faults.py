@@ -742,7 +742,7 @@ def start(line):
 @pytest.mark.parametrize("stage", STAGES)
 def test_soak(stage, line_of, tmp_path, monkeypatch):
     """Ten signals a stage at random times, one in four a SIGTERM: bit-identical in the end."""
-    steps, rng, ends, i = 200, random.Random(stage), Counter(), 0
+    steps, rng, ends, i = 60, random.Random(stage), Counter(), 0
     monkeypatch.setitem(globals(), "STEPS", steps)
     flags = f"--steps {steps} --save-every 3 --rollouts 8"
     began, process = time.time(), start(line_of(stage, tmp_path / "whole", flags))
