@@ -16,6 +16,7 @@ of a micro-batch, n tokens of a vocabulary chunk, D hidden size, V vocabulary.
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import inspect
 import json
@@ -27,11 +28,13 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 import unicodedata
+import zipfile
 import zlib
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -135,10 +138,29 @@ def parse_args(config_class, doc, argv=None):
     return cfg
 
 
-def run_cli(main, config_class, doc):
-    """Run `main(cfg)`; a user's mistake, a full disk or Ctrl-C ends it with one line."""
+@contextlib.contextmanager
+def on_stop(handler):
+    """Inside, SIGTERM and Ctrl-C call handler(signal number, frame)."""
+    before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        main(parse_args(config_class, doc))
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def stop_at_once(number, _frame=None, note=""):
+    raise KeyboardInterrupt(number, note)
+
+
+def run_cli(main, config_class, doc):
+    """Run `main(cfg)`; a user's mistake, a full disk, SIGTERM or Ctrl-C ends it with one line.
+
+    The exit status is then 1, or 128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+    try:
+        with on_stop(stop_at_once):
+            main(parse_args(config_class, doc))
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -146,8 +168,11 @@ def run_cli(main, config_class, doc):
     except torch.OutOfMemoryError:
         sys.exit("error: out of GPU memory: lower --micro-tokens, --vocab-chunk or --kv-gib "
                  "(no result changes beyond rounding), or add --gradient-checkpointing")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command continues from the last saved step")
+    except KeyboardInterrupt as stop:
+        number, note = stop.args or (signal.SIGINT, "")
+        print(f"stopped by {signal.Signals(number).name}{note}; the same command goes on from what "
+              "is saved", file=sys.stderr)
+        sys.exit(128 + number)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -243,7 +268,7 @@ def pad_rows(rows):
 def describe_lm(name):
     """An LM of a Hugging Face folder or hub name without its weights (model is None): seconds, not
     minutes. Raises UserError when it cannot be found, is an unfinished run, or has no chat template
-    or stop token.
+    or stop token. A pad token is not needed: nothing here looks at one.
     """
     hub_like = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".")
     check(Path(name).is_dir() or hub_like, f"no such model folder: {name!r}")
@@ -282,7 +307,8 @@ def load_lm(name, *, device="auto", dtype="auto", train=False, gradient_checkpoi
     train=True gives fp32 masters: transformers would keep a checkpoint's bf16, in which an update
     of 1e-6 mostly rounds to nothing. A frozen model is kept in the compute dtype. dtype: auto (bf16
     on CUDA, else fp32), fp32 or bf16. Raises UserError as `describe_lm` does, for weights that
-    cannot be read, a device that is not there, and logits that are not head times hidden.
+    cannot be read or are not all there, a device that is not there, and logits that are not head
+    times hidden.
     """
     lm = describe_lm(name)
     if device == "auto":
@@ -293,9 +319,13 @@ def load_lm(name, *, device="auto", dtype="auto", train=False, gradient_checkpoi
         raise UserError(f"--device {device}: {first_line(error)}") from error
     lm.bf16 = dtype == "bf16" or (dtype == "auto" and device.startswith("cuda"))
     with explained(name):
-        lm.model = model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.bfloat16 if lm.bf16 and not train else torch.float32,
-            attn_implementation="sdpa").to(device)
+            attn_implementation="sdpa", output_loading_info=True)
+        lm.model = model = model.to(device)
+    # transformers would go on with random numbers in their place
+    check(not info["missing_keys"], f"{name}: its weights files lack {len(info['missing_keys'])} "
+          f"tensors of the model, e.g. {min(info['missing_keys'], default='')}")
     model.train(gradient_checkpointing).requires_grad_(train)
     if gradient_checkpointing:  # transformers does it in train mode only; no dropout here
         old_name = getattr(model, "gradient_checkpointing_enable", None)
@@ -374,7 +404,7 @@ def save_lm(lm, out, run_record):
     config = json.loads((aside / "config.json").read_text())
     for path in aside.iterdir():
         if path.name != "config.json":
-            os.replace(path, Path(out) / path.name)
+            move(path, Path(out) / path.name)
     shutil.rmtree(aside)
     write_json(Path(out) / "config.json", {**config, "dtype": lm.saved_dtype, "run": run_record})
 
@@ -441,8 +471,15 @@ def read_rows(source):
 
 
 def read_json_rows(path):
-    """Rows of a .jsonl file (an object a line) or a .json file (a list, or {"data": list})."""
-    text = path.read_text(encoding="utf-8")
+    """Rows of a .jsonl file (an object a line) or a .json file (a list, or {"data": list}).
+
+    Raises UserError, with the line's number, for one that is no JSON object or no text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {number} is not UTF-8: {error.reason}") from error
     if path.suffix == ".json":
         try:
             rows = json.loads(text)
@@ -1636,7 +1673,7 @@ def over_chunks(fn, chunk, lm, hidden, *tensors):
     for h, *block in zip(*(t.split(chunk) for t in (hidden.detach(), *tensors))):
         loss, logged = fn(head, h.requires_grad_(trains), *block)
         if trains:
-            loss.backward()
+            backward(loss)
             grads.append(h.grad)
             head_grad += head.grad
             head.grad = None
@@ -1645,6 +1682,12 @@ def over_chunks(fn, chunk, lm, hidden, *tensors):
         weight = lm.model.get_output_embeddings().weight[: lm.vocab]
         torch.autograd.backward((hidden, weight), (torch.cat(grads), head_grad))
     return sums
+
+
+def backward(loss):
+    """Add the gradient of a loss; NaN where the loss itself is not finite, so that the update that
+    it belongs to is skipped even if its gradient happens to be finite."""
+    (loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)).backward()
 
 
 def flat(values, rows):
@@ -1682,12 +1725,13 @@ def make_optimizer(lm, cfg, updates):
 def optimizer_step(lm, optimizer, scheduler, grad_clip):
     """Clip the gradient's norm, update, drop the gradients. Returns the norm before clipping.
 
-    Raises UserError, with the weights as they were, when the gradient is not finite.
+    Where the norm is not finite the update is skipped: weights, optimizer and schedule stay as they
+    were. `Run.log` counts these, and ends a run that skips too many in a row.
     """
     norm = torch.nn.utils.clip_grad_norm_(lm.model.parameters(), grad_clip)
-    check(norm.isfinite(), "the gradient is not finite: the run diverged (is --lr too high?)")
-    optimizer.step()
-    scheduler.step()
+    if norm.isfinite():
+        optimizer.step()
+        scheduler.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
 
@@ -1701,22 +1745,66 @@ FREE_FIELDS = {"out", "cache", "device", "micro_tokens", "vocab_chunk", "sample_
                "gradient_checkpointing", "save_every", "show_every"}
 
 
+# So many skipped updates in a row end a run. Skipping moves no weight, so each of them has seen
+# other data with the same weights: one or two may be the data's fault, five are the weights'.
+MAX_SKIPPED = 5
+
+
+def sync(path):
+    """Return when a file's bytes, or the names in a folder, are on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def move(source, target):
+    """Give a written file its name. A crash of the machine leaves the old file or the new one."""
+    sync(source)
+    os.replace(source, target)
+    sync(Path(target).parent)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turn what a full disk raises into one line that names the file."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises either
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else first_line(error)
+        free = shutil.disk_usage(Path(path).parent).free / 1e9
+        raise UserError(f"cannot write {path}: {reason} ({free:.3g} GB free)") from error
+
+
+def write_text(path, text):
+    """Write a text file whole or not at all. Raises UserError when it cannot be written."""
+    with writing(path):
+        Path(f"{path}.tmp").write_text(text, encoding="utf-8")
+        move(f"{path}.tmp", path)
+
+
 def write_json(path, value):
-    """Write a JSON file whole or not at all."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write a JSON file whole or not at all. Raises UserError when it cannot be written."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def json_line(value):
+    return json.dumps(value, ensure_ascii=False) + "\n"
 
 
 def append_json_line(path, value):
-    with Path(path).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value, ensure_ascii=False) + "\n")
+    """Add an object to a .jsonl file. Raises UserError when it cannot be written."""
+    with writing(path), Path(path).open("a", encoding="utf-8") as file:
+        file.write(json_line(value))
 
 
 def read_json_lines(path):
     """Objects of a file that `append_json_line` wrote, [] when there is none.
 
-    A last line without its end (the writer was killed) is cut off, so that appending works.
+    A last line without its end (the writer was killed) is cut off, so that appending works. Raises
+    UserError for any other damage.
     """
     path = Path(path)
     if not path.exists():
@@ -1724,13 +1812,47 @@ def read_json_lines(path):
     data = path.read_bytes()
     if not data.endswith(b"\n"):
         os.truncate(path, data.rfind(b"\n") + 1)
-    return read_json_rows(path)
+    try:
+        return read_json_rows(path)
+    except UserError as error:
+        raise UserError(f"{error}; cut the file off before the damage, and the same command writes "
+                        "the rest again") from error
+
+
+def read_json(path):
+    """Value of a JSON file. Raises UserError when it is damaged."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
 
 
 def read_record(folder):
-    """The "run" record in a folder's config.json, {} when there is none."""
+    """The "run" record in a folder's config.json, {} when there is none.
+
+    Raises UserError when the file is damaged.
+    """
     path = Path(folder) / "config.json"
-    return json.loads(path.read_text()).get("run", {}) if path.is_file() else {}
+    return read_json(path).get("run", {}) if path.is_file() else {}
+
+
+def lock(path, name):
+    """Open and lock a file until it is closed, which the kernel does however the process ends.
+
+    Raises UserError, saying by whom `name` is in use, when another process holds the lock.
+    """
+    file = Path(path).open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise UserError(f"{name} is in use by another run ({file.read().strip()})") from error
+    except OSError as error:  # a file system without locks, as some clusters have
+        print(f"{name} cannot be locked ({error.strerror}): let no other run write there")
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
 
 
 def is_unfinished(folder):
@@ -1774,18 +1896,36 @@ def progress(*args, **kwargs):
     return tqdm(*args, dynamic_ncols=True, mininterval=interval, maxinterval=60, **kwargs)
 
 
+def read_checkpoint(path):
+    """What `Run.save_state` wrote; None, and a line that says so, when the file is damaged.
+
+    Every checksum is compared first: torch.load takes damaged tensors as they are.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+        check(not damaged, f"wrong checksum of {damaged}")
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # of a damaged zip file, about anything
+        print(f"{path} is damaged, not used: {first_line(error)}")
+        return None
+
+
 class Run:
     """An output folder while a stage writes to it, and the stage's progress on the screen.
 
     config.json holds the run's record, beside the model's own keys once there is a model;
-    metrics.jsonl one line a step; state.pt, until the end, what the next step depends on. Opening
-    the folder of a finished run of the same settings ends the program; other settings are refused.
+    metrics.jsonl one line a step; the last two state-<steps>.pt, until the end, what the next step
+    depends on; .lock who is in here. Opening the folder of a finished run of the same settings ends
+    the program; other settings are refused, and so is a folder in use.
     """
 
     def __init__(self, cfg, parents):
-        """parents: the models that the run starts from."""
+        """parents: the models that the run starts from. Raises UserError for a folder of a model of
+        another program, of a run with other settings, or in use by another process."""
         self.cfg, self.out, self.warned = cfg, Path(cfg.out), False
         self.seconds_before = 0.0  # of work outside the steps: sampling a teacher's rollouts
+        self.metrics, self.skipped_in_a_row, self.stop_signal = [], 0, None
         settings, old = result_settings(cfg), read_record(self.out)
         foreign = (self.out / "config.json").exists() and not old
         check(not foreign, f"{self.out} holds a model of another program; choose another --out")
@@ -1794,9 +1934,12 @@ class Run:
         check(not differ, f"{self.out} holds a run with other settings ({differ}); choose another "
                           "--out or delete it")
         if old and old["finished"]:
+            self.drop_checkpoints()  # a kill at the very end leaves them
             print(f"{self.out}: already finished with these settings")
             sys.exit(0)
         self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.out / ".lock", self.out)
+        check(read_record(self.out) == old, f"{self.out} was in use until now; try again")
         parents = [str(Path(p).resolve()) if Path(p).is_dir() else p for p in parents]
         self.record = {**describe_run(cfg), "parents": parents, "labels": {}, "finished": False}
         write_json(self.out / "config.json", {"run": self.record})
@@ -1805,39 +1948,77 @@ class Run:
         """Put into the record how many labelled problems of which data the run learns from."""
         self.record["labels"] = {f"{self.cfg.data}:{self.cfg.half}": len(problems)}
 
-    def resume(self, lm, optimizer, scheduler):
-        """Load the last saved state, if there is one; returns the step to start with."""
-        path, start = self.out / "state.pt", 0
-        if path.exists():
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    def checkpoints(self):
+        return sorted(self.out.glob("state-*.pt"))
+
+    def drop_checkpoints(self):
+        for path in [*self.checkpoints(), self.out / "state.tmp"]:
+            path.unlink(missing_ok=True)
+
+    def resume(self, lm, optimizer, scheduler, teacher=None):
+        """Load the newest undamaged checkpoint, if there is one; returns the step to start with.
+
+        Raises UserError for a checkpoint made from other models, though their names be the same.
+        """
+        self.made_with = {**result_settings(self.cfg), "weights": fingerprint(lm),
+                          "teacher_weights": teacher and fingerprint(teacher)}
+        states = (read_checkpoint(path) for path in reversed(self.checkpoints()))
+        state = next((s for s in states if s), None)
+        if state:
+            differ = differences(state["made_with"], self.made_with)
+            check(not differ, f"{self.out} holds checkpoints of another model or setting "
+                              f"({differ}); choose another --out or delete it")
             lm.model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             scheduler.load_state_dict(state["scheduler"])
-            start = state["step"]
-            print(f"{self.out}: continuing after {start} steps")
-        kept = read_json_lines(self.out / "metrics.jsonl")[:start]
-        (self.out / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in kept))
-        return start
+            self.metrics, self.skipped_in_a_row = state["metrics"], state["skipped_in_a_row"]
+            print(f"{self.out}: continuing after {len(self.metrics)} steps")
+        write_text(self.out / "metrics.jsonl", "".join(map(json_line, self.metrics)))
+        return len(self.metrics)
+
+    def stop_after_step(self, number, _frame):
+        """Signal handler: the step under way ends and is saved; a second signal does not wait."""
+        if self.stop_signal:
+            stop_at_once(number)
+        self.stop_signal = number
+        # not print, which would fail if the signal came in the middle of another print
+        os.write(2, b"\nstopping after this step; the same signal again stops at once\n")
 
     def steps(self, start, total):
-        """Step numbers start..total-1 behind a progress bar."""
+        """Step numbers start..total-1 behind a progress bar; see `save_state` for signals."""
         self.total = total
         self.bar = progress(range(start, total), initial=start, total=total, desc=self.out.name)
-        for step in self.bar:
-            self.step_started = time.time()
-            yield step
+        with on_stop(self.stop_after_step):
+            for step in self.bar:
+                self.step_started = time.time()
+                yield step
 
-    def log(self, step, *shown, **metrics):
-        """Append {"step", metrics, "seconds"} to metrics.jsonl; the bar shows the metrics named."""
+    def log(self, step, *shown, grad_norms, **metrics):
+        """Append {"step", metrics, "seconds"} to metrics.jsonl; the bar shows the metrics named.
+
+        grad_norms: of the step's updates; those not finite were skipped. Raises UserError when the
+        last MAX_SKIPPED updates all were.
+        """
+        for norm in grad_norms:
+            self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
+        finite = [norm for norm in grad_norms if math.isfinite(norm)]
         seconds = time.time() - self.step_started
-        metrics |= {"tokens_per_second": metrics["tokens"] / seconds, "seconds": seconds}
+        metrics |= {"grad_norm": sum(finite) / len(finite) if finite else math.nan,
+                    "skipped": len(grad_norms) - len(finite),
+                    "tokens_per_second": metrics["tokens"] / seconds, "seconds": seconds}
         line = {"step": step, **{k: rounded(v) for k, v in metrics.items()}}
         append_json_line(self.out / "metrics.jsonl", line)
+        self.metrics.append(line)
         self.bar.set_postfix({k: line[k] for k in shown}, refresh=False)
         if metrics["truncated"] > 0.5 and not self.warned:
             self.warned = True
             self.bar.write(f"warning: {metrics['truncated']:.0%} of the responses were cut: is "
                            "--max-new-tokens too small, or does the model not know when to stop?")
+        if metrics["skipped"]:
+            self.bar.write(f"warning: step {step}: {metrics['skipped']} of {len(grad_norms)} "
+                           "updates skipped, their loss or gradient is not finite")
+        check(self.skipped_in_a_row < MAX_SKIPPED, f"the last {self.skipped_in_a_row} updates had "
+              "a loss or gradient that is not finite: the run diverged (is --lr too high?)")
 
     def show(self, step, lm, rollout, note):
         """Print one decoded rollout every show_every steps, above the progress bar."""
@@ -1848,28 +2029,49 @@ class Run:
             self.bar.write(f"[{self.out.name}, step {step}, {note}] {text}")
 
     def save_state(self, step, lm, optimizer, scheduler):
-        """Every save_every steps: what the next step depends on, written aside and renamed."""
-        if self.cfg.save_every and (step + 1) % self.cfg.save_every == 0 and step + 1 < self.total:
-            state = {"model": lm.model.state_dict(), "optimizer": optimizer.state_dict(),
-                     "scheduler": scheduler.state_dict(), "step": step + 1}
-            try:
-                torch.save(state, self.out / "state.pt.tmp")
-            except RuntimeError as error:  # its way to say that the disk is full
-                raise UserError(f"cannot write {self.out}/state.pt.tmp (is the disk full?): "
-                                f"{first_line(error)}") from error
-            os.replace(self.out / "state.pt.tmp", self.out / "state.pt")
+        """Write a checkpoint every save_every steps, and when SIGTERM or Ctrl-C asked for the end.
+
+        It is written aside and renamed, and only then is the last but one deleted; the last step
+        needs none. Raises UserError when it cannot be written, KeyboardInterrupt after one that a
+        signal asked for.
+        """
+        due = self.cfg.save_every and (step + 1) % self.cfg.save_every == 0
+        if step + 1 == self.total or not (due or self.stop_signal):
+            return
+        state = {"model": lm.model.state_dict(), "optimizer": optimizer.state_dict(),
+                 "scheduler": scheduler.state_dict(), "metrics": self.metrics,
+                 "skipped_in_a_row": self.skipped_in_a_row, "made_with": self.made_with}
+        aside, path = self.out / "state.tmp", self.out / f"state-{step + 1:08d}.pt"
+        try:
+            with writing(path):
+                with aside.open("wb") as file:
+                    torch.save(state, file)
+                move(aside, path)
+        except UserError:
+            aside.unlink(missing_ok=True)  # a full disk wants the room back
+            raise
+        # a damaged one of a later step may be there: it does not count as one of the two
+        for old in [p for p in self.checkpoints() if p <= path][:-2]:
+            old.unlink()
+        if self.stop_signal:
+            stop_at_once(self.stop_signal, note=f" after {step + 1} steps, all saved")
 
     def finish(self, lm):
-        """Write the model folder; the record tells the steps and seconds that it took."""
-        lines = read_json_lines(self.out / "metrics.jsonl")
-        seconds = self.seconds_before + sum(line["seconds"] for line in lines)
-        self.record |= {"finished": True, "steps": len(lines), "seconds": rounded(seconds)}
+        """Write the model folder; the record tells the steps and seconds that it took.
+
+        Raises UserError, with the checkpoints kept, when the model cannot be written.
+        """
+        seconds = self.seconds_before + sum(line["seconds"] for line in self.metrics)
+        self.record |= {"finished": True, "steps": len(self.metrics), "seconds": rounded(seconds)}
         try:
             save_lm(lm, self.out, self.record)
+        except UserError:
+            raise
         except Exception as error:  # tokenizers raises nothing narrower on a full disk
             raise UserError(f"cannot write the model to {self.out}: {first_line(error)}") from error
-        (self.out / "state.pt").unlink(missing_ok=True)
-        print(f"{self.out}: {len(lines)} steps in {seconds:.0f} s, model saved")
+        self.drop_checkpoints()
+        self.lock.close()
+        print(f"{self.out}: {len(self.metrics)} steps in {seconds:.0f} s, model saved")
 
 
 def rounded(value):

@@ -14,7 +14,6 @@ random numbers of a sample depend on (seed, prompt, sample index), not on batch 
     python evaluate.py --table runs/world        # every evaluated run of a folder, beside the paper
 """
 
-import json
 import math
 import re
 import time
@@ -25,8 +24,9 @@ from typing import Literal
 import numpy as np
 
 from common import (DATA_ALIASES, append_json_line, build_prompt, check, describe_run, differences,
-                    fingerprint, grade, load_lm, progress, read_json_lines, read_record,
-                    read_rows, rounded, run_cli, sample, to_problem, write_json)
+                    fingerprint, grade, json_line, load_lm, lock, progress, read_json,
+                    read_json_lines, read_record, read_rows, rounded, run_cli, sample, to_problem,
+                    write_json, write_text)
 
 
 @dataclass
@@ -108,7 +108,8 @@ def set_name(source):
 def answer_set(cfg, lm, problems, path):
     """Sample the problems of a set that the file at `path` does not hold yet; returns its lines."""
     done, size = read_json_lines(path), max(1, cfg.sample_rows // cfg.samples)
-    same = all((e["problem"], e["answer"]) == (p.problem, p.answer) for e, p in zip(done, problems))
+    same = all((e.get("problem"), e.get("answer")) == (p.problem, p.answer)
+               for e, p in zip(done, problems))
     check(same, f"{path} holds samples of other problems; choose another --out or delete it")
     right = sum(e["verdicts"].count("correct") for e in done)
     bar = progress(total=len(problems), initial=min(len(done), len(problems)), desc=path.stem)
@@ -141,9 +142,7 @@ def regrade(path):
         verdicts = [grade(text, e["answer"]) for text in e["responses"]]
         changed += sum(a != b for a, b in zip(verdicts, e["verdicts"]))
         e["verdicts"] = verdicts
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries), "utf-8")
-    aside.replace(path)
+    write_text(path, "".join(map(json_line, entries)))
     print(f"{path}: {changed} verdicts changed")
     return entries
 
@@ -205,7 +204,7 @@ def labels_used(records):
 
 def evaluated_runs(root):
     """{run folder: its figures by set}: routes in PAPER's order, before them the others."""
-    found = {p.parent.parent: json.loads(p.read_text())["sets"]
+    found = {p.parent.parent: read_json(p)["sets"]
              for p in Path(root).glob("*/eval/summary.json")}
     check(found, f"no evaluated run in {root} (no {root}/*/eval/summary.json)")
     order = list(PAPER["8b"])
@@ -275,7 +274,6 @@ def start_record(cfg, lm, out):
     differ = differences(old, identity) if old else ""
     check(not differ, f"{out} holds samples of another model or setting ({differ}); choose another "
                       "--out or delete it")
-    out.mkdir(parents=True, exist_ok=True)
     record = {**describe_run(cfg), "model": cfg.model, "identity": identity, "finished": False}
     write_json(out / "config.json", {"run": record})
     return record
@@ -284,7 +282,7 @@ def start_record(cfg, lm, out):
 def save_summary(out, model, sets, seconds):
     """Add the figures of some sets to those that OUT/summary.json has."""
     path = out / "summary.json"
-    old = json.loads(path.read_text()) if path.exists() else {"sets": {}, "seconds": 0.0}
+    old = read_json(path) if path.exists() else {"sets": {}, "seconds": 0.0}
     new = {"model": model, "sets": {**old["sets"], **sets}, "seconds": old["seconds"] + seconds}
     write_json(path, {**new, "seconds": rounded(new["seconds"])})
 
@@ -300,18 +298,22 @@ def main(cfg):
     inside = Path(cfg.model) / "eval" if Path(cfg.model).is_dir() else Path("eval") / cfg.model
     out, summary = Path(cfg.out or inside), {}
     if cfg.regrade:
-        summary = {path.stem: summarise(regrade(path)) for path in sorted(out.glob("*.jsonl"))}
-        check(summary, f"no stored samples in {out}")
-        save_summary(out, read_record(out).get("model", cfg.model), summary, 0.0)
+        paths = sorted(out.glob("*.jsonl"))
+        check(paths, f"no stored samples in {out}")
+        with lock(out / ".lock", out):
+            summary = {path.stem: summarise(regrade(path)) for path in paths}
+            save_summary(out, read_record(out).get("model", cfg.model), summary, 0.0)
     else:
         sets = read_sets(cfg)
         lm = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype)
-        record = start_record(cfg, lm, out)
-        for name, problems in sets.items():
-            started = time.time()
-            summary[name] = summarise(answer_set(cfg, lm, problems, out / f"{name}.jsonl"))
-            save_summary(out, cfg.model, {name: summary[name]}, time.time() - started)
-        write_json(out / "config.json", {"run": {**record, "finished": True}})
+        out.mkdir(parents=True, exist_ok=True)
+        with lock(out / ".lock", out):
+            record = start_record(cfg, lm, out)
+            for name, problems in sets.items():
+                started = time.time()
+                summary[name] = summarise(answer_set(cfg, lm, problems, out / f"{name}.jsonl"))
+                save_summary(out, cfg.model, {name: summary[name]}, time.time() - started)
+            write_json(out / "config.json", {"run": {**record, "finished": True}})
     print(model_table(cfg.model or out.parent, summary))
 
 

@@ -33,8 +33,8 @@ import torch
 
 from common import (Rollout, Run, Timer, append_json_line, batch_indices, check, check_pair,
                     count_steps, describe_lm, differences, encode_examples, fingerprint, load_lm,
-                    load_problems, make_optimizer, micro_batches, optimizer_step, over_chunks,
-                    pick, progress, read_json_lines, rollout_stats, run_cli, sample,
+                    load_problems, lock, make_optimizer, micro_batches, optimizer_step,
+                    over_chunks, pick, progress, read_json_lines, rollout_stats, run_cli, sample,
                     tokenize_problems, verify)
 
 
@@ -76,7 +76,7 @@ class Config:
     sample_rows: int = 256  # rows decoded at once
     kv_gib: float = 0.0  # GiB of the sampler's keys and values; 0: what the device can spare
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
-    save_every: int = 50  # steps between resumable states; 0 is never
+    save_every: int = 50  # steps between checkpoints; 0: only one when it is told to stop
     show_every: int = 10  # steps between printed rollouts; 0 is never
 
 
@@ -119,7 +119,6 @@ def cached_rollouts(cfg, teacher, path, prompts):
     header = {"fingerprint": fingerprint(teacher), "seed": cfg.seed, "rollouts": cfg.rollouts,
               "temperature": cfg.temperature, "max_new_tokens": cfg.max_new_tokens,
               "stop_ids": teacher.stop_ids}
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = read_json_lines(path)
     if not lines:
         append_json_line(path, {"teacher": cfg.teacher, **header})
@@ -185,7 +184,9 @@ def load_states(cfg, run, student):
     problems = tokenize_problems(problems, student.tokenizer, thinking=cfg.thinking,
                                  max_prompt_tokens=cfg.max_prompt_tokens)
     path = Path(cfg.cache or run.out / "rollouts.jsonl")
-    groups, run.seconds_before = teacher_states(cfg, problems, teacher, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock(path.with_name(f".{path.name}.lock"), path):  # another run may share the cache
+        groups, run.seconds_before = teacher_states(cfg, problems, teacher, path)
     return teacher if cfg.targets == "soft" else None, groups
 
 
@@ -204,7 +205,7 @@ def main(cfg):
     teacher, groups = load_states(cfg, run, student)
     steps = count_steps(cfg.steps, cfg.epochs, len(groups), cfg.prompts)
     optimizer, scheduler = make_optimizer(student, cfg, steps)
-    start = run.resume(student, optimizer, scheduler)
+    start = run.resume(student, optimizer, scheduler, teacher)
 
     for step in run.steps(start, steps):
         timer = Timer()
@@ -224,7 +225,7 @@ def main(cfg):
         loss, entropy = (sums / n_tokens).tolist()
         name = "kl" if cfg.targets == "soft" else "nll"
         run.log(step, name, "entropy", "length", **{name: loss}, entropy=entropy,
-                grad_norm=grad_norm, **rollout_stats(rows), **timer.stop())
+                grad_norms=[grad_norm], **rollout_stats(rows), **timer.stop())
         run.show(step, student, rows[0], f"{name} {loss:.3f} nats a token")
         run.save_state(step, student, optimizer, scheduler)
     run.finish(student)

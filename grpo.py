@@ -76,7 +76,7 @@ class Config:
     sample_rows: int = 256  # rows decoded at once
     kv_gib: float = 0.0  # GiB of the sampler's keys and values; 0: what the device can spare
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
-    save_every: int = 50  # steps between resumable states; 0 is never
+    save_every: int = 50  # steps between checkpoints; 0: only one when it is told to stop
     show_every: int = 10  # steps between printed rollouts; 0 is never
 
 
@@ -220,12 +220,12 @@ def main(cfg):
 
         # loss: each mini-batch of prompts has its own update, whatever the micro-batches
         timer("updating")
-        sums, grad_norm = torch.zeros(4, dtype=torch.float64), 0.0
+        sums, grad_norms = torch.zeros(4, dtype=torch.float64), []
         for i in range(updates):
             mini = slice(i * len(rows) // updates, (i + 1) * len(rows) // updates)
             sums += accumulate(cfg, policy, rows[mini], adv.flatten()[mini],
                                logp_old and logp_old[mini], logp_ref and logp_ref[mini])
-            grad_norm += optimizer_step(policy, optimizer, scheduler, cfg.grad_clip) / updates
+            grad_norms.append(optimizer_step(policy, optimizer, scheduler, cfg.grad_clip))
 
         clipped, entropy, kl, gap = (sums / sum(len(r.tokens) for r in rows)).tolist()
         spread = rewards.std(-1)
@@ -233,7 +233,7 @@ def main(cfg):
                 reward_std=spread.mean().item(), zero_variance=(spread == 0).float().mean().item(),
                 no_answer=verdicts.count("no_answer") / len(rows),
                 gave_up=verdicts.count("gave_up") / len(rows), entropy=entropy, k3_ref=kl,
-                clip_fraction=clipped, sampler_gap=gap, grad_norm=grad_norm,
+                clip_fraction=clipped, sampler_gap=gap, grad_norms=grad_norms,
                 **rollout_stats(rows), **timer.stop())
         run.show(step, policy, rows[0], f"answer {answers[0]}, reward {rewards[0, 0]:.0f}")
         run.save_state(step, policy, optimizer, scheduler)

@@ -72,7 +72,7 @@ class Config:
     sample_rows: int = 256  # rows decoded at once
     kv_gib: float = 0.0  # GiB of the sampler's keys and values; 0: what the device can spare
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
-    save_every: int = 50  # steps between resumable states; 0 is never
+    save_every: int = 50  # steps between checkpoints; 0: only one when it is told to stop
     show_every: int = 10  # steps between printed rollouts; 0 is never
 
 
@@ -134,7 +134,7 @@ def main(cfg):
                                  max_prompt_tokens=cfg.max_prompt_tokens)
     steps = count_steps(cfg.steps, cfg.epochs, len(problems), cfg.prompts)
     optimizer, scheduler = make_optimizer(student, cfg, steps)
-    start = run.resume(student, optimizer, scheduler)
+    start = run.resume(student, optimizer, scheduler, teacher)
 
     for step in run.steps(start, steps):
         timer = Timer()
@@ -158,7 +158,7 @@ def main(cfg):
         kl, square, entropy = (sums / n_tokens).tolist()
         kl_std = max(0.0, square - kl**2) ** 0.5
         run.log(step, "kl", "entropy", "length", kl=kl, kl_std=kl_std, entropy=entropy,
-                grad_norm=grad_norm, **rollout_stats(rows), **timer.stop())
+                grad_norms=[grad_norm], **rollout_stats(rows), **timer.stop())
         run.show(step, student, rows[0], f"KL to the teacher {kl:.3f} nats a token")
         run.save_state(step, student, optimizer, scheduler)
     run.finish(student)

@@ -49,7 +49,7 @@ run() { # run NAME SCRIPT FLAGS...: one stage, unless it is finished
     python "$script" "$@" --out $runs/$name
 }
 report() { # report NAME [MODEL]: evaluate, then show the table as it has grown
-    if [ ! -f $runs/$1/eval/summary.json ]; then
+    if ! grep -qs '"finished": true' $runs/$1/eval/config.json; then
         python evaluate.py --model "$(at "${2:-$1}")" --data $sets "${E[@]}" --out $runs/$1/eval
         python evaluate.py --table $runs
     fi

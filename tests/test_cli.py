@@ -70,19 +70,6 @@ def typed(monkeypatch, capsys):
     return run
 
 
-@pytest.fixture(scope="session")
-def taught(world, tmp_path_factory):
-    """A model that solves eight problems about every second time, and their file: {model, data}."""
-    folder = tmp_path_factory.mktemp("taught")
-    rows = [json.loads(x) for x in (world / "train.jsonl").read_text().splitlines()][:8]
-    (folder / "data.jsonl").write_text("".join(json.dumps(
-        {**row, "response": f"\\boxed{{{row['answer']}}}"}) + "\n" for row in rows))
-    fkl_warmup.main(fkl_warmup.Config(
-        student=str(world / "init-teacher"), targets="data", data=str(folder / "data.jsonl"),
-        lr=4e-3, out=str(folder / "model"), prompts=8, steps=5, show_every=0))
-    return SimpleNamespace(model=folder / "model", data=folder / "data.jsonl")
-
-
 @pytest.fixture
 def line_of(world, taught, tmp_path):
     """line_of(stage, flags): a command line of a stage with small settings and --out tmp/out."""
@@ -403,7 +390,7 @@ def test_same_command_twice_and_another_run_in_the_same_folder(typed, line_of, t
 def test_a_full_disk_is_one_line(typed, line_of, tmp_path):
     """/dev/full in the place of the state file: a real ENOSPC in the middle of a run."""
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "state.pt.tmp").symlink_to("/dev/full")
+    (tmp_path / "out" / "state.tmp").symlink_to("/dev/full")
     got = typed(line_of("opd.py", "--save-every 1"))
     assert got.status == 1 and "Traceback" not in got.err
     last = got.err.splitlines()[-1]
@@ -432,20 +419,16 @@ def test_teacher_rollouts_are_reused_when_they_match_and_refused_when_not(typed,
 # --- killed and resumed
 
 
-LONG = {"grpo.py": "--mini-batch 4 --kl-coef 0.01 --lr-schedule linear", "opd.py": "",
-        "fkl_warmup.py": "--targets soft --warmup-steps 4"}
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_and_resumed_is_bit_identical_to_uninterrupted(stage, typed, line_of, tmp_path):
+def test_killed_and_resumed_is_bit_identical_to_uninterrupted(typed, line_of, tmp_path):
     """SIGKILL after a saved state, then the same command again = a run in one piece.
 
-    Same weights, bit for bit, and the same metrics but for timing.
+    Same weights, bit for bit, and the same metrics but for timing. (Real processes; many more
+    kills of all stages are in test_faults.py.)
     """
-    flags = f"{LONG[stage]} --steps 24 --save-every 2 --show-every 0"
-    line, out = line_of(stage, flags), tmp_path / "out"
+    line = line_of("opd.py", "--steps 24 --save-every 2 --show-every 0")
+    out = tmp_path / "out"
     process, deadline = start(line), time.time() + 90
-    while not (out / "state.pt").exists():
+    while not list(out.glob("state-*.pt")):
         assert process.poll() is None, process.communicate()[1]
         assert time.time() < deadline
         time.sleep(0.002)
@@ -455,7 +438,7 @@ def test_killed_and_resumed_is_bit_identical_to_uninterrupted(stage, typed, line
     assert record(out)["finished"] is False and not (out / "model.safetensors").exists()
     with pytest.raises(common.UserError, match="unfinished"):
         common.load_lm(str(out))
-    saved = torch.load(out / "state.pt", weights_only=True)["step"]
+    saved = int(max(out.glob("state-*.pt")).stem.removeprefix("state-"))
     assert 2 <= saved < 24
     with (out / "metrics.jsonl").open("a") as file:  # what a kill later on leaves there
         file.write(json.dumps({"step": saved, "seconds": 9.0}) + '\n{"step": 7, "ent')

@@ -378,6 +378,7 @@ def test_a_kill_while_the_weights_are_written_leaves_an_unfinished_run(tmp_path,
         patch.setattr(transformers.modeling_utils, "safe_save_file", killed)
         with pytest.raises(KeyboardInterrupt):
             run.finish(trainable_lm)
+    run.lock.close()  # as the kernel does
     assert common.is_unfinished(cfg.out)
     begin(cfg, trainable_lm).finish(trainable_lm)
     load_lm(cfg.out)

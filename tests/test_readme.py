@@ -76,11 +76,26 @@ def test_metrics_named_in_the_glossary_are_those_that_are_logged():
     glossary = README.split("## Metrics")[1].split("\n## ")[0]
     named = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (`.*?) \|", glossary, re.M))))
     for word in ("reward", "zero_variance", "kl", "kl_std", "entropy", "k3_ref", "clip_fraction",
-                 "sampler_gap", "grad_norm", "length", "truncated", "tokens", "seconds", "nll"):
+                 "sampler_gap", "grad_norm", "skipped", "length", "truncated", "tokens", "seconds",
+                 "nll"):
         assert word in named
     code = "".join((ROOT / f"{name}.py").read_text() for name in (*SCRIPTS, "common"))
     for word in named - {"tokens_per_second"}:
         assert re.search(rf"\b{word}\b", code), word
+
+
+def test_tests_named_in_the_table_of_promises_exist():
+    """Each row names a test, in tests/test_faults.py or in the file in brackets after it."""
+    section = README.split("## Rough weather")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (?!promise|---)(.*?) \| (.*) \|$", section, re.M)
+    assert len(rows) > 20
+    for promise, cell in rows:
+        names = re.findall(r"`(test_\w+)`", cell)
+        files = set(re.findall(r"`(test_\w+\.py)`", cell)) | {"test_faults.py"}
+        text = "".join((ROOT / "tests" / file).read_text() for file in files)
+        assert names, promise
+        for name in names:
+            assert f"def {name}(" in text, f"{promise}: {name}"
 
 
 @pytest.mark.parametrize("name", ["common", *SCRIPTS])

@@ -21,10 +21,7 @@ script=$1; out=
 while [ $# -gt 0 ]; do [ "$1" = --out ] && out=$2; shift; done
 [ "$script" = "${FAIL:-}" ] && exit 1
 [ -n "$out" ] && mkdir -p "$out"
-case $script in
-evaluate.py) [ -n "$out" ] && echo '{}' > "$out/summary.json" ;;
-*) [ -n "$out" ] && echo '{"run": {"finished": true}}' > "$out/config.json" ;;
-esac
+[ -n "$out" ] && echo '{"run": {"finished": true}}' > "$out/config.json"
 exit 0
 """
 
