@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import inspect
 import json
@@ -1215,6 +1216,7 @@ def _key(text):
     return key.lower() if words and ('"' in text or len(key) > 2 or key in "ABCD") else key
 
 
+@functools.lru_cache(maxsize=512)  # the samples of a problem often agree
 def _equal(given, gold):
     """Whether two answers are equal: as texts, or as values at all sample points."""
     if given.strip() == gold.strip():
@@ -1313,25 +1315,39 @@ class Row:
     rollout: Rollout
     stream: np.random.Generator  # its uniforms
     limit: int  # response tokens
+    group: int = 0  # which prompt it answers
     pages: list = dataclasses.field(default_factory=list)  # of the cache, in the order of positions
 
     def __len__(self):
         return len(self.rollout.prompt) + len(self.rollout.tokens)
 
+    @property
+    def over(self):
+        return self.rollout.finished or len(self.rollout.tokens) == self.limit
 
-def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256, kv_gib=0.0):
+
+def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256, kv_gib=0.0,
+           done=lambda i, rollouts: None):
     """Sample k rollouts of each prompt from softmax(logits / temperature); temperature 0 is greedy.
 
-    prompts: P lists of token ids; seed: a tuple of ints. Returns P*k Rollouts, prompt by prompt.
-    This is the policy that the losses differentiate: no top-k, no top-p, and nothing is taken from
-    generation_config but the stop tokens. The random numbers of a rollout are a function of (seed,
-    prompt, sample index): its neighbours in the batch do not matter. At most sample_rows rows are
-    decoded at once, fewer while kv_gib GiB of keys and values (0: what is free) do not hold more.
-    Raises UserError when they do not hold one row.
+    prompts: P lists of token ids; seed: a tuple of ints. Returns P*k Rollouts, prompt by prompt;
+    done(i, rollouts) is called for prompts[i] as soon as its last one has ended. This is the policy
+    that the losses differentiate: no top-k, no top-p, and nothing is taken from generation_config
+    but the stop tokens. The random numbers of a rollout are a function of (seed, prompt, sample
+    index): its neighbours in the batch do not matter. At most sample_rows rows are decoded at once,
+    fewer while kv_gib GiB of keys and values (0: what is free) do not hold more. Raises UserError
+    when they do not hold one row.
     """
-    groups = [[Row(Rollout(list(p), [], [], False), random_stream(seed, p, s), max_new_tokens)
-               for s in range(k)] for p in prompts]
-    decode(lm, groups, temperature, sample_rows, kv_gib)
+    groups = [[Row(Rollout(list(p), [], [], False), random_stream(seed, p, s), max_new_tokens, i)
+               for s in range(k)] for i, p in enumerate(prompts)]
+    left = [k] * len(prompts)
+
+    def ended(row):
+        left[row.group] -= 1
+        if left[row.group] == 0:
+            done(row.group, [r.rollout for r in groups[row.group]])
+
+    decode(lm, groups, temperature, sample_rows, kv_gib, ended)
     return [row.rollout for group in groups for row in group]
 
 
@@ -1343,8 +1359,8 @@ def random_stream(seed, prompt, index):
 
 
 @torch.inference_mode()
-def decode(lm, groups, temperature, sample_rows, kv_gib):
-    """Fill in the rollouts of all rows; groups: lists of Rows that have one prompt."""
+def decode(lm, groups, temperature, sample_rows, kv_gib, ended=lambda row: None):
+    """Fill in the rollouts of all rows; groups: lists of Rows of one prompt. Calls ended(row)."""
     waiting = deque(g[i : i + sample_rows] for g in groups for i in range(0, len(g), sample_rows))
     longest = max((len(row) + row.limit for group in groups for row in group), default=0)
     stops, live = set(lm.stop_ids), []  # live: the oldest first
@@ -1364,7 +1380,10 @@ def decode(lm, groups, temperature, sample_rows, kv_gib):
                 row.rollout.tokens += new[:n]
                 row.rollout.logp += logp[:n]
                 row.rollout.finished = n == stop
-            live = [r for r in live if not r.rollout.finished and len(r.rollout.tokens) < r.limit]
+            for row in live:
+                if row.over:
+                    ended(row)
+            live = [row for row in live if not row.over]
 
 
 class PagedCache:

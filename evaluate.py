@@ -32,10 +32,10 @@ from common import (DATA_ALIASES, append_json_line, build_prompt, check, describ
 @dataclass
 class Config:
     # --- what to do
-    model: str = ""  # ours: any; model folder or hub name; needed unless --table
+    model: str = ""  # ours: any; model folder or hub name to evaluate
     data: str = "math500,aime24,aime25"  # sets (Tables 2-8): files, folders, hub names, aliases
     out: str = ""  # ours: output folder; empty is MODEL/eval, or eval/MODEL for a hub name
-    table: str = ""  # ours: only print (and write) the table of the runs in this folder, or several
+    table: str = ""  # ours: print (and write) the table of the runs in this folder, or in several
     regrade: bool = False  # ours: only run the verifier again on the samples stored in --out
     # --- settings
     samples: int = 16  # samples per problem (Tables 2-8: avg@16)
@@ -106,32 +106,41 @@ def set_name(source):
 
 
 def answer_set(cfg, lm, problems, path):
-    """Sample the problems of a set that the file at `path` does not hold yet; returns its lines."""
-    done, size = read_json_lines(path), max(1, cfg.sample_rows // cfg.samples)
+    """Sample the problems of a set that the file at `path` does not hold yet; returns its lines.
+
+    A problem is written when its last sample has ended: a stop loses those in flight and no other.
+    """
+    done = {e.get("index"): e for e in read_json_lines(path)}
     same = all((e.get("problem"), e.get("answer")) == (p.problem, p.answer)
-               for e, p in zip(done, problems))
+               for i, p in enumerate(problems) if (e := done.get(i))) and None not in done
     check(same, f"{path} holds samples of other problems; choose another --out or delete it")
-    right = sum(e["verdicts"].count("correct") for e in done)
-    bar = progress(total=len(problems), initial=min(len(done), len(problems)), desc=path.stem)
-    for i in range(len(done), len(problems), size):
-        batch = problems[i : i + size]
-        prompts = [build_prompt(lm.tokenizer, p.problem, cfg.thinking) for p in batch]
-        rows = sample(lm, prompts, cfg.samples, max_new_tokens=cfg.max_new_tokens,
-                      temperature=cfg.temperature, seed=(cfg.seed,), sample_rows=cfg.sample_rows,
-                      kv_gib=cfg.kv_gib)
-        for j, p in enumerate(batch):
-            group = rows[j * cfg.samples : (j + 1) * cfg.samples]
-            texts = [lm.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in group]
-            done.append({"problem": p.problem, "answer": p.answer,
-                         "verdicts": [grade(text, p.answer) for text in texts],
-                         "lengths": [len(r.tokens) for r in group],
-                         "finished": [r.finished for r in group], "responses": texts})
-            append_json_line(path, done[-1])
-            right += done[-1]["verdicts"].count("correct")
+    missing = [i for i in range(len(problems)) if i not in done]
+    right = sum(e["verdicts"].count("correct") for e in done.values())
+    bar = progress(total=len(problems), initial=len(problems) - len(missing), desc=path.stem)
+
+    def write(i, rows):
+        nonlocal right
+        p, decode = problems[i], lm.tokenizer.decode
+        texts = [decode(r.tokens, skip_special_tokens=True) for r in rows]
+        done[i] = {"index": i, "problem": p.problem, "answer": p.answer,
+                   "verdicts": [grade(text, p.answer) for text in texts],
+                   "lengths": [len(r.tokens) for r in rows],
+                   "finished": [r.finished for r in rows], "responses": texts}
+        append_json_line(path, done[i])
+        right += done[i]["verdicts"].count("correct")
         bar.set_postfix(avg=f"{100 * right / len(done) / cfg.samples:.1f} %", refresh=False)
-        bar.update(len(batch))
-    bar.close()
-    return done[: len(problems)]
+        bar.update()
+
+    size = max(1, 8 * cfg.sample_rows // cfg.samples)  # so many that the long tail is a small part
+    with bar:
+        for part in (missing[i : i + size] for i in range(0, len(missing), size)):
+            prompts = [build_prompt(lm.tokenizer, problems[i].problem, cfg.thinking) for i in part]
+            sample(lm, prompts, cfg.samples, max_new_tokens=cfg.max_new_tokens,
+                   temperature=cfg.temperature, seed=(cfg.seed,), sample_rows=cfg.sample_rows,
+                   kv_gib=cfg.kv_gib, done=lambda j, rows: write(part[j], rows))
+    if missing:  # in the order of the problems
+        write_text(path, "".join(json_line(done[i]) for i in sorted(done)))
+    return [done[i] for i in range(len(problems))]
 
 
 def regrade(path):
@@ -287,14 +296,16 @@ def save_summary(out, model, sets, seconds):
     write_json(path, {**new, "seconds": rounded(new["seconds"])})
 
 
+def show_table(roots):
+    """Print the table of one folder's runs, or of several seeds', and write it there."""
+    table = runs_table(roots[0]) if len(roots) == 1 else seeds_table(roots)
+    (Path(roots[0]) / ("table.md" if len(roots) == 1 else "seeds.md")).write_text(table + "\n")
+    print(table)
+
+
 def main(cfg):
-    if cfg.table:
-        roots = cfg.table.split(",")
-        table = runs_table(cfg.table) if len(roots) == 1 else seeds_table(roots)
-        (Path(roots[0]) / ("table.md" if len(roots) == 1 else "seeds.md")).write_text(table + "\n")
-        print(table)
-        return
-    check(cfg.model or (cfg.regrade and cfg.out), "--model is needed (or --table)")
+    check(cfg.model or (cfg.regrade and cfg.out) or (cfg.table and not cfg.regrade),
+          "--model is needed (or --table)")
     inside = Path(cfg.model) / "eval" if Path(cfg.model).is_dir() else Path("eval") / cfg.model
     out, summary = Path(cfg.out or inside), {}
     if cfg.regrade:
@@ -303,7 +314,7 @@ def main(cfg):
         with lock(out / ".lock", out):
             summary = {path.stem: summarise(regrade(path)) for path in paths}
             save_summary(out, read_record(out).get("model", cfg.model), summary, 0.0)
-    else:
+    elif cfg.model:
         sets = read_sets(cfg)
         lm = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype)
         out.mkdir(parents=True, exist_ok=True)
@@ -314,7 +325,10 @@ def main(cfg):
                 summary[name] = summarise(answer_set(cfg, lm, problems, out / f"{name}.jsonl"))
                 save_summary(out, cfg.model, {name: summary[name]}, time.time() - started)
             write_json(out / "config.json", {"run": {**record, "finished": True}})
-    print(model_table(cfg.model or out.parent, summary))
+    if summary:
+        print(model_table(cfg.model or out.parent, summary))
+    if cfg.table:
+        show_table(cfg.table.split(","))
 
 
 if __name__ == "__main__":

@@ -130,18 +130,23 @@ def cached_rollouts(cfg, teacher, path, prompts):
     cache = {tuple(line["prompt"]): line for line in lines[1:]}
     missing = [p for p in dict.fromkeys(prompts) if p not in cache]
     print(f"{path}: {len(set(prompts)) - len(missing)} prompts reused, {len(missing)} to sample")
-    size = max(1, cfg.sample_rows // cfg.rollouts)
-    for i in progress(range(0, len(missing), size), desc="teacher rollouts", disable=not missing):
-        started, batch = time.time(), missing[i : i + size]
-        rows = sample(teacher, batch, cfg.rollouts, max_new_tokens=cfg.max_new_tokens,
-                      temperature=cfg.temperature, seed=(cfg.seed,), sample_rows=cfg.sample_rows,
-                      kv_gib=cfg.kv_gib)
-        for j, prompt in enumerate(batch):
-            group = rows[j * cfg.rollouts : (j + 1) * cfg.rollouts]
-            cache[prompt] = {"prompt": prompt, "responses": [r.tokens for r in group],
-                             "finished": [r.finished for r in group],
-                             "seconds": (time.time() - started) / len(batch)}
-            append_json_line(path, cache[prompt])
+    bar = progress(total=len(missing), desc="teacher rollouts", disable=not missing)
+    last = time.time()
+
+    def write(prompt, rows):
+        nonlocal last
+        seconds, last = time.time() - last, time.time()
+        cache[prompt] = {"prompt": prompt, "responses": [r.tokens for r in rows],
+                         "finished": [r.finished for r in rows], "seconds": seconds}
+        append_json_line(path, cache[prompt])
+        bar.update()
+
+    size = max(1, 8 * cfg.sample_rows // cfg.rollouts)  # so many that the long tail is a small part
+    with bar:
+        for part in (missing[i : i + size] for i in range(0, len(missing), size)):
+            sample(teacher, part, cfg.rollouts, max_new_tokens=cfg.max_new_tokens,
+                   temperature=cfg.temperature, seed=(cfg.seed,), sample_rows=cfg.sample_rows,
+                   kv_gib=cfg.kv_gib, done=lambda i, rows: write(part[i], rows))
     groups = [[Rollout(list(p), tokens, [], done) for tokens, done in
                zip(cache[p]["responses"], cache[p]["finished"])] for p in prompts]
     return groups, sum(cache[p]["seconds"] for p in prompts)

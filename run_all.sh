@@ -50,8 +50,8 @@ run() { # run NAME SCRIPT FLAGS...: one stage, unless it is finished
 }
 report() { # report NAME [MODEL]: evaluate, then show the table as it has grown
     if ! grep -qs '"finished": true' $runs/$1/eval/config.json; then
-        python evaluate.py --model "$(at "${2:-$1}")" --data $sets "${E[@]}" --out $runs/$1/eval
-        python evaluate.py --table $runs
+        python evaluate.py --model "$(at "${2:-$1}")" --data $sets "${E[@]}" --out $runs/$1/eval \
+            --table $runs
     fi
 }
 grpo() { # grpo NAME MODEL FLAGS...
