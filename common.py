@@ -43,6 +43,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from mpmath import MPContext
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -590,7 +591,7 @@ def count_steps(steps, epochs, n_items, per_step):
 
 # Two answers are equal if they are the same text once normalised, or read as the same value: a
 # Fraction; where that is not exact, a number of 400 digits; or (kind, parts) for a list, tuple,
-# interval, union, ratio, matrix or equation. Letters take random rationals, so expressions are
+# set of reals, ratio, matrix or equation. Letters take random rationals, so expressions are
 # equal if their numbers are, at three points. Nothing is solved, expanded or run.
 #
 # Refused, because a reading would be a guess, are words that are no unit (33 or more), `2 3`,
@@ -790,17 +791,18 @@ def _normalise(text):
 
 
 # --- a parser that computes
-#   answer := item (("," | ";" | "∨" | "∪") item)*    "and" and "or" have become ∨
-#   item   := sides (("=" | "∈" | "≠" | "<" | "≤" | ">" | "≥") sides)*
-#   sides  := expr (":" expr)* ("∖" expr)*
+#   answer := "{" items "}"
+#   items  := item (separator item)*        a comma, ";" or, in bare answers, "∨" ("and", "or"), "∪"
+#   item   := side (("=" | "∈" | "≠" | "<" | "≤" | ">" | "≥") side)*
+#   side   := expr (":" expr)* ("∖" expr)*
 #   expr   := base, then from loose to tight: + - | * / and no sign | ^ ! °
 #   base   := number | name | sign expr | "words" | \frac arg arg | \binom arg arg
-#           | ( items ) and its kin [ ] { } \{ \} | ⟦ item (("&" | "\\") item)* ⟧
+#           | ( items ) and its kin [ ] { } \{ \} and matrices, ⟦ items ⟧ with "&" and "\\"
 #           | \sqrt [expr] arg | \sin^arg expr and its kin (\abs, \floor)
 #   name   := letter, \vec{...} or digits_base, with its primes and its subscript, is one token
-# Kinds: "set" (also lists), "()" and other brackets (tuples, intervals), "∪" (what is surely made
-# of intervals: unions, x < 5, x ≠ 5), ":" (ratios), "⟦" and its separators (matrices), "=" and the
-# name on the left (equations), "chain" and its signs, "text".
+# Kinds: "set" (also lists), "()" and other brackets (tuples, and intervals with finite ends), "∪"
+# (sets of reals, as cuts), ":" (ratios), "⟦" and its separators (matrices), "=" and the name on the
+# left (equations), "chain" and its signs, and quoted words.
 _NAME = (r"(?:[^\W\d_]|\d+(?=_)|\\(?:hat|vec|d?dot|tilde|angle|bar|over[a-z]+|widehat)"
          r"(?:\s?\{[^{}]*\}|(?:\s?[^\W\d_])+))'*(?:_\s?(?:\d+|[^\W_]|\{[^{}]*\}))?'*")
 _TOKEN = re.compile(rf'"[^"]*"|{_NAME}|\d+(?:\.\d*)?|\.\d+|\\[A-Za-z]+|\\.|\S')
@@ -811,19 +813,20 @@ _LEFT_SIDE = re.compile(  # x, a_1, y', f(x), f^{-1}(x), P(A) | AB, |AB| | "Area
     re.X)
 _UNKNOWN = re.compile(  # of an inequality: x, x_1, f(x), -x, |x|
     r"(-?)(\\abs\()?(?![πei∞])[^\W\d_](?:_\{?\w\}?|\([^\W\d_]\))?\)?")
-_CLOSE = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), "\\{": ("\\}",), "⟦": ("⟧",)}
+_BRACKETS = {"{": (", ; ∨ ∪", "}"), "(": (", ;", ") ]"), "[": (", ;", ") ]"),  # separators, closings
+             "\\{": (", ;", "\\}"), "⟦": (r"& \\", "⟧")}
 _LABEL = re.compile(r"\(?([A-H])(?:\)|[.:] ) ?((?=.*\d)(?:(?!\b[A-H]\b)[^∪∨])*)")  # (B) 12, B. 12
-_INTERVALS, _TURNED = ("()", "(]", "[)", "[]"), str.maketrans("<≤>≥()[]", ">≥<≤)(][")
-_local = threading.local()
 
 
-def _mp():
-    """Mpmath (sympy's arithmetic) at 400 digits, loaded on first need, one for each thread."""
-    if not hasattr(_local, "mp"):
-        from mpmath.ctx_mp import MPContext
-        _local.mp = MPContext()
-        _local.mp.dps = _DIGITS
-    return _local.mp
+class _Arithmetic(threading.local):
+    """Mpmath (the numbers of sympy) at 400 digits, one for each thread."""
+
+    def __init__(self):
+        self.mp = MPContext()
+        self.mp.dps = _DIGITS
+
+
+_local = _Arithmetic()
 
 
 def _refuse(reason=_Unreadable):
@@ -836,8 +839,8 @@ def _kind(x):
 
 def _inexact(x):
     """A number of 400 digits, unless it is too small or large to be told from others."""
-    value = _refuse() if _kind(x) else _mp().convert(x)
-    too_much = isinstance(x, Fraction) and x and abs(_mp().mag(value)) > _MAX_LOG2
+    value = _refuse() if _kind(x) else _local.mp.convert(x)
+    too_much = isinstance(x, Fraction) and x and abs(_local.mp.mag(value)) > _MAX_LOG2
     return _refuse(_TooMuch) if too_much else value
 
 
@@ -853,48 +856,54 @@ def _join(op, x, y):
     return value if size <= _MAX_BITS else _refuse(_TooMuch)
 
 
-def _minus(x):
-    return _join(operator.mul, Fraction(-1), x)
+# A set of reals is the list of its cuts (number, behind): where it begins and ends in turn, before
+# or behind the number. (1,2] is [(1, True), (2, True)], and {3} is [(3, False), (3, True)].
 
 
-def _between(low, high, signs, absolute):
-    """The numbers between two others, or those whose absolute value is; None is no bound."""
-    left = "[" if absolute and low is None or low is not None and signs[0] == "≤" else "("
-    right = "]" if high is not None and signs[-1] == "≤" else ")"
-    low = (Fraction(0) if absolute else -_mp().inf) if low is None else low
-    high = _mp().inf if high is None else high
-    mirrored = (left + right).translate(_TURNED)[::-1], [_minus(high), _minus(low)]
-    return _united([(left + right, [low, high])] + [mirrored] * bool(absolute))
+def _cuts(x):
+    """The cuts of an interval, a number, or a list of numbers, but not of a list of intervals."""
+    kind, parts = x if _kind(x) else ("", x)
+    if kind == "∪":
+        return parts
+    if kind == "set":
+        return _combine(any, *(_cuts(_inexact(number)) for number in parts))
+    if kind in ("()", "(]", "[)", "[]") and len(parts) == 2:
+        return [(parts[0], kind[0] == "("), (parts[1], kind[1] == "]")]
+    number = _refuse() if kind[:1] not in ("", "=") else parts[-1] if kind else x
+    return [(number, False), (number, True)]
 
 
-def _without(x, y):
-    """An interval without one or several numbers inside it."""
-    kind, (low, high) = x if _kind(x) in _INTERVALS else _refuse()
-    ends = [low, *sorted(y[1] if _kind(y) == "set" else [y], key=_inexact), high]
-    if not all(_inexact(a) < _inexact(b) for a, b in zip(ends, ends[1:])):
-        raise _Unreadable
-    inner = ["()"] * (len(ends) - 2)
-    kinds = [a[0] + b[1] for a, b in zip([kind, *inner], [*inner, kind])]
-    return "∪", [(kind, [a, b]) for kind, a, b in zip(kinds, ends, ends[1:])]
+def _combine(member, *sets):
+    """The cuts of a union (any), an intersection (all) or another combination of sets."""
+    cuts = [(_inexact(cut[0]), cut[1], k, cut) for k, cuts in enumerate(sets) for cut in cuts]
+    inside, result = [False] * len(sets), []
+    for _, behind, k, cut in sorted(cuts, key=lambda cut: cut[:3]):
+        before, inside[k] = member(inside), not inside[k]
+        if member(inside) != before and result and result[-1] == cut:
+            result.pop()
+        elif member(inside) != before:
+            result.append(cut)
+    return result
 
 
-def _united(items, joined=True):
-    """A list of values; if it is surely of intervals, a union in which those that touch are one."""
-    parts, points, spans = [], [], []
-    for x in items:
-        parts += x[1] if _kind(x) == "∪" or joined and _kind(x) == "set" else [x]
-    for x in parts:
-        (spans if _kind(x) in _INTERVALS and len(x[1]) == 2 else points).append(x)
-    sure = joined or any(_kind(x) in ("∪", "(]", "[)") for x in items)
-    if not (sure and spans or any(_mp().inf in x[1] for x in spans)):
-        return ("set", parts) if len(parts) != 1 else parts[0]
-    united = []
-    for kind, (low, high) in sorted(spans, key=lambda x: _inexact(x[1][0])):
-        if united and united[-1][0][1] + kind[0] != ")(" and _same(united[-1][1][1], low):
-            before, (low, _) = united.pop()
-            kind = before[0] + kind[1]
-        united.append((kind, [low, high]))
-    return "∪", points + united
+def _gathered(items, united=False):
+    """The value of a list: its only item, the union of sets of reals, or a set of other values."""
+    if len(items) > 1 and (united or any(_kind(x) == "∪" for x in items)):
+        return "∪", _combine(any, *map(_cuts, items))
+    return items[0] if len(items) == 1 else ("set", items)
+
+
+def _solutions(sides, signs, at, minus, absolute):
+    """The cuts of the numbers x for which x ≠ a, x < a, a < x, a < x < b, with -x or |x| for x."""
+    inf = _local.mp.inf
+    cuts = [(sides[0], signs[0] == "<") if at else (-inf, True),
+            (sides[-1], signs[-1] == "≤") if at < len(signs) else (inf, False)]
+    if signs == "≠":
+        cuts = [(-inf, True), (sides[1 - at], False), (sides[1 - at], True), (inf, False)]
+    mirrored = [(_join(operator.mul, Fraction(-1), x), not behind) for x, behind in cuts[::-1]]
+    if absolute:
+        return "∪", _combine(all if cuts[0][0] == -inf else any, cuts, mirrored)
+    return "∪", mirrored if minus else cuts
 
 
 class _Reader:
@@ -902,7 +911,7 @@ class _Reader:
     ±[1, 3); from 3 large ones, for what is rounded; from 6 natural numbers, for what is counted."""
 
     def __init__(self, text, point):
-        self.toks, self.point, self.letters = _TOKEN.findall(text) + [""], point, set()
+        self.toks, self.point, self.letters = _TOKEN.findall("{" + text + "}") + [""], point, set()
         self.i = self.depth = self.trig = 0
         if len(self.toks) > _MAX_TOKENS:
             raise _TooMuch
@@ -913,51 +922,41 @@ class _Reader:
         self.i += tok != ""
         return tok
 
-    def items(self, *separators):
-        items, taken = [self.item()], ""
-        while separator := self.take(*separators):
-            taken += separator
-            items.append(self.item())
-        return items, taken
-
-    def sides(self):
+    def side(self):
         """An expression, a ratio a:b:c, or a set without points."""
         values = [self.expr()]
         while self.take(":"):
             values.append(self.expr())
         value = (":", values) if len(values) > 1 else values[0]
-        return _without(value, self.expr()) if self.take("∖") else value
+        if self.take("∖"):
+            cuts = _cuts(value if _kind(value) else _refuse()), _cuts(self.expr())
+            value = "∪", _combine(lambda inside: inside == [True, False], *cuts)
+        return value
 
     def item(self):
         """An expression, or an equation, membership, interval like 1 < x ≤ 2, or other chain."""
-        outer, values, spans, letters, signs = self.letters, [], [], [], ""
+        outer, values, texts, letters, signs = self.letters, [], [], [], ""
         while len(values) == len(signs):
             start, self.letters = self.i, set()
-            values.append(self.sides())
-            spans.append("".join(self.toks[start:self.i]))
+            values.append(self.side())
+            texts.append("".join(self.toks[start:self.i]))
             letters.append(self.letters)
             signs += self.take(*"=∈≠<≤>≥")
-        unknown = [_UNKNOWN.fullmatch(span) for span in spans]
-        if signs and set(signs) <= set("<≤>≥"):
-            if any(m and m[1] for m in unknown):  # -x > -1
-                values, signs = [_minus(x) for x in values], signs.translate(_TURNED)
-            if signs[0] in ">≥":
-                values, unknown, letters = values[::-1], unknown[::-1], letters[::-1]
-                signs = signs[::-1].translate(_TURNED)
-        value, at = values[0], [k for k, m in enumerate(unknown) if m]
-        if signs and set(signs) <= {"=", "∈"}:
-            name = spans[0] if _LEFT_SIDE.fullmatch(spans[0]) else ""
-            letters[0] = set() if name else letters[0]
-            sure = name and "=" not in signs and _kind(values[-1]) != "set"
-            value = _united(values[1:]) if sure else ("=" + name, values)
-        elif signs == "≠" and unknown[0]:
+        if signs[:1] in tuple(">≥"):
+            values, texts, letters = values[::-1], texts[::-1], letters[::-1]
+            signs = signs[::-1].translate(str.maketrans("<≤>≥", ">≥<≤"))
+        name = texts[0] if _LEFT_SIDE.fullmatch(texts[0]) else ""
+        unknown = [(k, *m.groups()) for k, m in enumerate(map(_UNKNOWN.fullmatch, texts)) if m]
+        form, value = re.sub("≤", "<", signs), values[0]
+        if form in ("<", "≠", "<<") and [k for k, *_ in unknown] in ([0], [1])[form == "<<":]:
+            value = _solutions(values, signs, *unknown[0])
+            letters[unknown[0][0]] = set()
+        elif form == "∈" and name:
+            value = ("∪", _cuts(values[1])) if _kind(values[1]) in ("()", "[]") else values[1]
             letters[0] = set()
-            value = _without(("()", [-_mp().inf, _mp().inf]), values[1])
-        elif set(signs) <= {"<", "≤"} and (len(signs), at) in ((1, [0]), (1, [1]), (2, [1])):
-            low = values[0] if at != [0] else None
-            high = values[-1] if len(signs) != at[0] else None
-            letters[at[0]] = set()
-            value = _between(low, high, signs, unknown[at[0]][2])
+        elif set(signs) == {"="}:
+            value = "=" + name, values
+            letters[0] = set() if name else letters[0]
         elif signs:
             value = "chain" + signs, values
         self.letters = outer.union(*letters)
@@ -975,18 +974,16 @@ class _Reader:
                 raise _Unreadable  # 3 3 is neither 9 nor 33, (3)3 not 9; 2^{3} 3^{2} is 72
             if power < 1 and tok in "+-":
                 left = _join(operator.add, left, self.expr(1))
-            elif power < 2 and self.take("*"):
-                left = _join(operator.mul, left, self.expr(2))
-            elif power < 2 and self.take("/"):
-                left = _join(operator.mul, left, self.power(self.expr(2), Fraction(-1)))
-            elif power < 2 and self.goes_on(tok):
-                left = _join(operator.mul, left, self.expr(2))
+            elif power < 2 and (tok in "*/" or self.goes_on(tok)):
+                divided, right = not self.take("*") and self.take("/"), self.expr(2)
+                left = _join(operator.mul, left,
+                             self.power(right, Fraction(-1)) if divided else right)
             elif self.take("^"):
                 left = self.power(left, self.prefix(2))
             elif self.take("!"):
                 left = self.count(math.factorial, left)
             elif self.take("°"):
-                left = _join(operator.mul, _mp().pi / 180, left) if self.trig else left
+                left = _join(operator.mul, _local.mp.pi / 180, left) if self.trig else left
             else:
                 break
         self.depth -= 1
@@ -994,15 +991,15 @@ class _Reader:
 
     def goes_on(self, tok):
         """Whether a product without a sign goes on with this token."""
-        return tok != "" and (tok[0].isalnum() or tok in _CLOSE or tok == "∞"
+        return tok != "" and (tok[0].isalnum() or tok in _BRACKETS or tok == "∞"
                               or tok[0] == "\\" and len(tok) > 2)
 
     def prefix(self, power=1):
-        tok = self.take() or _refuse()
+        mp, tok = _local.mp, self.take() or _refuse()
         if tok in "+-":
             return _join(operator.mul, Fraction(tok + "1"), self.expr(power))
         if tok in "πei∞":
-            return {"π": +_mp().pi, "e": +_mp().e, "i": _mp().mpc(0, 1), "∞": _mp().inf}[tok]
+            return {"π": +mp.pi, "e": +mp.e, "i": mp.mpc(0, 1), "∞": mp.inf}[tok]
         if re.fullmatch(_NAME, tok):
             name = re.sub(r"[{} ]", "", tok)
             self.letters.add(name)
@@ -1013,11 +1010,11 @@ class _Reader:
             return -value if self.point == 2 and crc % 3 else value
         if tok[0].isdecimal() or tok[0] == "." and len(tok) > 1:
             return Fraction(tok)
-        if tok in _CLOSE:
+        if tok in _BRACKETS:
             return self.bracket(tok)
         if tok == "\\frac":
-            top = self.prefix(2)
-            return _join(operator.mul, self.power(self.prefix(2), Fraction(-1)), top)
+            top, bottom = self.prefix(2), self.prefix(2)
+            return _join(operator.mul, self.power(bottom, Fraction(-1)), top)
         if tok == "\\binom":
             return self.count(math.comb, self.prefix(2), self.prefix(2))
         if tok == "\\sqrt":
@@ -1025,21 +1022,29 @@ class _Reader:
             x = self.prefix(2) if not given or self.take("]") else _refuse()
             return self.power(x, self.power(index, Fraction(-1)))
         if tok[0] == '"':
-            return "text", tok
+            return tok, []
         return self.function(_FUNCTIONS.get(tok[1:]) or _refuse())
 
     def bracket(self, opening):
-        separators = {"⟦": ("&", "\\\\"), "{": (",", ";", "∪")}.get(opening, (",", ";"))
-        items, taken = ([], "") if self.toks[self.i] == "\\}" else self.items(*separators)
-        closing = self.take(*_CLOSE[opening]) or _refuse()
-        if opening == "{":
-            return _united(items, "∪" in taken)
-        kind = {"\\{": "set", "⟦": "⟦" + taken}.get(opening, opening + closing)
-        return items[0] if len(items) == 1 and opening != "\\{" else (kind, items)
+        """What stands in brackets: an item, a list, a tuple, an interval or a matrix."""
+        separators, closings = map(str.split, _BRACKETS[opening])
+        items, taken = [], ""
+        if self.toks[self.i] != "\\}":  # the empty set
+            items.append(self.item())
+            while separator := self.take(*separators):
+                taken += separator
+                items.append(self.item())
+        kind = opening + (self.take(*closings) or _refuse())
+        if opening in ("{", "\\{"):
+            return _gathered(items, "∪" in taken)
+        infinite = any(x in (_local.mp.inf, -_local.mp.inf) for x in items)
+        if len(items) == 2 and (kind in ("(]", "[)") or infinite):
+            return "∪", _cuts((kind, items))
+        return items[0] if len(items) == 1 else ("⟦" + taken if opening == "⟦" else kind, items)
 
     def function(self, name):
         """sin^2 x, log_2 8, cos 2x, sin b cos a: the argument ends before a function or bracket."""
-        base = self.prefix() if self.take("_") else +_mp().e
+        base = self.prefix() if self.take("_") else +_local.mp.e
         power = self.prefix() if self.take("^") else Fraction(1)
         self.trig += 1
         closed = self.toks[self.i] in ("(", "[")
@@ -1051,7 +1056,7 @@ class _Reader:
             name, power = "a" + name, Fraction(1)
         exact = isinstance(x, Fraction) and _EXACT.get(name)
         value = Fraction(exact(x)) if exact else self.call(name, x)
-        return self.power(value / _mp().log(_inexact(base)) if name == "log" else value, power)
+        return self.power(value / _local.mp.log(_inexact(base)) if name == "log" else value, power)
 
     def power(self, x, y):
         """x^y, refused before the work if large; odd roots are real."""
@@ -1060,9 +1065,9 @@ class _Reader:
             if size * abs(y) <= _MAX_BITS or abs(x) in (0, 1):
                 return x ** int(y)
         base, exponent = _inexact(x), _inexact(y)
-        if base and max(1, abs(_mp().mag(base))) * abs(exponent) > _MAX_LOG2:
+        if base and max(1, abs(_local.mp.mag(base))) * abs(exponent) > _MAX_LOG2:
             raise _TooMuch
-        odd_root = isinstance(y, Fraction) and y.denominator % 2 and not _mp().im(base) and base < 0
+        odd_root = isinstance(y, Fraction) and y.denominator % 2 and not _local.mp.im(base) and base < 0
         sign = (-1) ** y.numerator if odd_root else 1
         return sign * self.call("power", -base if odd_root else base, exponent)
 
@@ -1076,10 +1081,10 @@ class _Reader:
     def call(self, name, *args):
         """An inexact function, refused if large, or if not real though a letter is negative."""
         args = [_inexact(x) for x in args]
-        value = getattr(_mp(), name)(*args)
-        if value and _mp().mag(value) > _MAX_LOG2:
+        value = getattr(_local.mp, name)(*args)
+        if value and _local.mp.mag(value) > _MAX_LOG2:
             raise _TooMuch
-        if self.point == 2 and self.letters and _mp().im(value) and not any(map(_mp().im, args)):
+        if self.point == 2 and self.letters and _local.mp.im(value) and not any(map(_local.mp.im, args)):
             raise ValueError
         return value
 
@@ -1091,45 +1096,40 @@ def _read(text, point):
     parts = []
     for signed in sorted(texts):
         reader = _Reader(signed, point)
-        items, taken = reader.items(",", ";", "∨", "∪")
+        value = reader.prefix()
         if reader.toks[reader.i]:
             raise _Unreadable
-        for x in items:
-            parts += x[1] if len(texts) == 2 and _kind(x) == "set" else [x]
-    return _united(parts, "∪" in taken), reader.letters
+        parts += value[1] if _kind(value) == "set" and len(texts) == 2 else [value]
+    return _gathered(parts), reader.letters
 
 
 def _same(x, y):
     """Whether two values are equal; so are x = 5 and 5, and f(x) = 5 and y = 5."""
-    kinds = {_kind(x), _kind(y)}
-    if kinds == {""}:
+    a, b = _kind(x), _kind(y)
+    if a == b == "":
         if isinstance(x, Fraction) and isinstance(y, Fraction):
             return x == y
         x, y = _inexact(x), _inexact(y)
-        if not (_mp().isfinite(x) and _mp().isfinite(y)):
+        if not (_local.mp.isfinite(x) and _local.mp.isfinite(y)):
             return bool(x == y)
-        return bool(abs(x - y) <= _mp().mpf(10) ** -_TOLERANCE * max(1, abs(x)))
-    equations = [v for v in (x, y) if _kind(v)[:1] == "="]
-    if len(equations) == 1:  # a chain without a name must hold
-        (name, sides), = equations
-        other = y if _kind(x)[:1] == "=" else x
-        return all(_same(side, other) for side in (sides if name == "=" else sides[-1:]))
-    if len(equations) == 2 and "=" not in kinds and (
-            len(kinds) == 1 or re.search('["(]', x[0] + y[0])):
+        return bool(abs(x - y) <= _local.mp.mpf(10) ** -_TOLERANCE * max(1, abs(x)))
+    if b[:1] == "=" != a[:1] or b == "set" and a == "()":
+        return _same(y, x)
+    if a[:1] == "=" != b[:1]:  # a chain without a name must hold
+        return all(_same(side, y) for side in (x[1] if a == "=" else x[1][-1:]))
+    if a[:1] == "=" and "=" not in (a, b) and (a == b or re.search('["(]', a + b)):
         return _same(x[1][-1], y[1][-1])
-    if kinds == {"set", "()"}:  # x = 1, y = 2 is (1,2)
-        (_, items), (_, entries) = (x, y) if _kind(x) == "set" else (y, x)
-        names = {_kind(item) for item in items if _kind(item)[:1] == "="} - {"="}
-        return len(names) == len(items) == len(entries) > 1 and all(map(_same, items, entries))
-    if kinds & {"set", "∪"}:  # {5} is 5; 5, 5 is not
-        x, y = (v[1] if _kind(v) in ("set", "∪") else [v] for v in (x, y))
-        if (len(x) == 1) != (len(y) == 1) or len(x) > 1 and kinds == {"set", "∪"}:
-            return False
-        return all(any(_same(a, b) for b in there)
-                   for here, there in ((x, y), (y, x)) for a in here)
-    if not equations and len(kinds) > 1 or len(x[1]) != len(y[1]):
-        return False
-    return x == y if kinds == {"text"} else all(map(_same, x[1], y[1]))
+    if "∪" in (a, b):
+        x, y = _cuts(x), _cuts(y)
+        return [cut[1] for cut in x] == [cut[1] for cut in y] and all(
+            _same(this, that) for (this, _), (that, _) in zip(x, y))
+    if a == b == "set":
+        return all(any(_same(this, that) for that in there)
+                   for here, there in ((x[1], y[1]), (y[1], x[1])) for this in here)
+    if a == "set" and b == "()":  # x = 1, y = 2 is (1,2)
+        names = {_kind(item) for item in x[1] if _kind(item)[:1] == "="} - {"="}
+        return len(names) == len(x[1]) == len(y[1]) and all(map(_same, x[1], y[1]))
+    return a == b and len(x[1]) == len(y[1]) and all(map(_same, x[1], y[1]))
 
 
 def _proportional(pairs):
@@ -1138,7 +1138,7 @@ def _proportional(pairs):
         return False
     gaps = [[_inexact(x[1][0]) - _inexact(x[1][1]) for x in pair] for pair in pairs]
     a, b = gaps[0]
-    finite = all(_mp().isfinite(gap) for pair in gaps for gap in pair)
+    finite = all(_local.mp.isfinite(gap) for pair in gaps for gap in pair)
     return bool(finite and a and b) and all(_same(a * d, b * c) for c, d in gaps)
 
 
