@@ -632,34 +632,31 @@ def extract_answer(response: str) -> str | None:
 
 def _boxed(text):
     """The last balanced box, with those joined to it, or ""; in one pass."""
-    opened, boxes, answer, next_start = [], [], "", None
+    opened, boxes, answer, edge = [], [], "", None
     for m in _BRACE.finditer(text):
-        if m[1] or m[0] == "{":
+        if m[0][0] != "}" and m[0] not in ("\\{", "\\}"):
             opened.append(m)
+        elif m[0] == "}" and opened and opened[-1][1]:
+            boxes.append((opened.pop(), m))
         elif m[0] == "}" and opened:
-            brace = opened.pop()
-            while brace[1] and boxes and boxes[-1][0] > brace.start():
-                boxes.pop()  # a box in a box
-            boxes += [(brace.start(), brace.end(), m.start(), m.end())] if brace[1] else []
-    while boxes and len(answer) <= _MAX_CHARS:
-        start, a, b, end = boxes.pop()
-        box, gap = text[a:b], text[end:next_start]
-        if next_start and (len(gap) > 80 or not _JOINER.fullmatch(gap)):
+            opened.pop()
+    for start, end in reversed(boxes):
+        gap, box = text[end.end():edge], text[start.end():end.start()]
+        if edge is not None and end.end() > edge:
+            continue  # a box in a box
+        if edge is not None and (len(gap + answer) > _MAX_CHARS or not _JOINER.fullmatch(gap)):
             break  # an earlier thought
-        if box != answer:  # else the same said twice
-            answer = f"{box} and {answer}" if next_start else box
-        next_start = start
+        answer = f"{box} and {answer}" if edge is not None and box != answer else box
+        edge = start.start()
     return answer
 
 
 def _answer_line(text):
     """What follows the last "Answer:", undressed, or ""."""
-    ends = [m.end() for m in _ANSWER_LINE.finditer(text)]
-    if not ends:
-        return ""
-    rest = text[ends[-1]:ends[-1] + _MAX_CHARS].lstrip(" \t\r\n*_`")
-    close = {"\\[": "\\]", "$$": "$$"}.get(rest[:2], "\n")
-    line = rest.removeprefix("\\[").removeprefix("$$").split(close)[0]
+    _, *answers = _ANSWER_LINE.split(text)
+    rest = answers[-1][:_MAX_CHARS].lstrip(" \t\r\n*_`") if answers else ""
+    opening = rest[:2] if rest[:2] in ("\\[", "$$") else ""
+    line = rest.removeprefix(opening).split({"\\[": "\\]", "$$": "$$"}.get(opening, "\n"))[0]
     return re.split(r"<\||</|\. I hope", line)[0].strip(" \t*_`")
 
 
@@ -669,9 +666,9 @@ _SYMBOLS = r"""\times * \cdot * \ast * \div / \pm ± \mp ∓ \le ≤ \leq ≤ \l
     \degree ° \prime ' \lbrace \{ \rbrace \} \lvert | \rvert | \vert | \mid | \langle ( \rangle )
     \dfrac \frac \tfrac \frac \cfrac \frac \dbinom \binom \tbinom \binom \exp e^ exp e^ \varphi φ
     \lfloor \floor( \rfloor ) \lceil \ceil( \rceil ) >= ≥ \varepsilon ε \ell l \hbar ħ pi π ** ^
-    \alpha α \beta β \gamma γ \delta δ \epsilon ε \zeta ζ \eta η \theta θ \iota ι \kappa κ \nu ν
-    \lambda λ \mu μ \xi ξ \pi π \rho ρ \sigma σ \tau τ \phi φ \chi χ \psi ψ \omega ω infinity ∞
-    inf ∞ infty ∞ \ne ≠ \neq ≠ != ≠ \setminus ∖ \smallsetminus ∖ \backslash ∖ \colon :""".split()
+    inf ∞ infty ∞ infinity ∞ \lambda λ \ne ≠ \neq ≠ != ≠ \setminus ∖ \smallsetminus ∖ \backslash ∖ \colon :""".split()
+_GREEK = "alpha beta gamma delta epsilon zeta eta theta kappa mu nu xi pi rho sigma tau phi chi psi omega"
+_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve"
 _SPACES = r"""\left \right \displaystyle \mathbf \mathbb \mathcal \mathit \boldsymbol \bm \boxed
     \fbox \pounds \euro \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \rm \bf \it \large \Large
     \underline \text \textbf \mbox \mathrm""".split()
@@ -679,12 +676,14 @@ _FUNCTIONS = dict(ln="log", lg="log10", arcsin="asin", arccos="acos", arctan="at
     name: name for name in "sin cos tan sec csc cot log floor ceil".split()}
 _EXACT = {"floor": math.floor, "ceil": math.ceil, "fabs": abs}
 _WORDS = dict(zip(_SYMBOLS[::2], _SYMBOLS[1::2])) | dict.fromkeys(_SPACES, " ") | {
-    name: f"\\{name} " for name in [*_FUNCTIONS, "sqrt"]}
+    name: f"\\{name} " for name in [*_FUNCTIONS, "sqrt"]} | {
+    f"\\{name}": unicodedata.lookup(f"greek small letter {name}") for name in _GREEK.split()} | {
+    name: f" {number} " for number, name in enumerate(_NUMBERS.split())}
 _UNITS = """cm mm km kg mL ft in yd lb lbs oz hr hrs min sec mph kph sq deg pts day Hz kHz
     MHz eV keV MeV GeV Pa kPa atm mol nm kJ kW kV Mpc AU erg USD per pct yes no No odd""".split()
 _HEDGE = (  # words that are no units, nor may stand before a value
-    r"\b(?:not?|never|none|if|when|for|mod\w*|more|less|fewer|least|most|than|to|but|only|half"
-    r"|twice|times|squared|cubed|factorial|negative|minus|plus|over|under|above|below|either|wrong"
+    r"\b(?:not?|never|none|if|when|for|mod\w*|more|less|fewer|least|most|than|to|but|only|half|third|quarter"
+    r"|base|twice|times|squared|cubed|factorial|negative|minus|plus|over|under|above|below|either|wrong"
     r"|incorrect|false|\w*(?:ten|hundred|thousand|illion|dozen)(?:th)?)s?\b")
 _NOT_UNIT = re.compile(_HEDGE + "|[=<>∪∨]")
 _TEXT = r"\\(?:text\w{0,6}|mbox|mathrm|operatorname)\s*\{\s*"
@@ -692,14 +691,13 @@ _UNIT_TEXT = r"(?:[^{}\d=^]|\^\{?-?\d\}?)*"
 _EXPONENT = r"(?: ?\^ ?(?:\{[^{}]*\}|-?\d))?"
 _CHARS = str.maketrans(dict(zip("−–×·⋅÷⁄′⩽⩾∣\"\u200b", "--***//'≤≥|  ")) | {
     "√": "\\sqrt ", "∅": "\\{\\}", "\f": "\\f", "\b": "\\b"})
-_BASES = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
 def _word(m):
     """A symbol for a command or a run of letters; quotes for a run that is no product."""
     word = m[0]
     long = len(word) > 3 and word.isalpha() and not word.isupper()
-    return _WORDS.get(word) or (f'"{word}"' if long or word in _UNITS else word)
+    return _WORDS.get(word.strip('"')) or (f'"{word}"' if long or word in _UNITS else word)
 
 
 def _unit(m):
@@ -710,27 +708,13 @@ def _unit(m):
     return m[0] if letter or _NOT_UNIT.search(words) else " "
 
 
-def _mixed(m):
-    """A mixed number is a sum; an improper one is made unreadable."""
-    whole, top, bottom = map(int, re.findall(r"\d+", m[0]))
-    return f" ({whole}+{top}/{bottom}) " if 0 < top < bottom else f" ?{m[0]} "
-
-
-def _repeating(m):
-    """A repeating decimal is a fraction."""
-    whole, start, cycle = m[1] or "0", m[2], m[3] or m[4]
-    top, scale = int(whole + start + cycle) - int(whole + start), 10 ** len(start)
-    return f"({top}/{scale * (10 ** len(cycle) - 1)})"
-
-
 _TABLE = [(re.compile(row[0]), *row[1:]) for row in (  # pattern, replacement, example, its result
     (r"(?s)(?<!\\)\\\\(?=[A-Za-z\\])(?!.*\\end)", r"\\", r"\\frac{1}{2}", r"\frac{1}{2}"),
     (r"\\mathbb\s*\{?R\}?", r"(-∞,∞)", r"x \in \mathbb{R}", "x ∈ (-∞,∞)"),
     (r"(\d)\s*(?:\{\s*,\s*\}|,\\!)\s*(?=\d{3})", r"\1", r"10{,}080; 32,\!348", "10080; 32348"),
-    (r"(?<!\d)(\d*)\.(\d*)(?:\\(?:overline|bar) ?\{(\d+)\}|(?:\\dot ?\{?(\d)\}?))", _repeating,
-     r"0.1\overline{6}", "(15/90)"),
-    (rf"(base\W*|(?<=\d)\s?_\W*(?:text\W*)?)({'|'.join(_BASES[2:])})\b",
-     lambda m: f"{m[1]}{_BASES.index(m[2])}", r"204_{\text{five}}", "204_{ 5 }"),
+    (r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}", lambda m: "({}.{}+{}/{}/{})".format(
+        m[1] or 0, m[2], m[3], 10 ** len(m[3]) - 1, 10 ** len(m[2])),
+     r"0.1\overline{6}", "(0.1+6/9/10)"),
     (r"\\!|(?<!\\)\\[()\[\]]|\\(?:text)?color ?\{\w+\}|\\hspace\*? ?\{[^{}]*\}", "",
      r"\(33\); \color{red}{33}", "33; {33}"),
     (r"\\\$|\\?%|[$€£¥¢~]|\\q?quad|(?<!\\)\\(?:[,;:> ]|$)", " ",
@@ -763,8 +747,9 @@ _TABLE = [(re.compile(row[0]), *row[1:]) for row in (  # pattern, replacement, e
     (r"^ ?(?:\w ?)?≈| ?≈ ?-?\d[\d.]* ?(?=$|[,;)}])", "", r"x = 1/3 \approx 0.33", "x = 1/3"),
     (r"(?<![\d.,(\[{_])(?<!\d )[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d)\]}]|,\d|\\})",
      lambda m: re.sub(r"\D", "", m[0]), "58,500; 1 000; (58,500)", "58500; 1000; (58,500)"),
-    (r"(?<![\d.^_/])\d+ ?(?:\\frac ?\{ ?\d+ ?\} ?\{ ?\d+ ?\}|(?<= )\d+/\d+)", _mixed,
-     r"3\frac12; 3½", "(3+1/2) ; (3+1/2)"),
+    (r"(?<![\d.^_/])(\d+) ?(?:(\\frac ?\{) ?|(?<= ))(\d+) ?(?(2)\} ?\{ ?|/)(\d+)(?(2) ?\})",
+     lambda m: f"({m[1]}+{m[3]}/{m[4]})" if 0 < int(m[3]) < int(m[4]) else f"?{m[0]}",
+     r"3\frac12; 3½; 3 5/2", "(3+1/2); (3+1/2); ?3 5/2"),
     (r"[., :;]+$", lambda m: m[0] if ".." in m[0] else "", "33. ", "33"),
     (r"(?<=\d)( [mgshLJNWVK](?:/[smhL])?|m/s|(?:(?<=\.\d)|(?<=\.\d\d))m(?=\^))(\^?\{?\d\}?)? ?$",
      r' "\1\2"', "5 m/s; 0.99m^2", "5 m/s; 0.99"),
@@ -793,9 +778,8 @@ def _normalise(text):
 # --- a parser that computes
 #   answer := "{" items "}"
 #   items  := item (separator item)*        a comma, ";" or, in bare answers, "∨" ("and", "or"), "∪"
-#   item   := side (("=" | "∈" | "≠" | "<" | "≤" | ">" | "≥") side)*
-#   side   := expr (":" expr)* ("∖" expr)*
-#   expr   := base, then from loose to tight: + - | * / and no sign | ^ ! °
+#   item   := expr (("=" | "∈" | "≠" | "<" | "≤" | ">" | "≥") expr)*
+#   expr   := base, then from loose to tight: ":" "∖" | + - | * / and no sign | ^ ! °
 #   base   := number | name | sign expr | "words" | \frac arg arg | \binom arg arg
 #           | ( items ) and its kin [ ] { } \{ \} and matrices, ⟦ items ⟧ with "&" and "\\"
 #           | \sqrt [expr] arg | \sin^arg expr and its kin (\abs, \floor)
@@ -922,23 +906,12 @@ class _Reader:
         self.i += tok != ""
         return tok
 
-    def side(self):
-        """An expression, a ratio a:b:c, or a set without points."""
-        values = [self.expr()]
-        while self.take(":"):
-            values.append(self.expr())
-        value = (":", values) if len(values) > 1 else values[0]
-        if self.take("∖"):
-            cuts = _cuts(value if _kind(value) else _refuse()), _cuts(self.expr())
-            value = "∪", _combine(lambda inside: inside == [True, False], *cuts)
-        return value
-
     def item(self):
         """An expression, or an equation, membership, interval like 1 < x ≤ 2, or other chain."""
         outer, values, texts, letters, signs = self.letters, [], [], [], ""
         while len(values) == len(signs):
             start, self.letters = self.i, set()
-            values.append(self.side())
+            values.append(self.expr(-1))
             texts.append("".join(self.toks[start:self.i]))
             letters.append(self.letters)
             signs += self.take(*"=∈≠<≤>≥")
@@ -963,7 +936,7 @@ class _Reader:
         return value
 
     def expr(self, power=0):
-        """Sums bind at 1, products at 2; powers, factorials and degrees, at 3, always."""
+        """Ratios and differences of sets bind at 0, sums at 1, products at 2, powers always."""
         self.depth += 1
         if self.depth > _MAX_DEPTH:
             raise _TooMuch
@@ -972,7 +945,12 @@ class _Reader:
             if tok[0].isdecimal() and (self.i == start + 1 or self.toks[self.i - 1] in ")}" and (
                     self.toks[self.i + 1] != "^")):
                 raise _Unreadable  # 3 3 is neither 9 nor 33, (3)3 not 9; 2^{3} 3^{2} is 72
-            if power < 1 and tok in "+-":
+            if power < 0 and self.take(":"):
+                left = ":", [*(left[1] if _kind(left) == ":" else [left]), self.expr()]
+            elif power < 0 and self.take("∖"):
+                cuts = _cuts(left if _kind(left) else _refuse()), _cuts(self.expr())
+                left = "∪", _combine(lambda inside: inside == [True, False], *cuts)
+            elif power < 1 and tok in "+-":
                 left = _join(operator.add, left, self.expr(1))
             elif power < 2 and (tok in "*/" or self.goes_on(tok)):
                 divided, right = not self.take("*") and self.take("/"), self.expr(2)
@@ -1110,9 +1088,8 @@ def _same(x, y):
         if isinstance(x, Fraction) and isinstance(y, Fraction):
             return x == y
         x, y = _inexact(x), _inexact(y)
-        if not (_local.mp.isfinite(x) and _local.mp.isfinite(y)):
-            return bool(x == y)
-        return bool(abs(x - y) <= _local.mp.mpf(10) ** -_TOLERANCE * max(1, abs(x)))
+        near = abs(x - y) <= _local.mp.mpf(10) ** -_TOLERANCE * max(1, abs(x))
+        return bool(near if _local.mp.isfinite(x) and _local.mp.isfinite(y) else x == y)
     if b[:1] == "=" != a[:1] or b == "set" and a == "()":
         return _same(y, x)
     if a[:1] == "=" != b[:1]:  # a chain without a name must hold
@@ -1126,20 +1103,19 @@ def _same(x, y):
     if a == b == "set":
         return all(any(_same(this, that) for that in there)
                    for here, there in ((x[1], y[1]), (y[1], x[1])) for this in here)
-    if a == "set" and b == "()":  # x = 1, y = 2 is (1,2)
-        names = {_kind(item) for item in x[1] if _kind(item)[:1] == "="} - {"="}
-        return len(names) == len(x[1]) == len(y[1]) and all(map(_same, x[1], y[1]))
-    return a == b and len(x[1]) == len(y[1]) and all(map(_same, x[1], y[1]))
+    names = {_kind(v) for v in x[1] if _kind(v)[:1] == "=" != _kind(v)} if b == "()" else set()
+    named = a == "set" and len(names) == len(x[1])  # x = 1, y = 2 is (1,2)
+    return (a == b or named) and len(x[1]) == len(y[1]) and all(map(_same, x[1], y[1]))
 
 
 def _proportional(pairs):
     """Whether two equations are multiples of each other at all sample points."""
-    if len(pairs) < 2 or any(_kind(x)[:1] != "=" or len(x[1]) != 2 for pair in pairs for x in pair):
+    if any(_kind(x)[:1] != "=" or len(x[1]) != 2 for pair in pairs for x in pair):
         return False
-    gaps = [[_inexact(x[1][0]) - _inexact(x[1][1]) for x in pair] for pair in pairs]
-    a, b = gaps[0]
+    gaps = [[_inexact(left) - _inexact(right) for _, (left, right) in pair] for pair in pairs]
+    (a, b), *others = gaps
     finite = all(_local.mp.isfinite(gap) for pair in gaps for gap in pair)
-    return bool(finite and a and b) and all(_same(a * d, b * c) for c, d in gaps)
+    return bool(others and finite and a and b) and all(_same(a * d, b * c) for c, d in others)
 
 
 def _key(text):
@@ -1161,17 +1137,16 @@ def _equal(given, gold):
         given, gold = label[1 if re.fullmatch(r"\(?[A-Ha-h]\)?", other) else 2], other
     if _key(given) == _key(gold):
         return _key(given) != ""
-    pairs = []
-    counts = re.search(r"!|\\binom", given + gold)
-    rounds = re.search(r"\\floor|\\ceil", given + gold)
+    pairs, both = [], given + gold
+    counts, rounds = re.search(r"!|\\binom", both), re.search(r"\\floor|\\ceil", both)
     for point in range(6, 12) if counts else range(3, 6) if rounds else range(3):
         try:
             (x, letters), (y, more) = _read(given, point), _read(gold, point)
         except (ZeroDivisionError, ValueError, OverflowError):
             continue  # undefined at this point
+        pairs.append((x, y))
         if bool(letters) != bool(more) and _kind(x)[:1] + _kind(y)[:1] != "==":
             return False  # a letter too many
-        pairs.append((x, y))
         if not letters | more:
             break
     return bool(pairs) and (all(_same(*pair) for pair in pairs) or _proportional(pairs))
