@@ -661,35 +661,36 @@ def _answer_line(text):
 
 
 # --- normalisation
-_SYMBOLS = r"""\times * \cdot * \ast * \div / \pm ± \mp ∓ \le ≤ \leq ≤ \leqslant ≤ \ge ≥ \geq ≥ <= ≤
-    \geqslant ≥ \lt < \gt > \approx ≈ \in ∈ \cup ∪ \infty ∞ \emptyset \{\} \varnothing \{\} \circ °
-    \degree ° \prime ' \lbrace \{ \rbrace \} \lvert | \rvert | \vert | \mid | \langle ( \rangle )
-    \dfrac \frac \tfrac \frac \cfrac \frac \dbinom \binom \tbinom \binom \exp e^ exp e^ \varphi φ
-    \lfloor \floor( \rfloor ) \lceil \ceil( \rceil ) >= ≥ \varepsilon ε \ell l \hbar ħ pi π ** ^
-    inf ∞ infty ∞ infinity ∞ \lambda λ \ne ≠ \neq ≠ != ≠ \setminus ∖ \smallsetminus ∖ \backslash ∖ \colon :""".split()
-_GREEK = "alpha beta gamma delta epsilon zeta eta theta kappa mu nu xi pi rho sigma tau phi chi psi omega"
-_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve"
-_SPACES = r"""\left \right \displaystyle \mathbf \mathbb \mathcal \mathit \boldsymbol \bm \boxed
-    \fbox \pounds \euro \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \rm \bf \it \large \Large
-    \underline \text \textbf \mbox \mathrm""".split()
+_GREEK = "alpha beta gamma delta epsilon zeta eta theta kappa mu nu xi pi rho sigma tau phi chi psi \
+    omega".split()
+_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 _FUNCTIONS = dict(ln="log", lg="log10", arcsin="asin", arccos="acos", arctan="atan", abs="fabs") | {
     name: name for name in "sin cos tan sec csc cot log floor ceil".split()}
 _EXACT = {"floor": math.floor, "ceil": math.ceil, "fabs": abs}
-_WORDS = dict(zip(_SYMBOLS[::2], _SYMBOLS[1::2])) | dict.fromkeys(_SPACES, " ") | {
+_WORDS = {word: symbol for symbol, *words in map(str.split, r"""* \times \cdot \ast | / \div | ± \pm
+    | ∓ \mp | ≤ \le \leq \leqslant <= | ≥ \ge \geq \geqslant >= | < \lt | > \gt | ≠ \ne \neq !=
+    | ≈ \approx | ∈ \in | ∪ \cup | ∞ \infty inf infty infinity | \{\} \emptyset \varnothing | ' \prime
+    | ° \circ \degree | \{ \lbrace | \} \rbrace | ‖ \lvert \rvert \vert \mid | ( \langle | ) \rangle
+    | \frac \dfrac \tfrac \cfrac | \binom \dbinom \tbinom | e^ \exp exp | \floor( \lfloor | ) \rfloor
+    | \ceil( \lceil | ) \rceil | ∖ \setminus \smallsetminus \backslash | : \colon | ^ ** | π pi
+    | φ \varphi | ε \varepsilon | λ \lambda | l \ell | ħ \hbar""".split("|")) for word in words} | {
     name: f"\\{name} " for name in [*_FUNCTIONS, "sqrt"]} | {
-    f"\\{name}": unicodedata.lookup(f"greek small letter {name}") for name in _GREEK.split()} | {
-    name: f" {number} " for number, name in enumerate(_NUMBERS.split())}
+    name: f" {number} " for number, name in enumerate(_NUMBERS)} | {
+    f"\\{name}": unicodedata.lookup(f"greek small letter {name}") for name in _GREEK} | dict.fromkeys(
+    r"""\left \right \displaystyle \mathbf \mathbb \mathcal \mathit \boldsymbol \bm \boxed \fbox \pounds
+    \euro \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \rm \bf \it \large \Large \underline \text
+    \textbf \mbox \mathrm""".split(), " ")
 _UNITS = """cm mm km kg mL ft in yd lb lbs oz hr hrs min sec mph kph sq deg pts day Hz kHz
     MHz eV keV MeV GeV Pa kPa atm mol nm kJ kW kV Mpc AU erg USD per pct yes no No odd""".split()
 _HEDGE = (  # words that are no units, nor may stand before a value
-    r"\b(?:not?|never|none|if|when|for|mod\w*|more|less|fewer|least|most|than|to|but|only|half|third|quarter"
-    r"|base|twice|times|squared|cubed|factorial|negative|minus|plus|over|under|above|below|either|wrong"
-    r"|incorrect|false|\w*(?:ten|hundred|thousand|illion|dozen)(?:th)?)s?\b")
+    r"\b(?:not?|never|none|if|when|for|mod\w*|more|less|fewer|least|most|than|to|but|only|half|third"
+    r"|quarter|base|twice|times|squared|cubed|factorial|negative|minus|plus|over|under|above|below"
+    r"|either|wrong|incorrect|false|\w*(?:ten|hundred|thousand|illion|dozen)(?:th)?)s?\b")
 _NOT_UNIT = re.compile(_HEDGE + "|[=<>∪∨]")
 _TEXT = r"\\(?:text\w{0,6}|mbox|mathrm|operatorname)\s*\{\s*"
 _UNIT_TEXT = r"(?:[^{}\d=^]|\^\{?-?\d\}?)*"
 _EXPONENT = r"(?: ?\^ ?(?:\{[^{}]*\}|-?\d))?"
-_CHARS = str.maketrans(dict(zip("−–×·⋅÷⁄′⩽⩾∣\"\u200b", "--***//'≤≥|  ")) | {
+_CHARS = str.maketrans(dict(zip("−–×·⋅÷⁄′⩽⩾∣|\"\u200b", "--***//'≤≥‖‖  ")) | {
     "√": "\\sqrt ", "∅": "\\{\\}", "\f": "\\f", "\b": "\\b"})
 
 
@@ -742,8 +743,8 @@ _TABLE = [(re.compile(row[0]), *row[1:]) for row in (  # pattern, replacement, e
     (r"\\(frac|binom) ?(\{[^{}]*\}) ?(\d)(?!\d)", r"\\\1\2{\3}", r"\frac43", r"\frac{4}{3}"),
     (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}", r"{5 \choose 3}", r"\binom{5 }{ 3}"),
     (r"(?<=\d) ?[xX] ?(?=10 ?\^)", "*", "2.5 x 10^3", "2.5*10^3"),
-    (r"^ ?\\\{ ?[a-z] ?(?:∈ ?\(-∞,∞\) ?)?[|:](.*)\\\} ?$", r"\1", r"\{x \mid x > 5\}", "x > 5"),
-    (r"\|([^|]*)\|", r"\\abs(\1)", "|x|", r"\abs(x)"),
+    (r"^ ?\\\{ ?[a-z] ?(?:∈ ?\(-∞,∞\) ?)?[‖:](.*)\\\} ?$", r"\1", r"\{x \mid x > 5\}", "x > 5"),
+    (r"‖([^‖]*)‖", r"\\abs(\1)", "|x|", r"\abs(x)"),
     (r"^ ?(?:\w ?)?≈| ?≈ ?-?\d[\d.]* ?(?=$|[,;)}])", "", r"x = 1/3 \approx 0.33", "x = 1/3"),
     (r"(?<![\d.,(\[{_])(?<!\d )[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d)\]}]|,\d|\\})",
      lambda m: re.sub(r"\D", "", m[0]), "58,500; 1 000; (58,500)", "58500; 1000; (58,500)"),
@@ -791,7 +792,7 @@ _NAME = (r"(?:[^\W\d_]|\d+(?=_)|\\(?:hat|vec|d?dot|tilde|angle|bar|over[a-z]+|wi
          r"(?:\s?\{[^{}]*\}|(?:\s?[^\W\d_])+))'*(?:_\s?(?:\d+|[^\W_]|\{[^{}]*\}))?'*")
 _TOKEN = re.compile(rf'"[^"]*"|{_NAME}|\d+(?:\.\d*)?|\.\d+|\\[A-Za-z]+|\\.|\S')
 _LEFT_SIDE = re.compile(  # x, a_1, y', f(x), f^{-1}(x), P(A) | AB, |AB| | "Area" | {x,y} | ratios
-    rf"""(?:m(?=\\angle))?{_NAME}(?:\^\{{?-1\}}?)?(?:\([\w,∩∪|'"]*\))?
+    rf"""(?:m(?=\\angle))?{_NAME}(?:\^\{{?-1\}}?)?(?:\([\w,∩∪‖'"]*\))?
     |(?:\\abs)?[(\[]?[A-Z]{{1,4}}[)\]]?|"[^"]*"|(?:\(|\\\{{){_NAME}(?:,{_NAME})*(?:\)|\\\}})
     |\\frac\{{(?:d\w|[A-Z]+)\}}\{{(?:d\w|[A-Z]+)\}}|(?:{_NAME}|[A-Z]+)(?::(?:{_NAME}|[A-Z]+))+""",
     re.X)
@@ -1103,8 +1104,9 @@ def _same(x, y):
     if a == b == "set":
         return all(any(_same(this, that) for that in there)
                    for here, there in ((x[1], y[1]), (y[1], x[1])) for this in here)
-    names = {_kind(v) for v in x[1] if _kind(v)[:1] == "=" != _kind(v)} if b == "()" else set()
-    named = a == "set" and len(names) == len(x[1])  # x = 1, y = 2 is (1,2)
+    named = a == "set" and b == "()" and all(_kind(v)[:1] == "=" != _kind(v) for v in x[1])
+    if named and len(set(map(_kind, x[1]))) < len(x[1]):
+        return False  # x = 1, y = 2 is (1,2), but x = 1, x = 2 is not
     return (a == b or named) and len(x[1]) == len(y[1]) and all(map(_same, x[1], y[1]))
 
 
