@@ -634,12 +634,11 @@ def _boxed(text):
     """The last balanced box, with those joined to it, or ""; in one pass."""
     opened, boxes, answer, edge = [], [], "", None
     for m in _BRACE.finditer(text):
-        if m[0][0] != "}" and m[0] not in ("\\{", "\\}"):
+        if m[1] or m[0] == "{":
             opened.append(m)
-        elif m[0] == "}" and opened and opened[-1][1]:
-            boxes.append((opened.pop(), m))
         elif m[0] == "}" and opened:
-            opened.pop()
+            start = opened.pop()
+            boxes += [(start, m)] if start[1] else []
     for start, end in reversed(boxes):
         gap, box = text[end.end():edge], text[start.end():end.start()]
         if edge is not None and end.end() > edge:
@@ -841,33 +840,31 @@ def _join(op, x, y):
     return value if size <= _MAX_BITS else _refuse(_TooMuch)
 
 
-# A set of reals is the list of its cuts (number, behind): where it begins and ends in turn, before
-# or behind the number. (1,2] is [(1, True), (2, True)], and {3} is [(3, False), (3, True)].
-
-
 def _cuts(x):
-    """The cuts of an interval, a number, or a list of numbers, but not of a list of intervals."""
+    """A set of reals as its cuts (number, behind), where it begins and ends in turn.
+
+    (1,2] is [(1, True), (2, True)], 3 is [(3, False), (3, True)]; a list of intervals is no set.
+    """
     kind, parts = x if _kind(x) else ("", x)
-    if kind == "∪":
-        return parts
-    if kind == "set":
-        return _combine(any, *(_cuts(_inexact(number)) for number in parts))
+    if kind in ("∪", "set"):
+        return parts if kind == "∪" else _combine(any, *(_cuts(_inexact(part)) for part in parts))
     if kind in ("()", "(]", "[)", "[]") and len(parts) == 2:
         return [(parts[0], kind[0] == "("), (parts[1], kind[1] == "]")]
-    number = _refuse() if kind[:1] not in ("", "=") else parts[-1] if kind else x
+    number = parts[-1] if kind[:1] == "=" else _refuse() if kind else x
     return [(number, False), (number, True)]
 
 
 def _combine(member, *sets):
     """The cuts of a union (any), an intersection (all) or another combination of sets."""
-    cuts = [(_inexact(cut[0]), cut[1], k, cut) for k, cuts in enumerate(sets) for cut in cuts]
+    cuts = [(_inexact(cut[0]), cut[1], k, place % 2, cut)
+            for k, cuts in enumerate(sets) for place, cut in enumerate(cuts)]
     inside, result = [False] * len(sets), []
-    for _, behind, k, cut in sorted(cuts, key=lambda cut: cut[:3]):
-        before, inside[k] = member(inside), not inside[k]
-        if member(inside) != before and result and result[-1] == cut:
-            result.pop()
-        elif member(inside) != before:
-            result.append(cut)
+    for _, _, k, ends, cut in sorted(cuts, key=lambda cut: cut[:4]):
+        if inside[k] != ends:
+            raise ValueError  # (2,1)
+        before, inside[k] = member(inside), not ends
+        if member(inside) != before:
+            result = result[:-1] if result[-1:] == [cut] else [*result, cut]
     return result
 
 
@@ -909,31 +906,27 @@ class _Reader:
 
     def item(self):
         """An expression, or an equation, membership, interval like 1 < x ≤ 2, or other chain."""
-        outer, values, texts, letters, signs = self.letters, [], [], [], ""
-        while len(values) == len(signs):
+        outer, sides, signs, bound = self.letters, [], "", None
+        while len(sides) == len(signs):
             start, self.letters = self.i, set()
-            values.append(self.expr(-1))
-            texts.append("".join(self.toks[start:self.i]))
-            letters.append(self.letters)
+            value = self.expr(-1)
+            sides.append((value, "".join(self.toks[start:self.i]), self.letters))
             signs += self.take(*"=∈≠<≤>≥")
         if signs[:1] in tuple(">≥"):
-            values, texts, letters = values[::-1], texts[::-1], letters[::-1]
-            signs = signs[::-1].translate(str.maketrans("<≤>≥", ">≥<≤"))
-        name = texts[0] if _LEFT_SIDE.fullmatch(texts[0]) else ""
+            sides, signs = sides[::-1], signs[::-1].translate(str.maketrans("<≤>≥", ">≥<≤"))
+        values, texts, letters = map(list, zip(*sides))
+        name, form, value = _LEFT_SIDE.fullmatch(texts[0]), signs.replace("≤", "<"), values[0]
         unknown = [(k, *m.groups()) for k, m in enumerate(map(_UNKNOWN.fullmatch, texts)) if m]
-        form, value = re.sub("≤", "<", signs), values[0]
         if form in ("<", "≠", "<<") and [k for k, *_ in unknown] in ([0], [1])[form == "<<":]:
-            value = _solutions(values, signs, *unknown[0])
-            letters[unknown[0][0]] = set()
+            bound, value = unknown[0][0], _solutions(values, signs, *unknown[0])
         elif form == "∈" and name:
             value = ("∪", _cuts(values[1])) if _kind(values[1]) in ("()", "[]") else values[1]
-            letters[0] = set()
+            bound = 0
         elif set(signs) == {"="}:
-            value = "=" + name, values
-            letters[0] = set() if name else letters[0]
+            bound, value = (0, ("=" + name[0], values)) if name else (None, ("=", values))
         elif signs:
             value = "chain" + signs, values
-        self.letters = outer.union(*letters)
+        self.letters = outer.union(*(own for k, own in enumerate(letters) if k != bound))
         return value
 
     def expr(self, power=0):
@@ -1046,9 +1039,9 @@ class _Reader:
         base, exponent = _inexact(x), _inexact(y)
         if base and max(1, abs(_local.mp.mag(base))) * abs(exponent) > _MAX_LOG2:
             raise _TooMuch
-        odd_root = isinstance(y, Fraction) and y.denominator % 2 and not _local.mp.im(base) and base < 0
-        sign = (-1) ** y.numerator if odd_root else 1
-        return sign * self.call("power", -base if odd_root else base, exponent)
+        if isinstance(y, Fraction) and y.denominator % 2 and not _local.mp.im(base) and base < 0:
+            return (-1) ** y.numerator * self.call("power", -base, exponent)
+        return self.call("power", base, exponent)
 
     def count(self, function, *args):
         """A factorial or binomial of natural numbers; undefined for others."""
@@ -1059,11 +1052,11 @@ class _Reader:
 
     def call(self, name, *args):
         """An inexact function, refused if large, or if not real though a letter is negative."""
-        args = [_inexact(x) for x in args]
-        value = getattr(_local.mp, name)(*args)
-        if value and _local.mp.mag(value) > _MAX_LOG2:
+        mp, args = _local.mp, [_inexact(x) for x in args]
+        value = getattr(mp, name)(*args)
+        if value and mp.mag(value) > _MAX_LOG2:
             raise _TooMuch
-        if self.point == 2 and self.letters and _local.mp.im(value) and not any(map(_local.mp.im, args)):
+        if self.point == 2 and self.letters and mp.im(value) and not any(map(mp.im, args)):
             raise ValueError
         return value
 
@@ -1104,9 +1097,8 @@ def _same(x, y):
     if a == b == "set":
         return all(any(_same(this, that) for that in there)
                    for here, there in ((x[1], y[1]), (y[1], x[1])) for this in here)
-    named = a == "set" and b == "()" and all(_kind(v)[:1] == "=" != _kind(v) for v in x[1])
-    if named and len(set(map(_kind, x[1]))) < len(x[1]):
-        return False  # x = 1, y = 2 is (1,2), but x = 1, x = 2 is not
+    names = {_kind(v) for v in x[1] if _kind(v)[:1] == "=" != _kind(v)} if a == "set" else set()
+    named = b == "()" and len(names) == len(y[1])  # x = 1, y = 2 is (1,2)
     return (a == b or named) and len(x[1]) == len(y[1]) and all(map(_same, x[1], y[1]))
 
 
@@ -1115,8 +1107,8 @@ def _proportional(pairs):
     if any(_kind(x)[:1] != "=" or len(x[1]) != 2 for pair in pairs for x in pair):
         return False
     gaps = [[_inexact(left) - _inexact(right) for _, (left, right) in pair] for pair in pairs]
-    (a, b), *others = gaps
     finite = all(_local.mp.isfinite(gap) for pair in gaps for gap in pair)
+    (a, b), *others = gaps
     return bool(others and finite and a and b) and all(_same(a * d, b * c) for c, d in others)
 
 
