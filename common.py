@@ -660,31 +660,34 @@ def _answer_line(text):
 
 
 # --- normalisation
-_GREEK = "alpha beta gamma delta epsilon zeta eta theta kappa mu nu xi pi rho sigma tau phi chi psi \
-    omega".split()
+_GREEK = """alpha beta gamma delta epsilon zeta eta theta kappa mu nu xi pi rho sigma tau phi chi
+    psi omega""".split()
 _NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 _FUNCTIONS = dict(ln="log", lg="log10", arcsin="asin", arccos="acos", arctan="atan", abs="fabs") | {
     name: name for name in "sin cos tan sec csc cot log floor ceil".split()}
 _EXACT = {"floor": math.floor, "ceil": math.ceil, "fabs": abs}
-_WORDS = {word: symbol for symbol, *words in map(str.split, r"""* \times \cdot \ast | / \div | ± \pm
-    | ∓ \mp | ≤ \le \leq \leqslant <= | ≥ \ge \geq \geqslant >= | < \lt | > \gt | ≠ \ne \neq !=
-    | ≈ \approx | ∈ \in | ∪ \cup | ∞ \infty inf infty infinity | \{\} \emptyset \varnothing | ' \prime
-    | ° \circ \degree | \{ \lbrace | \} \rbrace | ‖ \lvert \rvert \vert \mid | ( \langle | ) \rangle
-    | \frac \dfrac \tfrac \cfrac | \binom \dbinom \tbinom | e^ \exp exp | \floor( \lfloor | ) \rfloor
-    | \ceil( \lceil | ) \rceil | ∖ \setminus \smallsetminus \backslash | : \colon | ^ ** | π pi
-    | φ \varphi | ε \varepsilon | λ \lambda | l \ell | ħ \hbar""".split("|")) for word in words} | {
-    name: f"\\{name} " for name in [*_FUNCTIONS, "sqrt"]} | {
-    name: f" {number} " for number, name in enumerate(_NUMBERS)} | {
-    f"\\{name}": unicodedata.lookup(f"greek small letter {name}") for name in _GREEK} | dict.fromkeys(
-    r"""\left \right \displaystyle \mathbf \mathbb \mathcal \mathit \boldsymbol \bm \boxed \fbox \pounds
-    \euro \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \rm \bf \it \large \Large \underline \text
-    \textbf \mbox \mathrm""".split(), " ")
+_SPACES = r"""left right displaystyle mathbf mathbb mathcal mathit boldsymbol bm boxed fbox pounds
+    euro big Big bigg Bigg bigl bigr Bigl Bigr rm bf it large Large underline text textbf mbox
+    mathrm"""
+_SPELLINGS = r"""* \times \cdot \ast | / \div | ± \pm | ∓ \mp | ^ ** | : \colon | ∖ \setminus
+    \smallsetminus \backslash | < \lt | > \gt | ≤ \le \leq \leqslant <= | ≥ \ge \geq \geqslant >= |
+    ≠ \ne \neq != | ≈ \approx | ∈ \in | ∪ \cup | ∞ \infty inf infty infinity | \{\} \emptyset
+    \varnothing | ' \prime | ° \circ \degree | \{ \lbrace | \} \rbrace | ( \langle | ) \rangle
+    \rfloor \rceil | \floor( \lfloor | \ceil( \lceil | ‖ \lvert \rvert \vert \mid | \frac \dfrac
+    \tfrac \cfrac | \binom \dbinom \tbinom | e^ \exp exp | π pi | φ \varphi | ε \varepsilon | λ
+    \lambda | l \ell | ħ \hbar"""
+_WORDS = {word: row.split()[0] for row in _SPELLINGS.split("|") for word in row.split()[1:]}
+_WORDS |= {name: f"\\{name} " for name in [*_FUNCTIONS, "sqrt"]}
+_WORDS |= {name: f" {number} " for number, name in enumerate(_NUMBERS)}
+_WORDS |= {f"\\{name}": " " for name in _SPACES.split()}
+_WORDS |= {f"\\{name}": unicodedata.lookup(f"greek small letter {name}") for name in _GREEK}
 _UNITS = """cm mm km kg mL ft in yd lb lbs oz hr hrs min sec mph kph sq deg pts day Hz kHz
     MHz eV keV MeV GeV Pa kPa atm mol nm kJ kW kV Mpc AU erg USD per pct yes no No odd""".split()
 _HEDGE = (  # words that are no units, nor may stand before a value
-    r"\b(?:not?|never|none|if|when|for|mod\w*|more|less|fewer|least|most|than|to|but|only|half|third"
-    r"|quarter|base|twice|times|squared|cubed|factorial|negative|minus|plus|over|under|above|below"
-    r"|either|wrong|incorrect|false|\w*(?:ten|hundred|thousand|illion|dozen)(?:th)?)s?\b")
+    r"\b(?:not?|never|none|if|when|for|mod\w*|more|less|fewer|least|most|than|to|but|only|half"
+    r"|third|quarter|base|twice|times|squared|cubed|factorial|negative|minus|plus|over|under"
+    r"|above|below|either|wrong|incorrect|false"
+    r"|\w*(?:ten|hundred|thousand|illion|dozen)(?:th)?)s?\b")
 _NOT_UNIT = re.compile(_HEDGE + "|[=<>∪∨]")
 _TEXT = r"\\(?:text\w{0,6}|mbox|mathrm|operatorname)\s*\{\s*"
 _UNIT_TEXT = r"(?:[^{}\d=^]|\^\{?-?\d\}?)*"
@@ -797,8 +800,9 @@ _LEFT_SIDE = re.compile(  # x, a_1, y', f(x), f^{-1}(x), P(A) | AB, |AB| | "Area
     re.X)
 _UNKNOWN = re.compile(  # of an inequality: x, x_1, f(x), -x, |x|
     r"(-?)(\\abs\()?(?![πei∞])[^\W\d_](?:_\{?\w\}?|\([^\W\d_]\))?\)?")
-_BRACKETS = {"{": (", ; ∨ ∪", "}"), "(": (", ;", ") ]"), "[": (", ;", ") ]"),  # separators, closings
-             "\\{": (", ;", "\\}"), "⟦": (r"& \\", "⟧")}
+_BRACKETS = {  # opening: separators, closings
+    "{": (", ; ∨ ∪", "}"), "(": (", ;", ") ]"), "[": (", ;", ") ]"), "\\{": (", ;", "\\}"),
+    "⟦": (r"& \\", "⟧")}
 _LABEL = re.compile(r"\(?([A-H])(?:\)|[.:] ) ?((?=.*\d)(?:(?!\b[A-H]\b)[^∪∨])*)")  # (B) 12, B. 12
 
 
@@ -1125,10 +1129,9 @@ def _equal(given, gold):
     if given.strip() == gold.strip():
         return bool(gold.strip())
     given, gold = _normalise(given), _normalise(gold)
-    labels = [_LABEL.fullmatch(text) for text in (given, gold)]
-    if bool(labels[0]) != bool(labels[1]):  # (B) 12 is B and 12
-        label, other = (labels[0], gold) if labels[0] else (labels[1], given)
-        given, gold = label[1 if re.fullmatch(r"\(?[A-Ha-h]\)?", other) else 2], other
+    for label, other in ((_LABEL.fullmatch(given), gold), (_LABEL.fullmatch(gold), given)):
+        if label and not _LABEL.fullmatch(other):  # (B) 12 is B and 12
+            given, gold = label[1 if re.fullmatch(r"\(?[A-Ha-h]\)?", other) else 2], other
     if _key(given) == _key(gold):
         return _key(given) != ""
     pairs, both = [], given + gold
