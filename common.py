@@ -640,9 +640,9 @@ def _boxed(text):
             start = opened.pop()
             boxes += [(start, m)] if start[1] else []
     for start, end in reversed(boxes):
-        gap, box = text[end.end():edge], text[start.end():end.start()]
         if edge is not None and end.end() > edge:
             continue  # a box in a box
+        gap, box = text[end.end():edge], text[start.end():end.start()]
         if edge is not None and (len(gap + answer) > _MAX_CHARS or not _JOINER.fullmatch(gap)):
             break  # an earlier thought
         answer = f"{box} and {answer}" if edge is not None and box != answer else box
@@ -793,6 +793,7 @@ def _normalise(text):
 _NAME = (r"(?:[^\W\d_]|\d+(?=_)|\\(?:hat|vec|d?dot|tilde|angle|bar|over[a-z]+|widehat)"
          r"(?:\s?\{[^{}]*\}|(?:\s?[^\W\d_])+))'*(?:_\s?(?:\d+|[^\W_]|\{[^{}]*\}))?'*")
 _TOKEN = re.compile(rf'"[^"]*"|{_NAME}|\d+(?:\.\d*)?|\.\d+|\\[A-Za-z]+|\\.|\S')
+_FACTOR = re.compile(r"[^\W_]|[({[⟦∞]|\\(?:\{|..)")  # begins a factor without a sign before it
 _LEFT_SIDE = re.compile(  # x, a_1, y', f(x), f^{-1}(x), P(A) | AB, |AB| | "Area" | {x,y} | ratios
     rf"""(?:m(?=\\angle))?{_NAME}(?:\^\{{?-1\}}?)?(?:\([\w,∩∪‖'"]*\))?
     |(?:\\abs)?[(\[]?[A-Z]{{1,4}}[)\]]?|"[^"]*"|(?:\(|\\\{{){_NAME}(?:,{_NAME})*(?:\)|\\\}})
@@ -828,8 +829,9 @@ def _kind(x):
 def _inexact(x):
     """A number of 400 digits, unless it is too small or large to be told from others."""
     value = _refuse() if _kind(x) else _local.mp.convert(x)
-    too_much = isinstance(x, Fraction) and x and abs(_local.mp.mag(value)) > _MAX_LOG2
-    return _refuse(_TooMuch) if too_much else value
+    if isinstance(x, Fraction) and x and abs(_local.mp.mag(value)) > _MAX_LOG2:
+        raise _TooMuch
+    return value
 
 
 def _join(op, x, y):
@@ -860,16 +862,20 @@ def _cuts(x):
 
 def _combine(member, *sets):
     """The cuts of a union (any), an intersection (all) or another combination of sets."""
-    cuts = [(_inexact(cut[0]), cut[1], k, place % 2, cut)
-            for k, cuts in enumerate(sets) for place, cut in enumerate(cuts)]
+    with _local.mp.workdps(_TOLERANCE):
+        cuts = [(+_inexact(cut[0]), cut[1], k, place % 2, cut)
+                for k, cuts in enumerate(sets) for place, cut in enumerate(cuts)]
     inside, result = [False] * len(sets), []
-    for _, _, k, ends, cut in sorted(cuts, key=lambda cut: cut[:4]):
+    for point in sorted(cuts, key=lambda point: point[:4]):
+        *where, k, ends, _ = point
         if inside[k] != ends:
             raise ValueError  # (2,1)
         before, inside[k] = member(inside), not ends
-        if member(inside) != before:
-            result = result[:-1] if result[-1:] == [cut] else [*result, cut]
-    return result
+        if member(inside) != before and result and list(result[-1][:2]) == where:
+            result.pop()
+        elif member(inside) != before:
+            result.append(point)
+    return [cut for *_, cut in result]
 
 
 def _gathered(items, united=False):
@@ -950,10 +956,10 @@ class _Reader:
                 left = "∪", _combine(lambda inside: inside == [True, False], *cuts)
             elif power < 1 and tok in "+-":
                 left = _join(operator.add, left, self.expr(1))
-            elif power < 2 and (tok in "*/" or self.goes_on(tok)):
-                divided, right = not self.take("*") and self.take("/"), self.expr(2)
-                left = _join(operator.mul, left,
-                             self.power(right, Fraction(-1)) if divided else right)
+            elif power < 2 and (tok in "*/" or _FACTOR.match(tok)):
+                sign, right = self.take("*", "/"), self.expr(2)
+                right = self.power(right, Fraction(-1)) if sign == "/" else right
+                left = _join(operator.mul, left, right)
             elif self.take("^"):
                 left = self.power(left, self.prefix(2))
             elif self.take("!"):
@@ -964,11 +970,6 @@ class _Reader:
                 break
         self.depth -= 1
         return left
-
-    def goes_on(self, tok):
-        """Whether a product without a sign goes on with this token."""
-        return tok != "" and (tok[0].isalnum() or tok in _BRACKETS or tok == "∞"
-                              or tok[0] == "\\" and len(tok) > 2)
 
     def prefix(self, power=1):
         mp, tok = _local.mp, self.take() or _refuse()
@@ -1025,7 +1026,7 @@ class _Reader:
         self.trig += 1
         closed = self.toks[self.i] in ("(", "[")
         x = self.prefix() if closed else self.expr(2)
-        while not closed and self.goes_on(tok := self.toks[self.i]) and tok[0] not in "(\\":
+        while not closed and _FACTOR.match(tok := self.toks[self.i]) and tok[0] not in "(\\":
             x = _join(operator.mul, x, self.expr(2))
         self.trig -= 1
         if power == -1 and name in ("sin", "cos", "tan"):

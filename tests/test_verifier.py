@@ -190,6 +190,8 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         [0,2]\setminus\{3\} == [0,2]
         [0,2]\setminus(1,3) == [0,1]
         [0,2]\cup[1,3) == [0,3)
+        [0,\sqrt3]\cup(\frac{3}{\sqrt3},2) == [0,2)
+        [0,\frac{2}{\sqrt2}]\cup(\sqrt2,2) == [0,2)
         |x| < 1 == -1 < x < 1
         |x| \le 2 == [-2,2]
         |x| > 1 == (-\infty,-1)\cup(1,\infty)
@@ -218,7 +220,8 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         2516 \text{ base } 8 == 2516_8
         204_{\text{five}} == 204_5
         1010_{two} == 1010_2
-        2516 base eight == 2516_8""",
+        2516 base eight == 2516_8
+        twelve == 12""",
     "mixed numbers": r"""
         1\frac{4}{5} == 1.8
         137 \frac{1}{2} == 137.5
@@ -426,6 +429,9 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         not 33 == 33
         3 million == 3
         2 dozen == 2
+        two thirds == 2
+        2 thirds == 2
+        twenty five == 5
         3 == 3m^2
         5m == 5
         33 wrong == 33
@@ -461,6 +467,11 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         x > 5 == x \geq 5
         x<5 == x>5
         (0,1)\cup(1,2) == (0,2)
+        (0,\frac{2}{\sqrt2})\cup(\sqrt2,2) == (0,2)
+        (0,\sqrt3)\cup(\frac{3}{\sqrt3},2) == (0,2)
+        (2,0)\cup(3,4) == [0,2]\cup(3,4)
+        [0,2]\setminus(1,3) == [0,1)
+        |x| > 1 == x \ne 1
         (0,1)\cup(2,3) == (0,1)
         [-2,7] == -2<x\le 7
         (-\infty,5) == (-\infty,5]
@@ -487,7 +498,9 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         214_5 == 204_5
         1010_{\text{two}} == 1010_3
         1010_{\text{two}} == 1010
-        1010_{\text{two}} == 10""",
+        1010_{\text{two}} == 10
+        2516 base seven == 2516 base eight
+        2516 base eight == 2516""",
     "mixed numbers are not products": r"""
         3\frac12 == \frac32
         \frac{3}{2} == 3\frac{1}{2}
