@@ -1077,7 +1077,7 @@ def _read(text, point):
         if reader.toks[reader.i]:
             raise _Unreadable
         parts += value[1] if _kind(value) == "set" and len(texts) == 2 else [value]
-    return _gathered(parts), reader.letters
+    return parts[0] if len(texts) == 1 else ("set", parts), reader.letters
 
 
 def _same(x, y):

@@ -472,6 +472,7 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         (2,0)\cup(3,4) == [0,2]\cup(3,4)
         [0,2]\setminus(1,3) == [0,1)
         |x| > 1 == x \ne 1
+        \pm 1 < x < 2 == -1 < x < 2
         (0,1)\cup(2,3) == (0,1)
         [-2,7] == -2<x\le 7
         (-\infty,5) == (-\infty,5]
