@@ -47,6 +47,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from mpmath import MPContext
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
@@ -656,7 +657,7 @@ def count_steps(steps, epochs, n_items, per_step):
 
 # Two answers are equal if they are the same text once normalised, or read as the same value: a
 # Fraction; where that is not exact, a number of 400 digits; or (kind, parts) for a list, tuple,
-# interval, union, ratio, matrix or equation. Letters take random rationals, so expressions are
+# set of reals, ratio, matrix or equation. Letters take random rationals, so expressions are
 # equal if their numbers are, at three points. Nothing is solved, expanded or run.
 #
 # Refused, because a reading would be a guess, are words that are no unit (33 or more), `2 3`,
@@ -697,74 +698,75 @@ def extract_answer(response: str) -> str | None:
 
 def _boxed(text):
     """The last balanced box, with those joined to it, or ""; in one pass."""
-    opened, boxes, answer, next_start = [], [], "", None
+    opened, boxes, answer, edge = [], [], "", None
     for m in _BRACE.finditer(text):
         if m[1] or m[0] == "{":
             opened.append(m)
         elif m[0] == "}" and opened:
-            brace = opened.pop()
-            while brace[1] and boxes and boxes[-1][0] > brace.start():
-                boxes.pop()  # a box in a box
-            boxes += [(brace.start(), brace.end(), m.start(), m.end())] if brace[1] else []
-    while boxes and len(answer) <= _MAX_CHARS:
-        start, a, b, end = boxes.pop()
-        box, gap = text[a:b], text[end:next_start]
-        if next_start and (len(gap) > 80 or not _JOINER.fullmatch(gap)):
+            start = opened.pop()
+            boxes += [(start, m)] if start[1] else []
+    for start, end in reversed(boxes):
+        if edge is not None and end.end() > edge:
+            continue  # a box in a box
+        gap, box = text[end.end():edge], text[start.end():end.start()]
+        if edge is not None and (len(gap + answer) > _MAX_CHARS or not _JOINER.fullmatch(gap)):
             break  # an earlier thought
-        if box != answer:  # else the same said twice
-            answer = f"{box} and {answer}" if next_start else box
-        next_start = start
+        answer = f"{box} and {answer}" if edge is not None and box != answer else box
+        edge = start.start()
     return answer
 
 
 def _answer_line(text):
     """What follows the last "Answer:", undressed, or ""."""
-    ends = [m.end() for m in _ANSWER_LINE.finditer(text)]
-    if not ends:
-        return ""
-    rest = text[ends[-1]:ends[-1] + _MAX_CHARS].lstrip(" \t\r\n*_`")
-    close = {"\\[": "\\]", "$$": "$$"}.get(rest[:2], "\n")
-    line = rest.removeprefix("\\[").removeprefix("$$").split(close)[0]
+    _, *answers = _ANSWER_LINE.split(text)
+    rest = answers[-1][:_MAX_CHARS].lstrip(" \t\r\n*_`") if answers else ""
+    opening = rest[:2] if rest[:2] in ("\\[", "$$") else ""
+    line = rest.removeprefix(opening).split({"\\[": "\\]", "$$": "$$"}.get(opening, "\n"))[0]
     return re.split(r"<\||</|\. I hope", line)[0].strip(" \t*_`")
 
 
 # --- normalisation
-_SYMBOLS = r"""\times * \cdot * \ast * \div / \pm ± \mp ∓ \le ≤ \leq ≤ \leqslant ≤ \ge ≥ \geq ≥ <= ≤
-    \geqslant ≥ \lt < \gt > \approx ≈ \in ∈ \cup ∪ \infty ∞ \emptyset \{\} \varnothing \{\} \circ °
-    \degree ° \prime ' \lbrace \{ \rbrace \} \lvert | \rvert | \vert | \mid | \langle ( \rangle )
-    \dfrac \frac \tfrac \frac \cfrac \frac \dbinom \binom \tbinom \binom \exp e^ exp e^ \varphi φ
-    \lfloor \floor( \rfloor ) \lceil \ceil( \rceil ) >= ≥ \varepsilon ε \ell l \hbar ħ pi π ** ^
-    \alpha α \beta β \gamma γ \delta δ \epsilon ε \zeta ζ \eta η \theta θ \iota ι \kappa κ \nu ν
-    \lambda λ \mu μ \xi ξ \pi π \rho ρ \sigma σ \tau τ \phi φ \chi χ \psi ψ \omega ω infinity ∞
-    inf ∞ infty ∞ \ne ≠ \neq ≠ != ≠ \setminus ∖ \smallsetminus ∖ \backslash ∖ \colon :""".split()
-_SPACES = r"""\left \right \displaystyle \mathbf \mathbb \mathcal \mathit \boldsymbol \bm \boxed
-    \fbox \pounds \euro \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \rm \bf \it \large \Large
-    \underline \text \textbf \mbox \mathrm""".split()
+_GREEK = """alpha beta gamma delta epsilon zeta eta theta kappa mu nu xi pi rho sigma tau phi chi
+    psi omega""".split()
+_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 _FUNCTIONS = dict(ln="log", lg="log10", arcsin="asin", arccos="acos", arctan="atan", abs="fabs") | {
     name: name for name in "sin cos tan sec csc cot log floor ceil".split()}
 _EXACT = {"floor": math.floor, "ceil": math.ceil, "fabs": abs}
-_WORDS = dict(zip(_SYMBOLS[::2], _SYMBOLS[1::2])) | dict.fromkeys(_SPACES, " ") | {
-    name: f"\\{name} " for name in [*_FUNCTIONS, "sqrt"]}
+_SPACES = r"""left right displaystyle mathbf mathbb mathcal mathit boldsymbol bm boxed fbox pounds
+    euro big Big bigg Bigg bigl bigr Bigl Bigr rm bf it large Large underline text textbf mbox
+    mathrm"""
+_SPELLINGS = r"""* \times \cdot \ast | / \div | ± \pm | ∓ \mp | ^ ** | : \colon | ∖ \setminus
+    \smallsetminus \backslash | < \lt | > \gt | ≤ \le \leq \leqslant <= | ≥ \ge \geq \geqslant >= |
+    ≠ \ne \neq != | ≈ \approx | ∈ \in | ∪ \cup | ∞ \infty inf infty infinity | \{\} \emptyset
+    \varnothing | ' \prime | ° \circ \degree | \{ \lbrace | \} \rbrace | ( \langle | ) \rangle
+    \rfloor \rceil | \floor( \lfloor | \ceil( \lceil | ‖ \lvert \rvert \vert \mid | \frac \dfrac
+    \tfrac \cfrac | \binom \dbinom \tbinom | e^ \exp exp | π pi | φ \varphi | ε \varepsilon | λ
+    \lambda | l \ell | ħ \hbar"""
+_WORDS = {word: row.split()[0] for row in _SPELLINGS.split("|") for word in row.split()[1:]}
+_WORDS |= {name: f"\\{name} " for name in [*_FUNCTIONS, "sqrt"]}
+_WORDS |= {name: f" {number} " for number, name in enumerate(_NUMBERS)}
+_WORDS |= {f"\\{name}": " " for name in _SPACES.split()}
+_WORDS |= {f"\\{name}": unicodedata.lookup(f"greek small letter {name}") for name in _GREEK}
 _UNITS = """cm mm km kg mL ft in yd lb lbs oz hr hrs min sec mph kph sq deg pts day Hz kHz
     MHz eV keV MeV GeV Pa kPa atm mol nm kJ kW kV Mpc AU erg USD per pct yes no No odd""".split()
 _HEDGE = (  # words that are no units, nor may stand before a value
     r"\b(?:not?|never|none|if|when|for|mod\w*|more|less|fewer|least|most|than|to|but|only|half"
-    r"|twice|times|squared|cubed|factorial|negative|minus|plus|over|under|above|below|either|wrong"
-    r"|incorrect|false|\w*(?:ten|hundred|thousand|illion|dozen)(?:th)?)s?\b")
+    r"|third|quarter|base|twice|times|squared|cubed|factorial|negative|minus|plus|over|under"
+    r"|above|below|either|wrong|incorrect|false"
+    r"|\w*(?:ten|hundred|thousand|illion|dozen)(?:th)?)s?\b")
 _NOT_UNIT = re.compile(_HEDGE + "|[=<>∪∨]")
 _TEXT = r"\\(?:text\w{0,6}|mbox|mathrm|operatorname)\s*\{\s*"
 _UNIT_TEXT = r"(?:[^{}\d=^]|\^\{?-?\d\}?)*"
 _EXPONENT = r"(?: ?\^ ?(?:\{[^{}]*\}|-?\d))?"
-_CHARS = str.maketrans(dict(zip("−–×·⋅÷⁄′⩽⩾∣\"\u200b", "--***//'≤≥|  ")) | {
+_CHARS = str.maketrans(dict(zip("−–×·⋅÷⁄′⩽⩾∣|\"\u200b", "--***//'≤≥‖‖  ")) | {
     "√": "\\sqrt ", "∅": "\\{\\}", "\f": "\\f", "\b": "\\b"})
-_BASES = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
 def _word(m):
     """A symbol for a command or a run of letters; quotes for a run that is no product."""
     word = m[0]
     long = len(word) > 3 and word.isalpha() and not word.isupper()
-    return _WORDS.get(word) or (f'"{word}"' if long or word in _UNITS else word)
+    return _WORDS.get(word.strip('"')) or (f'"{word}"' if long or word in _UNITS else word)
 
 
 def _unit(m):
@@ -775,27 +777,13 @@ def _unit(m):
     return m[0] if letter or _NOT_UNIT.search(words) else " "
 
 
-def _mixed(m):
-    """A mixed number is a sum; an improper one is made unreadable."""
-    whole, top, bottom = map(int, re.findall(r"\d+", m[0]))
-    return f" ({whole}+{top}/{bottom}) " if 0 < top < bottom else f" ?{m[0]} "
-
-
-def _repeating(m):
-    """A repeating decimal is a fraction."""
-    whole, start, cycle = m[1] or "0", m[2], m[3] or m[4]
-    top, scale = int(whole + start + cycle) - int(whole + start), 10 ** len(start)
-    return f"({top}/{scale * (10 ** len(cycle) - 1)})"
-
-
 _TABLE = [(re.compile(row[0]), *row[1:]) for row in (  # pattern, replacement, example, its result
     (r"(?s)(?<!\\)\\\\(?=[A-Za-z\\])(?!.*\\end)", r"\\", r"\\frac{1}{2}", r"\frac{1}{2}"),
     (r"\\mathbb\s*\{?R\}?", r"(-∞,∞)", r"x \in \mathbb{R}", "x ∈ (-∞,∞)"),
     (r"(\d)\s*(?:\{\s*,\s*\}|,\\!)\s*(?=\d{3})", r"\1", r"10{,}080; 32,\!348", "10080; 32348"),
-    (r"(?<!\d)(\d*)\.(\d*)(?:\\(?:overline|bar) ?\{(\d+)\}|(?:\\dot ?\{?(\d)\}?))", _repeating,
-     r"0.1\overline{6}", "(15/90)"),
-    (rf"(base\W*|(?<=\d)\s?_\W*(?:text\W*)?)({'|'.join(_BASES[2:])})\b",
-     lambda m: f"{m[1]}{_BASES.index(m[2])}", r"204_{\text{five}}", "204_{ 5 }"),
+    (r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}", lambda m: "({}.{}+{}/{}/{})".format(
+        m[1] or 0, m[2], m[3], 10 ** len(m[3]) - 1, 10 ** len(m[2])),
+     r"0.1\overline{6}", "(0.1+6/9/10)"),
     (r"\\!|(?<!\\)\\[()\[\]]|\\(?:text)?color ?\{\w+\}|\\hspace\*? ?\{[^{}]*\}", "",
      r"\(33\); \color{red}{33}", "33; {33}"),
     (r"\\\$|\\?%|[$€£¥¢~]|\\q?quad|(?<!\\)\\(?:[,;:> ]|$)", " ",
@@ -823,13 +811,14 @@ _TABLE = [(re.compile(row[0]), *row[1:]) for row in (  # pattern, replacement, e
     (r"\\(frac|binom) ?(\{[^{}]*\}) ?(\d)(?!\d)", r"\\\1\2{\3}", r"\frac43", r"\frac{4}{3}"),
     (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}", r"{5 \choose 3}", r"\binom{5 }{ 3}"),
     (r"(?<=\d) ?[xX] ?(?=10 ?\^)", "*", "2.5 x 10^3", "2.5*10^3"),
-    (r"^ ?\\\{ ?[a-z] ?(?:∈ ?\(-∞,∞\) ?)?[|:](.*)\\\} ?$", r"\1", r"\{x \mid x > 5\}", "x > 5"),
-    (r"\|([^|]*)\|", r"\\abs(\1)", "|x|", r"\abs(x)"),
+    (r"^ ?\\\{ ?[a-z] ?(?:∈ ?\(-∞,∞\) ?)?[‖:](.*)\\\} ?$", r"\1", r"\{x \mid x > 5\}", "x > 5"),
+    (r"‖([^‖]*)‖", r"\\abs(\1)", "|x|", r"\abs(x)"),
     (r"^ ?(?:\w ?)?≈| ?≈ ?-?\d[\d.]* ?(?=$|[,;)}])", "", r"x = 1/3 \approx 0.33", "x = 1/3"),
     (r"(?<![\d.,(\[{_])(?<!\d )[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d)\]}]|,\d|\\})",
      lambda m: re.sub(r"\D", "", m[0]), "58,500; 1 000; (58,500)", "58500; 1000; (58,500)"),
-    (r"(?<![\d.^_/])\d+ ?(?:\\frac ?\{ ?\d+ ?\} ?\{ ?\d+ ?\}|(?<= )\d+/\d+)", _mixed,
-     r"3\frac12; 3½", "(3+1/2) ; (3+1/2)"),
+    (r"(?<![\d.^_/])(\d+) ?(?:(\\frac ?\{) ?|(?<= ))(\d+) ?(?(2)\} ?\{ ?|/)(\d+)(?(2) ?\})",
+     lambda m: f"({m[1]}+{m[3]}/{m[4]})" if 0 < int(m[3]) < int(m[4]) else f"?{m[0]}",
+     r"3\frac12; 3½; 3 5/2", "(3+1/2); (3+1/2); ?3 5/2"),
     (r"[., :;]+$", lambda m: m[0] if ".." in m[0] else "", "33. ", "33"),
     (r"(?<=\d)( [mgshLJNWVK](?:/[smhL])?|m/s|(?:(?<=\.\d)|(?<=\.\d\d))m(?=\^))(\^?\{?\d\}?)? ?$",
      r' "\1\2"', "5 m/s; 0.99m^2", "5 m/s; 0.99"),
@@ -856,40 +845,43 @@ def _normalise(text):
 
 
 # --- a parser that computes
-#   answer := item (("," | ";" | "∨" | "∪") item)*    "and" and "or" have become ∨
-#   item   := sides (("=" | "∈" | "≠" | "<" | "≤" | ">" | "≥") sides)*
-#   sides  := expr (":" expr)* ("∖" expr)*
-#   expr   := base, then from loose to tight: + - | * / and no sign | ^ ! °
+#   answer := "{" items "}"
+#   items  := item (separator item)*        a comma, ";" or, in bare answers, "∨" ("and", "or"), "∪"
+#   item   := expr (("=" | "∈" | "≠" | "<" | "≤" | ">" | "≥") expr)*
+#   expr   := base, then from loose to tight: ":" "∖" | + - | * / and no sign | ^ ! °
 #   base   := number | name | sign expr | "words" | \frac arg arg | \binom arg arg
-#           | ( items ) and its kin [ ] { } \{ \} | ⟦ item (("&" | "\\") item)* ⟧
+#           | ( items ) and its kin [ ] { } \{ \} and matrices, ⟦ items ⟧ with "&" and "\\"
 #           | \sqrt [expr] arg | \sin^arg expr and its kin (\abs, \floor)
 #   name   := letter, \vec{...} or digits_base, with its primes and its subscript, is one token
-# Kinds: "set" (also lists), "()" and other brackets (tuples, intervals), "∪" (what is surely made
-# of intervals: unions, x < 5, x ≠ 5), ":" (ratios), "⟦" and its separators (matrices), "=" and the
-# name on the left (equations), "chain" and its signs, "text".
+# Kinds: "set" (also lists), "()" and other brackets (tuples, and intervals with finite ends), "∪"
+# (sets of reals, as cuts), ":" (ratios), "⟦" and its separators (matrices), "=" and the name on the
+# left (equations), "chain" and its signs, and quoted words.
 _NAME = (r"(?:[^\W\d_]|\d+(?=_)|\\(?:hat|vec|d?dot|tilde|angle|bar|over[a-z]+|widehat)"
          r"(?:\s?\{[^{}]*\}|(?:\s?[^\W\d_])+))'*(?:_\s?(?:\d+|[^\W_]|\{[^{}]*\}))?'*")
 _TOKEN = re.compile(rf'"[^"]*"|{_NAME}|\d+(?:\.\d*)?|\.\d+|\\[A-Za-z]+|\\.|\S')
+_FACTOR = re.compile(r"[^\W_]|[({[⟦∞]|\\(?:\{|..)")  # begins a factor without a sign before it
 _LEFT_SIDE = re.compile(  # x, a_1, y', f(x), f^{-1}(x), P(A) | AB, |AB| | "Area" | {x,y} | ratios
-    rf"""(?:m(?=\\angle))?{_NAME}(?:\^\{{?-1\}}?)?(?:\([\w,∩∪|'"]*\))?
+    rf"""(?:m(?=\\angle))?{_NAME}(?:\^\{{?-1\}}?)?(?:\([\w,∩∪‖'"]*\))?
     |(?:\\abs)?[(\[]?[A-Z]{{1,4}}[)\]]?|"[^"]*"|(?:\(|\\\{{){_NAME}(?:,{_NAME})*(?:\)|\\\}})
     |\\frac\{{(?:d\w|[A-Z]+)\}}\{{(?:d\w|[A-Z]+)\}}|(?:{_NAME}|[A-Z]+)(?::(?:{_NAME}|[A-Z]+))+""",
     re.X)
 _UNKNOWN = re.compile(  # of an inequality: x, x_1, f(x), -x, |x|
     r"(-?)(\\abs\()?(?![πei∞])[^\W\d_](?:_\{?\w\}?|\([^\W\d_]\))?\)?")
-_CLOSE = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), "\\{": ("\\}",), "⟦": ("⟧",)}
+_BRACKETS = {  # opening: separators, closings
+    "{": (", ; ∨ ∪", "}"), "(": (", ;", ") ]"), "[": (", ;", ") ]"), "\\{": (", ;", "\\}"),
+    "⟦": (r"& \\", "⟧")}
 _LABEL = re.compile(r"\(?([A-H])(?:\)|[.:] ) ?((?=.*\d)(?:(?!\b[A-H]\b)[^∪∨])*)")  # (B) 12, B. 12
-_INTERVALS, _TURNED = ("()", "(]", "[)", "[]"), str.maketrans("<≤>≥()[]", ">≥<≤)(][")
-_local = threading.local()
 
 
-def _mp():
-    """Mpmath (sympy's arithmetic) at 400 digits, loaded on first need, one for each thread."""
-    if not hasattr(_local, "mp"):
-        from mpmath.ctx_mp import MPContext
-        _local.mp = MPContext()
-        _local.mp.dps = _DIGITS
-    return _local.mp
+class _Arithmetic(threading.local):
+    """Mpmath (the numbers of sympy) at 400 digits, one for each thread."""
+
+    def __init__(self):
+        self.mp = MPContext()
+        self.mp.dps = _DIGITS
+
+
+_local = _Arithmetic()
 
 
 def _refuse(reason=_Unreadable):
@@ -902,9 +894,10 @@ def _kind(x):
 
 def _inexact(x):
     """A number of 400 digits, unless it is too small or large to be told from others."""
-    value = _refuse() if _kind(x) else _mp().convert(x)
-    too_much = isinstance(x, Fraction) and x and abs(_mp().mag(value)) > _MAX_LOG2
-    return _refuse(_TooMuch) if too_much else value
+    value = _refuse() if _kind(x) else _local.mp.convert(x)
+    if isinstance(x, Fraction) and x and abs(_local.mp.mag(value)) > _MAX_LOG2:
+        raise _TooMuch
+    return value
 
 
 def _join(op, x, y):
@@ -919,48 +912,56 @@ def _join(op, x, y):
     return value if size <= _MAX_BITS else _refuse(_TooMuch)
 
 
-def _minus(x):
-    return _join(operator.mul, Fraction(-1), x)
+def _cuts(x):
+    """A set of reals as its cuts (number, behind), where it begins and ends in turn.
+
+    (1,2] is [(1, True), (2, True)], 3 is [(3, False), (3, True)]; a list of intervals is no set.
+    """
+    kind, parts = x if _kind(x) else ("", x)
+    if kind in ("∪", "set"):
+        return parts if kind == "∪" else _combine(any, *(_cuts(_inexact(part)) for part in parts))
+    if kind in ("()", "(]", "[)", "[]") and len(parts) == 2:
+        return [(parts[0], kind[0] == "("), (parts[1], kind[1] == "]")]
+    number = parts[-1] if kind[:1] == "=" else _refuse() if kind else x
+    return [(number, False), (number, True)]
 
 
-def _between(low, high, signs, absolute):
-    """The numbers between two others, or those whose absolute value is; None is no bound."""
-    left = "[" if absolute and low is None or low is not None and signs[0] == "≤" else "("
-    right = "]" if high is not None and signs[-1] == "≤" else ")"
-    low = (Fraction(0) if absolute else -_mp().inf) if low is None else low
-    high = _mp().inf if high is None else high
-    mirrored = (left + right).translate(_TURNED)[::-1], [_minus(high), _minus(low)]
-    return _united([(left + right, [low, high])] + [mirrored] * bool(absolute))
+def _combine(member, *sets):
+    """The cuts of a union (any), an intersection (all) or another combination of sets."""
+    with _local.mp.workdps(_TOLERANCE):
+        cuts = [(+_inexact(cut[0]), cut[1], k, place % 2, cut)
+                for k, cuts in enumerate(sets) for place, cut in enumerate(cuts)]
+    inside, result = [False] * len(sets), []
+    for point in sorted(cuts, key=lambda point: point[:4]):
+        *where, k, ends, _ = point
+        if inside[k] != ends:
+            raise ValueError  # (2,1)
+        before, inside[k] = member(inside), not ends
+        if member(inside) != before and result and list(result[-1][:2]) == where:
+            result.pop()
+        elif member(inside) != before:
+            result.append(point)
+    return [cut for *_, cut in result]
 
 
-def _without(x, y):
-    """An interval without one or several numbers inside it."""
-    kind, (low, high) = x if _kind(x) in _INTERVALS else _refuse()
-    ends = [low, *sorted(y[1] if _kind(y) == "set" else [y], key=_inexact), high]
-    if not all(_inexact(a) < _inexact(b) for a, b in zip(ends, ends[1:])):
-        raise _Unreadable
-    inner = ["()"] * (len(ends) - 2)
-    kinds = [a[0] + b[1] for a, b in zip([kind, *inner], [*inner, kind])]
-    return "∪", [(kind, [a, b]) for kind, a, b in zip(kinds, ends, ends[1:])]
+def _gathered(items, united=False):
+    """The value of a list: its only item, the union of sets of reals, or a set of other values."""
+    if len(items) > 1 and (united or any(_kind(x) == "∪" for x in items)):
+        return "∪", _combine(any, *map(_cuts, items))
+    return items[0] if len(items) == 1 else ("set", items)
 
 
-def _united(items, joined=True):
-    """A list of values; if it is surely of intervals, a union in which those that touch are one."""
-    parts, points, spans = [], [], []
-    for x in items:
-        parts += x[1] if _kind(x) == "∪" or joined and _kind(x) == "set" else [x]
-    for x in parts:
-        (spans if _kind(x) in _INTERVALS and len(x[1]) == 2 else points).append(x)
-    sure = joined or any(_kind(x) in ("∪", "(]", "[)") for x in items)
-    if not (sure and spans or any(_mp().inf in x[1] for x in spans)):
-        return ("set", parts) if len(parts) != 1 else parts[0]
-    united = []
-    for kind, (low, high) in sorted(spans, key=lambda x: _inexact(x[1][0])):
-        if united and united[-1][0][1] + kind[0] != ")(" and _same(united[-1][1][1], low):
-            before, (low, _) = united.pop()
-            kind = before[0] + kind[1]
-        united.append((kind, [low, high]))
-    return "∪", points + united
+def _solutions(sides, signs, at, minus, absolute):
+    """The cuts of the numbers x for which x ≠ a, x < a, a < x, a < x < b, with -x or |x| for x."""
+    inf = _local.mp.inf
+    cuts = [(sides[0], signs[0] == "<") if at else (-inf, True),
+            (sides[-1], signs[-1] == "≤") if at < len(signs) else (inf, False)]
+    if signs == "≠":
+        cuts = [(-inf, True), (sides[1 - at], False), (sides[1 - at], True), (inf, False)]
+    mirrored = [(_join(operator.mul, Fraction(-1), x), not behind) for x, behind in cuts[::-1]]
+    if absolute:
+        return "∪", _combine(all if cuts[0][0] == -inf else any, cuts, mirrored)
+    return "∪", mirrored if minus else cuts
 
 
 class _Reader:
@@ -968,7 +969,7 @@ class _Reader:
     ±[1, 3); from 3 large ones, for what is rounded; from 6 natural numbers, for what is counted."""
 
     def __init__(self, text, point):
-        self.toks, self.point, self.letters = _TOKEN.findall(text) + [""], point, set()
+        self.toks, self.point, self.letters = _TOKEN.findall("{" + text + "}") + [""], point, set()
         self.i = self.depth = self.trig = 0
         if len(self.toks) > _MAX_TOKENS:
             raise _TooMuch
@@ -979,58 +980,33 @@ class _Reader:
         self.i += tok != ""
         return tok
 
-    def items(self, *separators):
-        items, taken = [self.item()], ""
-        while separator := self.take(*separators):
-            taken += separator
-            items.append(self.item())
-        return items, taken
-
-    def sides(self):
-        """An expression, a ratio a:b:c, or a set without points."""
-        values = [self.expr()]
-        while self.take(":"):
-            values.append(self.expr())
-        value = (":", values) if len(values) > 1 else values[0]
-        return _without(value, self.expr()) if self.take("∖") else value
-
     def item(self):
         """An expression, or an equation, membership, interval like 1 < x ≤ 2, or other chain."""
-        outer, values, spans, letters, signs = self.letters, [], [], [], ""
-        while len(values) == len(signs):
+        outer, sides, signs, bound = self.letters, [], "", None
+        while len(sides) == len(signs):
             start, self.letters = self.i, set()
-            values.append(self.sides())
-            spans.append("".join(self.toks[start:self.i]))
-            letters.append(self.letters)
+            value = self.expr(-1)
+            sides.append((value, "".join(self.toks[start:self.i]), self.letters))
             signs += self.take(*"=∈≠<≤>≥")
-        unknown = [_UNKNOWN.fullmatch(span) for span in spans]
-        if signs and set(signs) <= set("<≤>≥"):
-            if any(m and m[1] for m in unknown):  # -x > -1
-                values, signs = [_minus(x) for x in values], signs.translate(_TURNED)
-            if signs[0] in ">≥":
-                values, unknown, letters = values[::-1], unknown[::-1], letters[::-1]
-                signs = signs[::-1].translate(_TURNED)
-        value, at = values[0], [k for k, m in enumerate(unknown) if m]
-        if signs and set(signs) <= {"=", "∈"}:
-            name = spans[0] if _LEFT_SIDE.fullmatch(spans[0]) else ""
-            letters[0] = set() if name else letters[0]
-            sure = name and "=" not in signs and _kind(values[-1]) != "set"
-            value = _united(values[1:]) if sure else ("=" + name, values)
-        elif signs == "≠" and unknown[0]:
-            letters[0] = set()
-            value = _without(("()", [-_mp().inf, _mp().inf]), values[1])
-        elif set(signs) <= {"<", "≤"} and (len(signs), at) in ((1, [0]), (1, [1]), (2, [1])):
-            low = values[0] if at != [0] else None
-            high = values[-1] if len(signs) != at[0] else None
-            letters[at[0]] = set()
-            value = _between(low, high, signs, unknown[at[0]][2])
+        if signs[:1] in tuple(">≥"):
+            sides, signs = sides[::-1], signs[::-1].translate(str.maketrans("<≤>≥", ">≥<≤"))
+        values, texts, letters = map(list, zip(*sides))
+        name, form, value = _LEFT_SIDE.fullmatch(texts[0]), signs.replace("≤", "<"), values[0]
+        unknown = [(k, *m.groups()) for k, m in enumerate(map(_UNKNOWN.fullmatch, texts)) if m]
+        if form in ("<", "≠", "<<") and [k for k, *_ in unknown] in ([0], [1])[form == "<<":]:
+            bound, value = unknown[0][0], _solutions(values, signs, *unknown[0])
+        elif form == "∈" and name:
+            value = ("∪", _cuts(values[1])) if _kind(values[1]) in ("()", "[]") else values[1]
+            bound = 0
+        elif set(signs) == {"="}:
+            bound, value = (0, ("=" + name[0], values)) if name else (None, ("=", values))
         elif signs:
             value = "chain" + signs, values
-        self.letters = outer.union(*letters)
+        self.letters = outer.union(*(own for k, own in enumerate(letters) if k != bound))
         return value
 
     def expr(self, power=0):
-        """Sums bind at 1, products at 2; powers, factorials and degrees, at 3, always."""
+        """Ratios and differences of sets bind at 0, sums at 1, products at 2, powers always."""
         self.depth += 1
         if self.depth > _MAX_DEPTH:
             raise _TooMuch
@@ -1039,36 +1015,34 @@ class _Reader:
             if tok[0].isdecimal() and (self.i == start + 1 or self.toks[self.i - 1] in ")}" and (
                     self.toks[self.i + 1] != "^")):
                 raise _Unreadable  # 3 3 is neither 9 nor 33, (3)3 not 9; 2^{3} 3^{2} is 72
-            if power < 1 and tok in "+-":
+            if power < 0 and self.take(":"):
+                left = ":", [*(left[1] if _kind(left) == ":" else [left]), self.expr()]
+            elif power < 0 and self.take("∖"):
+                cuts = _cuts(left if _kind(left) else _refuse()), _cuts(self.expr())
+                left = "∪", _combine(lambda inside: inside == [True, False], *cuts)
+            elif power < 1 and tok in "+-":
                 left = _join(operator.add, left, self.expr(1))
-            elif power < 2 and self.take("*"):
-                left = _join(operator.mul, left, self.expr(2))
-            elif power < 2 and self.take("/"):
-                left = _join(operator.mul, left, self.power(self.expr(2), Fraction(-1)))
-            elif power < 2 and self.goes_on(tok):
-                left = _join(operator.mul, left, self.expr(2))
+            elif power < 2 and (tok in "*/" or _FACTOR.match(tok)):
+                sign, right = self.take("*", "/"), self.expr(2)
+                right = self.power(right, Fraction(-1)) if sign == "/" else right
+                left = _join(operator.mul, left, right)
             elif self.take("^"):
                 left = self.power(left, self.prefix(2))
             elif self.take("!"):
                 left = self.count(math.factorial, left)
             elif self.take("°"):
-                left = _join(operator.mul, _mp().pi / 180, left) if self.trig else left
+                left = _join(operator.mul, _local.mp.pi / 180, left) if self.trig else left
             else:
                 break
         self.depth -= 1
         return left
 
-    def goes_on(self, tok):
-        """Whether a product without a sign goes on with this token."""
-        return tok != "" and (tok[0].isalnum() or tok in _CLOSE or tok == "∞"
-                              or tok[0] == "\\" and len(tok) > 2)
-
     def prefix(self, power=1):
-        tok = self.take() or _refuse()
+        mp, tok = _local.mp, self.take() or _refuse()
         if tok in "+-":
             return _join(operator.mul, Fraction(tok + "1"), self.expr(power))
         if tok in "πei∞":
-            return {"π": +_mp().pi, "e": +_mp().e, "i": _mp().mpc(0, 1), "∞": _mp().inf}[tok]
+            return {"π": +mp.pi, "e": +mp.e, "i": mp.mpc(0, 1), "∞": mp.inf}[tok]
         if re.fullmatch(_NAME, tok):
             name = re.sub(r"[{} ]", "", tok)
             self.letters.add(name)
@@ -1079,11 +1053,11 @@ class _Reader:
             return -value if self.point == 2 and crc % 3 else value
         if tok[0].isdecimal() or tok[0] == "." and len(tok) > 1:
             return Fraction(tok)
-        if tok in _CLOSE:
+        if tok in _BRACKETS:
             return self.bracket(tok)
         if tok == "\\frac":
-            top = self.prefix(2)
-            return _join(operator.mul, self.power(self.prefix(2), Fraction(-1)), top)
+            top, bottom = self.prefix(2), self.prefix(2)
+            return _join(operator.mul, self.power(bottom, Fraction(-1)), top)
         if tok == "\\binom":
             return self.count(math.comb, self.prefix(2), self.prefix(2))
         if tok == "\\sqrt":
@@ -1091,33 +1065,41 @@ class _Reader:
             x = self.prefix(2) if not given or self.take("]") else _refuse()
             return self.power(x, self.power(index, Fraction(-1)))
         if tok[0] == '"':
-            return "text", tok
+            return tok, []
         return self.function(_FUNCTIONS.get(tok[1:]) or _refuse())
 
     def bracket(self, opening):
-        separators = {"⟦": ("&", "\\\\"), "{": (",", ";", "∪")}.get(opening, (",", ";"))
-        items, taken = ([], "") if self.toks[self.i] == "\\}" else self.items(*separators)
-        closing = self.take(*_CLOSE[opening]) or _refuse()
-        if opening == "{":
-            return _united(items, "∪" in taken)
-        kind = {"\\{": "set", "⟦": "⟦" + taken}.get(opening, opening + closing)
-        return items[0] if len(items) == 1 and opening != "\\{" else (kind, items)
+        """What stands in brackets: an item, a list, a tuple, an interval or a matrix."""
+        separators, closings = map(str.split, _BRACKETS[opening])
+        items, taken = [], ""
+        if self.toks[self.i] != "\\}":  # the empty set
+            items.append(self.item())
+            while separator := self.take(*separators):
+                taken += separator
+                items.append(self.item())
+        kind = opening + (self.take(*closings) or _refuse())
+        if opening in ("{", "\\{"):
+            return _gathered(items, "∪" in taken)
+        infinite = any(x in (_local.mp.inf, -_local.mp.inf) for x in items)
+        if len(items) == 2 and (kind in ("(]", "[)") or infinite):
+            return "∪", _cuts((kind, items))
+        return items[0] if len(items) == 1 else ("⟦" + taken if opening == "⟦" else kind, items)
 
     def function(self, name):
         """sin^2 x, log_2 8, cos 2x, sin b cos a: the argument ends before a function or bracket."""
-        base = self.prefix() if self.take("_") else +_mp().e
+        base = self.prefix() if self.take("_") else +_local.mp.e
         power = self.prefix() if self.take("^") else Fraction(1)
         self.trig += 1
         closed = self.toks[self.i] in ("(", "[")
         x = self.prefix() if closed else self.expr(2)
-        while not closed and self.goes_on(tok := self.toks[self.i]) and tok[0] not in "(\\":
+        while not closed and _FACTOR.match(tok := self.toks[self.i]) and tok[0] not in "(\\":
             x = _join(operator.mul, x, self.expr(2))
         self.trig -= 1
         if power == -1 and name in ("sin", "cos", "tan"):
             name, power = "a" + name, Fraction(1)
         exact = isinstance(x, Fraction) and _EXACT.get(name)
         value = Fraction(exact(x)) if exact else self.call(name, x)
-        return self.power(value / _mp().log(_inexact(base)) if name == "log" else value, power)
+        return self.power(value / _local.mp.log(_inexact(base)) if name == "log" else value, power)
 
     def power(self, x, y):
         """x^y, refused before the work if large; odd roots are real."""
@@ -1126,11 +1108,11 @@ class _Reader:
             if size * abs(y) <= _MAX_BITS or abs(x) in (0, 1):
                 return x ** int(y)
         base, exponent = _inexact(x), _inexact(y)
-        if base and max(1, abs(_mp().mag(base))) * abs(exponent) > _MAX_LOG2:
+        if base and max(1, abs(_local.mp.mag(base))) * abs(exponent) > _MAX_LOG2:
             raise _TooMuch
-        odd_root = isinstance(y, Fraction) and y.denominator % 2 and not _mp().im(base) and base < 0
-        sign = (-1) ** y.numerator if odd_root else 1
-        return sign * self.call("power", -base if odd_root else base, exponent)
+        if isinstance(y, Fraction) and y.denominator % 2 and not _local.mp.im(base) and base < 0:
+            return (-1) ** y.numerator * self.call("power", -base, exponent)
+        return self.call("power", base, exponent)
 
     def count(self, function, *args):
         """A factorial or binomial of natural numbers; undefined for others."""
@@ -1141,11 +1123,11 @@ class _Reader:
 
     def call(self, name, *args):
         """An inexact function, refused if large, or if not real though a letter is negative."""
-        args = [_inexact(x) for x in args]
-        value = getattr(_mp(), name)(*args)
-        if value and _mp().mag(value) > _MAX_LOG2:
+        mp, args = _local.mp, [_inexact(x) for x in args]
+        value = getattr(mp, name)(*args)
+        if value and mp.mag(value) > _MAX_LOG2:
             raise _TooMuch
-        if self.point == 2 and self.letters and _mp().im(value) and not any(map(_mp().im, args)):
+        if self.point == 2 and self.letters and mp.im(value) and not any(map(mp.im, args)):
             raise ValueError
         return value
 
@@ -1157,55 +1139,48 @@ def _read(text, point):
     parts = []
     for signed in sorted(texts):
         reader = _Reader(signed, point)
-        items, taken = reader.items(",", ";", "∨", "∪")
+        value = reader.prefix()
         if reader.toks[reader.i]:
             raise _Unreadable
-        for x in items:
-            parts += x[1] if len(texts) == 2 and _kind(x) == "set" else [x]
-    return _united(parts, "∪" in taken), reader.letters
+        parts += value[1] if _kind(value) == "set" and len(texts) == 2 else [value]
+    return parts[0] if len(texts) == 1 else ("set", parts), reader.letters
 
 
 def _same(x, y):
     """Whether two values are equal; so are x = 5 and 5, and f(x) = 5 and y = 5."""
-    kinds = {_kind(x), _kind(y)}
-    if kinds == {""}:
+    a, b = _kind(x), _kind(y)
+    if a == b == "":
         if isinstance(x, Fraction) and isinstance(y, Fraction):
             return x == y
         x, y = _inexact(x), _inexact(y)
-        if not (_mp().isfinite(x) and _mp().isfinite(y)):
-            return bool(x == y)
-        return bool(abs(x - y) <= _mp().mpf(10) ** -_TOLERANCE * max(1, abs(x)))
-    equations = [v for v in (x, y) if _kind(v)[:1] == "="]
-    if len(equations) == 1:  # a chain without a name must hold
-        (name, sides), = equations
-        other = y if _kind(x)[:1] == "=" else x
-        return all(_same(side, other) for side in (sides if name == "=" else sides[-1:]))
-    if len(equations) == 2 and "=" not in kinds and (
-            len(kinds) == 1 or re.search('["(]', x[0] + y[0])):
+        near = abs(x - y) <= _local.mp.mpf(10) ** -_TOLERANCE * max(1, abs(x))
+        return bool(near if _local.mp.isfinite(x) and _local.mp.isfinite(y) else x == y)
+    if b[:1] == "=" != a[:1] or b == "set" and a == "()":
+        return _same(y, x)
+    if a[:1] == "=" != b[:1]:  # a chain without a name must hold
+        return all(_same(side, y) for side in (x[1] if a == "=" else x[1][-1:]))
+    if a[:1] == "=" and "=" not in (a, b) and (a == b or re.search('["(]', a + b)):
         return _same(x[1][-1], y[1][-1])
-    if kinds == {"set", "()"}:  # x = 1, y = 2 is (1,2)
-        (_, items), (_, entries) = (x, y) if _kind(x) == "set" else (y, x)
-        names = {_kind(item) for item in items if _kind(item)[:1] == "="} - {"="}
-        return len(names) == len(items) == len(entries) > 1 and all(map(_same, items, entries))
-    if kinds & {"set", "∪"}:  # {5} is 5; 5, 5 is not
-        x, y = (v[1] if _kind(v) in ("set", "∪") else [v] for v in (x, y))
-        if (len(x) == 1) != (len(y) == 1) or len(x) > 1 and kinds == {"set", "∪"}:
-            return False
-        return all(any(_same(a, b) for b in there)
-                   for here, there in ((x, y), (y, x)) for a in here)
-    if not equations and len(kinds) > 1 or len(x[1]) != len(y[1]):
-        return False
-    return x == y if kinds == {"text"} else all(map(_same, x[1], y[1]))
+    if "∪" in (a, b):
+        x, y = _cuts(x), _cuts(y)
+        return [cut[1] for cut in x] == [cut[1] for cut in y] and all(
+            _same(this, that) for (this, _), (that, _) in zip(x, y))
+    if a == b == "set":
+        return all(any(_same(this, that) for that in there)
+                   for here, there in ((x[1], y[1]), (y[1], x[1])) for this in here)
+    names = {_kind(v) for v in x[1] if _kind(v)[:1] == "=" != _kind(v)} if a == "set" else set()
+    named = b == "()" and len(names) == len(y[1])  # x = 1, y = 2 is (1,2)
+    return (a == b or named) and len(x[1]) == len(y[1]) and all(map(_same, x[1], y[1]))
 
 
 def _proportional(pairs):
     """Whether two equations are multiples of each other at all sample points."""
-    if len(pairs) < 2 or any(_kind(x)[:1] != "=" or len(x[1]) != 2 for pair in pairs for x in pair):
+    if any(_kind(x)[:1] != "=" or len(x[1]) != 2 for pair in pairs for x in pair):
         return False
-    gaps = [[_inexact(x[1][0]) - _inexact(x[1][1]) for x in pair] for pair in pairs]
-    a, b = gaps[0]
-    finite = all(_mp().isfinite(gap) for pair in gaps for gap in pair)
-    return bool(finite and a and b) and all(_same(a * d, b * c) for c, d in gaps)
+    gaps = [[_inexact(left) - _inexact(right) for _, (left, right) in pair] for pair in pairs]
+    finite = all(_local.mp.isfinite(gap) for pair in gaps for gap in pair)
+    (a, b), *others = gaps
+    return bool(others and finite and a and b) and all(_same(a * d, b * c) for c, d in others)
 
 
 def _key(text):
@@ -1222,23 +1197,21 @@ def _equal(given, gold):
     if given.strip() == gold.strip():
         return bool(gold.strip())
     given, gold = _normalise(given), _normalise(gold)
-    labels = [_LABEL.fullmatch(text) for text in (given, gold)]
-    if bool(labels[0]) != bool(labels[1]):  # (B) 12 is B and 12
-        label, other = (labels[0], gold) if labels[0] else (labels[1], given)
-        given, gold = label[1 if re.fullmatch(r"\(?[A-Ha-h]\)?", other) else 2], other
+    for label, other in ((_LABEL.fullmatch(given), gold), (_LABEL.fullmatch(gold), given)):
+        if label and not _LABEL.fullmatch(other):  # (B) 12 is B and 12
+            given, gold = label[1 if re.fullmatch(r"\(?[A-Ha-h]\)?", other) else 2], other
     if _key(given) == _key(gold):
         return _key(given) != ""
-    pairs = []
-    counts = re.search(r"!|\\binom", given + gold)
-    rounds = re.search(r"\\floor|\\ceil", given + gold)
+    pairs, both = [], given + gold
+    counts, rounds = re.search(r"!|\\binom", both), re.search(r"\\floor|\\ceil", both)
     for point in range(6, 12) if counts else range(3, 6) if rounds else range(3):
         try:
             (x, letters), (y, more) = _read(given, point), _read(gold, point)
         except (ZeroDivisionError, ValueError, OverflowError):
             continue  # undefined at this point
+        pairs.append((x, y))
         if bool(letters) != bool(more) and _kind(x)[:1] + _kind(y)[:1] != "==":
             return False  # a letter too many
-        pairs.append((x, y))
         if not letters | more:
             break
     return bool(pairs) and (all(_same(*pair) for pair in pairs) or _proportional(pairs))
