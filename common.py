@@ -1080,7 +1080,8 @@ class _Reader:
         kind = opening + (self.take(*closings) or _refuse())
         if opening in ("{", "\\{"):
             return _gathered(items, "∪" in taken)
-        infinite = any(x in (_local.mp.inf, -_local.mp.inf) for x in items)
+        mp = _local.mp
+        infinite = any(isinstance(x, mp.mpf) and mp.isinf(x) for x in items)
         if len(items) == 2 and (kind in ("(]", "[)") or infinite):
             return "∪", _cuts((kind, items))
         return items[0] if len(items) == 1 else ("⟦" + taken if opening == "⟦" else kind, items)
@@ -1635,10 +1636,10 @@ def paged_attention_in(lm):
 def micro_batches(rows, micro_tokens, device):
     """Row indices in groups of at most micro_tokens padded tokens (or one row), alike in length.
 
-    0 stands for 2,048 on a CPU, where what fits its caches is twice as fast, else for 32,768.
+    0 stands for 1,024 on a CPU, where what fits its caches is twice as fast, else for 32,768.
     Memory and speed only: losses divide by counts of the whole update; no split moves a gradient.
     """
-    micro_tokens = micro_tokens or (2048 if device.type == "cpu" else 32768)
+    micro_tokens = micro_tokens or (1024 if device.type == "cpu" else 32768)
     lengths = [len(r.prompt) + len(r.tokens) for r in rows]
     groups = []
     for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):

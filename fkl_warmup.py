@@ -71,7 +71,7 @@ class Config:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto: bf16 on CUDA, else fp32
     # --- memory, speed and display only: they change no result beyond rounding
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    micro_tokens: int = 0  # padded tokens of a micro-batch; 0: 32,768 on a GPU, 2,048 on a CPU
+    micro_tokens: int = 0  # padded tokens of a micro-batch; 0: 32,768 on a GPU, 1,024 on a CPU
     vocab_chunk: int = 0  # tokens whose (n, V) log-probs exist at once; 0: 256 MiB, on a CPU 16
     sample_rows: int = 256  # rows decoded at once
     kv_gib: float = 0.0  # GiB of the sampler's keys and values; 0: what the device can spare

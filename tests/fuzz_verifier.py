@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import answers_equal, extract_answer, grade, verify
+from common import _equal, answers_equal, extract_answer, grade, verify
 from test_verifier import GOLDS, HOSTILE, INJECTIONS, RESPONSES, RIGHT, WRONG
 
 SEEDS = [gold.strip() for gold in GOLDS] + [case[1] for case in RIGHT + WRONG + RESPONSES]
@@ -90,6 +90,7 @@ def fuzz(n, seed, budget):
         form = rng.randrange(6)
         response = (rf"\boxed{{{text}}}", f"Answer: {text}", text, rf"\boxed{{{text}}}",
                     rf"\boxed{{{gold}}}", "")[form]
+        _equal.cache_clear()
         start = time.process_time()
         try:
             if form == 5:
@@ -131,6 +132,7 @@ def speed():
     for response, gold in cases:
         best = 9.0
         for _ in range(3):
+            _equal.cache_clear()
             start = time.perf_counter()
             grade(response, gold)
             best = min(best, time.perf_counter() - start)
