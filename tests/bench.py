@@ -148,7 +148,7 @@ def bandwidth():
 
 def bench_sampling(args, device):
     cuda = device == "cuda"
-    slots, length, equal, longest = (256, 256, 512, 2048) if cuda else (128, 32, 128, 512)
+    slots, length, equal, longest = (256, 256, 512, 2048) if cuda else (128, 32, 128, 256)
     model = make_model(args.size, device, torch.bfloat16 if cuda else torch.float32)
     lm = LM(args.size, model, None, model.config.vocab_size, [], cuda, "bfloat16")
     rng, rate = np.random.default_rng(1), bandwidth() if cuda else None
@@ -300,7 +300,7 @@ def write_model(path, size, dtype):
 
 def bench_steps(args, device):
     cuda = device == "cuda"
-    length, longest, prompts, steps = (256, 2048, 32, 4) if cuda else (32, 512, 16, 4)
+    length, longest, prompts, steps = (256, 2048, 32, 4) if cuda else (32, 256, 16, 4)
     run = common.decode
 
     def with_lengths(lm, groups, *rest):
