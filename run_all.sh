@@ -73,65 +73,66 @@ bridge() { # bridge NAME TEACHER HALF: forward-KL warmup, then OPD, into the bas
     report $1
 }
 
-job=
-beside() { # beside JOB MAIN: in the world JOB has the second core, and a log; else one after the other
-    if [ $setting != world ]; then $1; $2; return; fi
-    echo "=== $2; beside it $1, in $runs/logs/$1.txt"
-    (set -e; $1) > $runs/logs/$1.txt 2>&1 & job=$!
-    $2
-    wait $job || { echo "$1 failed: $(tail -n 1 $runs/logs/$1.txt)" >&2; exit 1; }
-    job=
+ready() { # ready NAME: in the world, wait until the other line has finished it
+    [ $setting = world ] || return 0
+    until grep -qs '"finished": true' $runs/$1/config.json; do
+        [ -z "$job" ] || kill -0 $job 2> /dev/null || return 0 # it will say why
+        sleep 0.2
+    done
 }
-trap '[ -z "$job" ] || kill $job $(pgrep -P $job) 2> /dev/null' EXIT
 
-# --- Stage 1, and the baseline. The world trains its base models itself, on documents (plain SFT).
+# The world trains its base models itself, on documents (plain SFT).
 P=(--targets data --prompts 64 --rollouts 1 --lr-schedule linear --warmup-steps 50
    --weight-decay 0.01 --adam-beta2 0.99 --seed "$SEED" --show-every 100)
-teacher_rl() {
-    [ $setting != world ] || run base-teacher fkl_warmup.py --student $runs/init-teacher \
-        --data $runs/corpus-teacher.jsonl --lr 4e-3 --steps 600 "${P[@]}"
-    report base-teacher $teacher
+base_model() { # base_model NAME SIZE FLAGS...
+    [ $setting != world ] || run $1 fkl_warmup.py --student $runs/init-$2 \
+        --data $runs/corpus-$2.jsonl "${@:3}" "${P[@]}"
+}
+
+# --- One line of work has stage 1 and what is taught by the teacher that has seen all labels.
+teachers() {
+    base_model base-teacher teacher --lr 4e-3 --steps 600
     grpo teacher-rl-1h $teacher "${G_teacher[@]}" --half 1
-    report teacher-rl-1h
-}
-cold_grpo() { # R1
-    [ $setting != world ] || run base-student fkl_warmup.py --student $runs/init-student \
-        --data $runs/corpus-student.jsonl --lr 6e-3 --steps 420 "${P[@]}"
-    report base-student $student
-    grpo cold-grpo $student "${G_student[@]}"
-    report cold-grpo
-}
-[ $setting != world ] || python tests/world.py --out $runs --seed "$SEED"
-beside cold_grpo teacher_rl
-
-# --- R5-half: the bridge on the teacher's half of the labels, then GRPO on the other half.
-#     Beside it the teacher on all labels, and the bridge from the teacher without RL.
-bridge_then_fresh_labels() {
-    bridge bridge-1h teacher-rl-1h 1
-    grpo fresh-2h bridge-1h "${G_student[@]}" --half 2
-    report fresh-2h
-}
-full_and_raw_teacher() {
     grpo teacher-rl $teacher "${G_teacher[@]}"
+    report teacher-rl-1h
     report teacher-rl
-    bridge raw-bridge $teacher all
-}
-beside full_and_raw_teacher bridge_then_fresh_labels
-
-# --- R3-full: all labels to the teacher. R7 replay: stage 3 on labels that the teacher has used.
-#     Beside them, from the same teacher, OPD without warmup (R8) and SFT on its samples (R2).
-full_bridge_and_replay() {
-    bridge bridge teacher-rl all
-    grpo replay-1h bridge-1h "${G_student[@]}" --half 1
-    report replay-1h
-}
-no_bridge() {
-    distil opd.py opd-only teacher-rl $student "${both[@]}"
+    ready base-student
+    bridge bridge teacher-rl all # R3-full: all labels to the teacher
+    distil opd.py opd-only teacher-rl $student "${both[@]}" # R8: OPD without warmup
     report opd-only
-    distil fkl_warmup.py sft teacher-rl $student "${both[@]}" --targets hard
+    distil fkl_warmup.py sft teacher-rl $student "${both[@]}" --targets hard # R2: SFT on its samples
     report sft
 }
-beside no_bridge full_bridge_and_replay
+# --- The other has the baseline, and the bridge on one half of the labels with what follows it.
+students() {
+    base_model base-student student --lr 6e-3 --steps 420
+    report base-student $student
+    grpo cold-grpo $student "${G_student[@]}" # R1
+    report cold-grpo
+    ready base-teacher
+    report base-teacher $teacher
+    ready teacher-rl-1h
+    bridge bridge-1h teacher-rl-1h 1
+    grpo fresh-2h bridge-1h "${G_student[@]}" --half 2 # R5-half: labels that the teacher never saw
+    report fresh-2h
+    grpo replay-1h bridge-1h "${G_student[@]}" --half 1 # R7: the teacher's labels again
+    report replay-1h
+    bridge raw-bridge $teacher all # the bridge from the teacher without RL
+}
+
+job=
+if [ $setting = world ]; then # side by side, a core each
+    python tests/world.py --out $runs --seed "$SEED"
+    trap '[ -z "$job" ] || kill $job $(pgrep -P $job) 2> /dev/null' EXIT
+    echo "=== teachers; beside it students, in $runs/logs/students.txt"
+    (set -e; students) > $runs/logs/students.txt 2>&1 & job=$!
+    teachers
+    wait $job || { echo "students failed: $(tail -n 1 $runs/logs/students.txt)" >&2; exit 1; }
+    job=
+else
+    teachers
+    students
+fi
 
 # --- At the paper's scale also: R2 and R8 on half the labels and then fresh ones, the SFT'd teacher
 #     (R6; ours: on its own correct responses), and the RL'd teacher of the student's size.
