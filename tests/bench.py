@@ -12,6 +12,7 @@ times its median, as rollouts of a reasoning model are, and cut there.
 
 import argparse
 import json
+import logging
 import platform
 import statistics
 import sys
@@ -35,6 +36,8 @@ import fkl_warmup
 import grpo
 import opd
 from common import LM, Rollout, Row, Step, decode, random_stream
+
+logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
 
 SHAPES = {  # hidden, layers, heads, kv heads, head dim, mlp, vocabulary, tied embeddings
     "small": (128, 4, 4, 4, 32, 384, 4096, True),
