@@ -1531,10 +1531,8 @@ class Step:
         """Feed each row's last token, draw the next."""
         table, owner, place = state["table"], state["owner"], state["place"]
         page, at = self.cache.page, place[:, None]  # (B, 1)
-        columns = torch.arange(table.shape[1], device=table.device)
         here, offset = table.gather(1, at // page).squeeze(1), place % page
         used = (place[owner] + 1 - state["first"]).clamp(0, page)  # keys alive in each page
-        dead = (columns * page > at)[..., None]  # (B, W, 1)
 
         def attend(module, query, key, value, scaling):
             pools = self.cache.pool[module.layer_idx]  # (2, pages, page, kv heads, dim)
@@ -1543,7 +1541,7 @@ class Step:
             keys, values = (pool[: len(owner)] for pool in pools)
             q = query[:, :, 0].to(keys.dtype)[owner]
             out, lse = attend_pages(q, keys, values, used, scaling)  # (pages, H, dim), (pages, H)
-            weight = lse[table].masked_fill(dead, -torch.inf).softmax(1)  # (B, W, H)
+            weight = lse[table].softmax(1)  # (B, W, H); page 0 and pages to come get 0
             return (weight[..., None] * out[table]).sum(1, keepdim=True)  # (B, 1, H, dim)
 
         hidden = self.lm.model.base_model(input_ids=state["token"][:, None], position_ids=at,
@@ -1566,8 +1564,8 @@ def attend_pages(q, keys, values, used, scaling):
     """Attention inside each page, of one query over the page's first `used` keys.
 
     q: (m, H, D), keys, values: (m, page, kv heads, D), used: (m,). Returns (m, H, D) and the log of
-    each softmax's denominator, (m, H): with it the pages of a row are put together. What an empty
-    page gives has no meaning.
+    each softmax's denominator, (m, H), -1e30 for an empty page: with it the pages of a row are put
+    together.
     """
     m, page, heads, dim = keys.shape
     if q.is_cuda and q.dtype == torch.bfloat16:  # each page a sequence of its own
@@ -1575,7 +1573,7 @@ def attend_pages(q, keys, values, used, scaling):
         out, lse = torch.ops.aten._flash_attention_forward(
             q, keys.flatten(0, 1), values.flatten(0, 1), one, one * page, 1, page, 0.0, False,
             False, scale=scaling, seqused_k=used.int())[:2]
-        return out, lse.T
+        return out, lse.T.masked_fill(used[:, None] == 0, -1e30)
     keys, values = (x.transpose(1, 2).float() for x in (keys, values))  # (m, kv heads, page, D)
     unused = torch.arange(page, device=q.device) >= used[:, None]
     scores = (q.float() * scaling).view(m, heads, -1, dim) @ keys.transpose(2, 3)
@@ -1583,7 +1581,7 @@ def attend_pages(q, keys, values, used, scaling):
     top = scores.amax(-1, keepdim=True)
     weights = scores.sub_(top).exp_()
     mass = weights.sum(-1, keepdim=True)
-    out, lse = weights @ values / mass, top + mass.log()
+    out, lse = weights @ values / mass, top + mass.log()  # -1e30 swallows the log
     return out.view(q.shape), lse.view(m, -1)
 
 
