@@ -24,9 +24,9 @@ from typing import Literal
 import numpy as np
 
 from common import (DATA_ALIASES, append_json_line, build_prompt, check, describe_run, differences,
-                    fingerprint, grade, json_line, load_lm, lock, progress, read_json,
-                    read_json_lines, read_record, read_rows, rounded, run_cli, sample, to_problem,
-                    write_json, write_text)
+                    fingerprint, from_rank_0, grade, json_line, load_lm, lock, progress, rank,
+                    read_json, read_json_lines, read_record, read_rows, rounded, run_cli,
+                    sample_shared, to_problem, world_size, write_json, write_text)
 
 
 @dataclass
@@ -107,7 +107,8 @@ def set_name(source):
 
 def answer_set(cfg, lm, problems, path):
     """Sample the problems of a set that the file at `path` does not hold yet; returns its lines."""
-    done, size = read_json_lines(path), max(1, cfg.sample_rows // cfg.samples)
+    done, size = from_rank_0(read_json_lines, path), max(1, cfg.sample_rows // cfg.samples)
+    size *= world_size()  # problems at once
     same = all((e.get("problem"), e.get("answer")) == (p.problem, p.answer)
                for e, p in zip(done, problems))
     check(same, f"{path} holds samples of other problems; choose another --out or delete it")
@@ -116,9 +117,9 @@ def answer_set(cfg, lm, problems, path):
     for i in range(len(done), len(problems), size):
         batch = problems[i : i + size]
         prompts = [build_prompt(lm.tokenizer, p.problem, cfg.thinking) for p in batch]
-        rows = sample(lm, prompts, cfg.samples, max_new_tokens=cfg.max_new_tokens,
-                      temperature=cfg.temperature, seed=(cfg.seed,), sample_rows=cfg.sample_rows,
-                      kv_gib=cfg.kv_gib)
+        rows = sample_shared(lm, prompts, cfg.samples, max_new_tokens=cfg.max_new_tokens,
+                             temperature=cfg.temperature, seed=(cfg.seed,),
+                             sample_rows=cfg.sample_rows, kv_gib=cfg.kv_gib)
         for j, p in enumerate(batch):
             group = rows[j * cfg.samples : (j + 1) * cfg.samples]
             texts = [lm.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in group]
@@ -270,7 +271,7 @@ def start_record(cfg, lm, out):
     """Write an evaluation's record; UserError where `out` has one of another model or setting."""
     names = ("samples", "temperature", "max_new_tokens", "seed", "thinking")
     identity = {"weights": fingerprint(lm), "bf16": lm.bf16, **{n: getattr(cfg, n) for n in names}}
-    old = read_record(out).get("identity")
+    old = from_rank_0(read_record, out).get("identity")
     differ = differences(old, identity) if old else ""
     check(not differ, f"{out} holds samples of another model or setting ({differ}); choose another "
                       "--out or delete it")
@@ -282,7 +283,7 @@ def start_record(cfg, lm, out):
 def save_summary(out, model, sets, seconds):
     """Add the figures of some sets to those that OUT/summary.json has."""
     path = out / "summary.json"
-    old = read_json(path) if path.exists() else {"sets": {}, "seconds": 0.0}
+    old = read_json(path) if path.exists() and not rank() else {"sets": {}, "seconds": 0.0}
     new = {"model": model, "sets": {**old["sets"], **sets}, "seconds": old["seconds"] + seconds}
     write_json(path, {**new, "seconds": rounded(new["seconds"])})
 
@@ -294,6 +295,7 @@ def main(cfg):
         (Path(roots[0]) / ("table.md" if len(roots) == 1 else "seeds.md")).write_text(table + "\n")
         print(table)
         return
+    check(world_size() == 1 or not cfg.regrade, "--regrade needs no torchrun")
     check(cfg.model or (cfg.regrade and cfg.out), "--model is needed (or --table)")
     inside = Path(cfg.model) / "eval" if Path(cfg.model).is_dir() else Path("eval") / cfg.model
     out, summary = Path(cfg.out or inside), {}
@@ -305,7 +307,7 @@ def main(cfg):
             save_summary(out, read_record(out).get("model", cfg.model), summary, 0.0)
     else:
         sets = read_sets(cfg)
-        lm = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype)
+        lm = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype, shard=False)
         out.mkdir(parents=True, exist_ok=True)
         with lock(out / ".lock", out):
             record = start_record(cfg, lm, out)
