@@ -190,7 +190,9 @@ def run_cli(main, config_class, doc):
         if first_to_fail():
             raise
     if message and first_to_fail():
-        print(message, file=sys.stderr)
+        sys.exit(message) if status == 1 else print(message, file=sys.stderr)
+    elif "RANK" in os.environ:
+        time.sleep(5)  # torchrun ends the others when one has ended: let the first say why
     sys.exit(status)
 
 
@@ -2272,9 +2274,9 @@ def summed(sums):
 
 
 def shares(costs, n):
-    """Indices of items of these costs, divided among n processes; no other sees the results.
+    """Indices of items of these costs, divided among n: a list each, of about equal cost.
 
-    The dearest item first, each to the process that has least so far.
+    The dearest item first, each to where there is least so far.
 
     >>> shares([5, 1, 4, 2], 2), shares([3], 2)
     ([[0, 1], [2, 3]], [[0], []])
@@ -2329,10 +2331,11 @@ def shard_model(lm, source, device, cpu_offload):
     places = {id(p): torch.nn.Parameter(torch.empty(0, device=device), requires_grad=False)
               for p in model.parameters()}
     lm.replica = copy.deepcopy(model, places)  # one empty place for tied weights, too
-    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if lm.bf16 else None,
-                                     reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(device.type == "cuda") if cpu_offload else OffloadPolicy()
     for module in (*model.base_model.layers, model):
+        # as in one process under autocast, embedding and residual stream keep the masters' fp32
+        inner = torch.bfloat16 if lm.bf16 and module is not model else None
+        precision = MixedPrecisionPolicy(inner, torch.float32, cast_forward_inputs=False)
         fully_shard(module, mesh=mesh, reshard_after_forward=module is not model,
                     mp_policy=precision, offload_policy=offload)
         module.set_gradient_divide_factor(1.0)  # gradients add up
@@ -2419,13 +2422,13 @@ def load_shared(read, lm):
 
 @contextlib.contextmanager
 def gathered(lm):
-    """lm with all its weights in the compute dtype, where it is sharded; else lm itself."""
+    """lm with all its weights, in the dtype of the forward pass, where it is sharded; else lm."""
     if lm.replica is None:
         yield lm
         return
-    places, dtype = lm.replica.parameters(), torch.bfloat16 if lm.bf16 else torch.float32
-    for place, shard in zip(places, lm.model.parameters()):
-        place.data = whole(shard, dtype)
+    for place, (name, shard) in zip(lm.replica.parameters(), lm.model.named_parameters()):
+        inner = torch.bfloat16 if lm.bf16 and ".layers." in name else shard.dtype
+        place.data = whole(shard, inner)
     try:
         yield dataclasses.replace(lm, model=lm.replica, replica=None)
     finally:
