@@ -108,7 +108,7 @@ LEAST = {name: 1 for name in (
 LEAST |= {name: 0 for name in (
     "lr", "steps", "seed", "split_seed", "clip", "clip_high", "kl_coef", "weight_decay",
     "temperature", "warmup_steps", "save_every", "show_every", "limit", "kv_gib", "micro_tokens",
-    "vocab_chunk")}
+    "vocab_chunk", "dry_run")}
 
 
 class Parser(argparse.ArgumentParser):
@@ -138,6 +138,8 @@ def parse_args(config_class, doc, argv=None):
             options["metavar"] = "|".join(options["choices"])
         else:
             options["type"], options["metavar"] = field.type, field.type.__name__.upper()
+        if field.name == "dry_run":  # alone it takes torchrun's number of processes, or 1
+            options |= {"nargs": "?", "const": int(os.environ.get("WORLD_SIZE", 1))}
         group.add_argument("--" + field.name.replace("_", "-"), **options)
     cfg = config_class(**vars(parser.parse_args(argv)))
     for name, least in LEAST.items():
@@ -1995,7 +1997,7 @@ class Run:
             sys.exit(0)
 
     def open(self, parents):
-        """Take the folder and write the run's record; returns it, None when the run has finished."""
+        """Take the folder and write the run's record. Returns it, None if the run has finished."""
         cfg, settings, old = self.cfg, result_settings(self.cfg), read_record(self.out)
         foreign = (self.out / "config.json").exists() and not old
         check(not foreign, f"{self.out} holds a model of another program; choose another --out")
@@ -2377,7 +2379,7 @@ def whole(tensor, dtype=None):
 
 
 def kept(tensor):
-    """A sharded tensor put together in rank 0's memory, None elsewhere; any other thing as it is."""
+    """A sharded tensor put together in rank 0's memory, None elsewhere; other things as they are."""
     full = whole(tensor)
     return full if full is tensor else full.cpu() if rank() == 0 else None
 

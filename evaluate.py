@@ -27,6 +27,7 @@ from common import (DATA_ALIASES, append_json_line, build_prompt, check, describ
                     fingerprint, from_rank_0, grade, json_line, load_lm, lock, progress, rank,
                     read_json, read_json_lines, read_record, read_rows, rounded, run_cli,
                     sample_shared, to_problem, world_size, write_json, write_text)
+from sizes import dry_run
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     sample_rows: int = 512  # rows decoded at once
     kv_gib: float = 0.0  # GiB of the sampler's keys and values; 0: what the device can spare
+    dry_run: int = 0  # only print the computed memory and time on so many GPUs
 
 
 # The paper's avg@16 in %, (MATH-500, AIME 2024, AIME 2025) or MATH-500 alone, by the teacher and by
@@ -299,6 +301,8 @@ def main(cfg):
     check(cfg.model or (cfg.regrade and cfg.out), "--model is needed (or --table)")
     inside = Path(cfg.model) / "eval" if Path(cfg.model).is_dir() else Path("eval") / cfg.model
     out, summary = Path(cfg.out or inside), {}
+    if cfg.dry_run:
+        return dry_run(cfg, "", [cfg.model], sampler=cfg.model)
     if cfg.regrade:
         paths = sorted(out.glob("*.jsonl"))
         check(paths, f"no stored samples in {out}")

@@ -37,6 +37,7 @@ from common import (Rollout, Run, Timer, append_json_line, batch_indices, check,
                     over_chunks, pick, progress, read_json_lines, rollout_stats, run_cli,
                     sample_shared, shared_micro_batches, summed, tokenize_problems, verify,
                     world_size)
+from sizes import dry_run
 
 
 @dataclass
@@ -79,6 +80,7 @@ class Config:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     save_every: int = 50  # steps between checkpoints; 0: only one when it is told to stop
     cpu_offload: bool = False  # several processes: masters and AdamW in host memory
+    dry_run: int = 0  # only print the computed memory and time on so many GPUs
     show_every: int = 10  # steps between printed rollouts; 0 is never
 
 
@@ -201,6 +203,9 @@ def main(cfg):
               "--targets data takes all rows as they are: no --half, --teacher, --only-correct")
     else:
         check_pair(describe_lm(cfg.teacher), describe_lm(cfg.student))
+    if cfg.dry_run:
+        teachers = [cfg.teacher] if cfg.teacher else []
+        return dry_run(cfg, cfg.student, teachers, sampler=cfg.teacher)
     run = Run(cfg, parents=[name for name in (cfg.teacher, cfg.student) if name])
     student = load_lm(cfg.student, device=cfg.device, dtype=cfg.dtype, train=True,
                       gradient_checkpointing=cfg.gradient_checkpointing,

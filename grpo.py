@@ -33,6 +33,7 @@ from common import (Run, Timer, batch_indices, check, count_steps, describe_lm, 
                     load_lm, load_problems, make_optimizer, merged, optimizer_step, over_chunks,
                     pick, rollout_stats, run_cli, sample_shared, shared_micro_batches, summed,
                     tokenize_problems)
+from sizes import dry_run
 
 
 @dataclass
@@ -79,6 +80,7 @@ class Config:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     save_every: int = 50  # steps between checkpoints; 0: only one when it is told to stop
     cpu_offload: bool = False  # several processes: masters and AdamW in host memory
+    dry_run: int = 0  # only print the computed memory and time on so many GPUs
     show_every: int = 10  # steps between printed rollouts; 0 is never
 
 
@@ -182,6 +184,8 @@ def main(cfg):
     check(cfg.temperature > 0, "--temperature must be positive")
     check(cfg.prompts % cfg.mini_batch == 0,
           f"--prompts {cfg.prompts} is not a multiple of --mini-batch {cfg.mini_batch}")
+    if cfg.dry_run:
+        return dry_run(cfg, cfg.model, [cfg.model] if cfg.kl_coef else [])
     describe_lm(cfg.model)  # a wrong name should not wait for the data
     run = Run(cfg, parents=[cfg.model])
     problems = load_problems(cfg.data, half=cfg.half, exclude=cfg.exclude,

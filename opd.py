@@ -33,6 +33,7 @@ import torch
 from common import (Run, Timer, batch_indices, check, check_pair, count_steps, describe_lm, load_lm,
                     load_problems, make_optimizer, optimizer_step, over_chunks, pick, rollout_stats,
                     run_cli, sample_shared, shared_micro_batches, summed, tokenize_problems)
+from sizes import dry_run
 
 
 @dataclass
@@ -73,6 +74,7 @@ class Config:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     save_every: int = 50  # steps between checkpoints; 0: only one when it is told to stop
     cpu_offload: bool = False  # several processes: masters and AdamW in host memory
+    dry_run: int = 0  # only print the computed memory and time on so many GPUs
     show_every: int = 10  # steps between printed rollouts; 0 is never
 
 
@@ -124,6 +126,8 @@ def accumulate(cfg, student, teacher, rows, n_tokens):
 def main(cfg):
     check(cfg.temperature > 0, "--temperature must be positive")
     check_pair(describe_lm(cfg.teacher), describe_lm(cfg.student))
+    if cfg.dry_run:
+        return dry_run(cfg, cfg.student, [cfg.teacher])
     run = Run(cfg, parents=[cfg.teacher, cfg.student])
     problems = load_problems(cfg.data, half=cfg.half, exclude=cfg.exclude,
                              split_seed=cfg.split_seed)
