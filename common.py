@@ -336,13 +336,15 @@ def load_lm(name, *, device="auto", dtype="auto", train=False, gradient_checkpoi
 
     train=True gives fp32 masters: transformers would keep a checkpoint's bf16, in which an update
     of 1e-6 mostly rounds to nothing. A frozen model is kept in the compute dtype. dtype: auto (bf16
-    on CUDA, else fp32), fp32 or bf16. Raises UserError as `describe_lm` does, for weights that
+    on CUDA, else fp32), fp32 or bf16. cpu_offload: shards in host memory. Raises UserError as `describe_lm` does, for weights that
     cannot be read or are not all there, a device that is not there, and logits that are not head
     times hidden.
     """
     lm = describe_lm(name)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    check(world_size() == 1 or ":" not in device, f"--device {device}: torchrun gives each process "
+          "its own; take cuda or cpu")
     if device == "cuda" and world_size() > 1:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:

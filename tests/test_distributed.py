@@ -114,6 +114,8 @@ def assert_same_run(a, b):
 
 CASES = {
     "grpo": ("grpo", 2, "--prompts 6 --mini-batch 3 --rollouts 3 --kl-coef 0.1"),
+    # rows without an advantage: passes without a gradient between the backward pass and the update
+    "grpo, no KL": ("grpo", 2, "--prompts 6 --mini-batch 3 --rollouts 2 --kl-coef 0"),
     "fkl_warmup": ("fkl_warmup", 2, "--prompts 3 --rollouts 3"),
     "opd": ("opd", 2, "--prompts 5 --rollouts 3"),
     # two rows an update for three processes; and a row a micro-batch

@@ -336,7 +336,7 @@ def test_a_second_signal_does_not_wait_for_the_step(line_of, tmp_path):
 def test_a_signal_while_the_teacher_samples_keeps_its_rollouts(line_of, whole, tmp_path):
     """Before the first step there is nothing to wait for."""
     line = line_of("fkl_warmup", tmp_path / "out")
-    got = forked(line, at_call(fkl_warmup, "sample", 2, send(signal.SIGTERM)))
+    got = forked(line, at_call(fkl_warmup, "sample_shared", 2, send(signal.SIGTERM)))
     assert got.status == 143 and got.err.startswith("stopped by SIGTERM; ")
     assert "3 prompts reused, 5 to sample" in forked(line).out
     check_equal(tmp_path / "out", whole("fkl_warmup").out)
@@ -361,9 +361,9 @@ def evaluation(world, tmp_path_factory):
 
 
 @pytest.mark.parametrize("before, lines, status", [
-    (at_call(evaluate, "sample", 3, die), 6, -9),
-    (at_call(evaluate, "sample", 3, send(signal.SIGTERM)), 6, 143),
-    (at_call(evaluate, "sample", 3, send(signal.SIGINT)), 6, 130),
+    (at_call(evaluate, "sample_shared", 3, die), 6, -9),
+    (at_call(evaluate, "sample_shared", 3, send(signal.SIGTERM)), 6, 143),
+    (at_call(evaluate, "sample_shared", 3, send(signal.SIGINT)), 6, 130),
     (tear(evaluate, 8), 7, -9)])
 def test_evaluation_loses_only_the_problems_in_flight(before, lines, status, evaluation, tmp_path):
     """Whole lines stay as they are; the same command adds the same samples, byte for byte."""
@@ -552,7 +552,7 @@ def test_a_folder_in_use_is_refused_until_its_process_is_gone(stage, line_of, ev
         refused.append((got.status, got.err, f"in use by another run (pid {pid} on "))
         os.kill(pid, signal.SIGKILL)
 
-    name = "make_optimizer" if stage in STAGES else "sample"
+    name = "make_optimizer" if stage in STAGES else "sample_shared"
     got = forked(line, at_call(module, name, 1, send(signal.SIGSTOP)), meanwhile=meanwhile)
     assert got.status == -signal.SIGKILL
     ((status, err, words),) = refused
@@ -570,7 +570,7 @@ def test_a_shared_cache_has_one_writer_at_a_time(line_of, tmp_path):
         assert got.status == 1 and f"shared.jsonl is in use by another run (pid {pid}" in got.err
         os.kill(pid, signal.SIGCONT)
 
-    got = forked(a, at_call(fkl_warmup, "sample", 2, send(signal.SIGSTOP)), meanwhile=meanwhile)
+    got = forked(a, at_call(fkl_warmup, "sample_shared", 2, send(signal.SIGSTOP)), meanwhile=meanwhile)
     assert got.status == 0, got.err
     assert "8 prompts reused, 0 to sample" in forked(b).out
 
