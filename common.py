@@ -336,9 +336,9 @@ def load_lm(name, *, device="auto", dtype="auto", train=False, gradient_checkpoi
 
     train=True gives fp32 masters: transformers would keep a checkpoint's bf16, in which an update
     of 1e-6 mostly rounds to nothing. A frozen model is kept in the compute dtype. dtype: auto (bf16
-    on CUDA, else fp32), fp32 or bf16. cpu_offload: shards in host memory. Raises UserError as `describe_lm` does, for weights that
-    cannot be read or are not all there, a device that is not there, and logits that are not head
-    times hidden.
+    on CUDA, else fp32), fp32 or bf16. cpu_offload: shards in host memory. Raises UserError as
+    `describe_lm` does, for weights that cannot be read or are not all there, a device that is not
+    there, and logits that are not head times hidden.
     """
     lm = describe_lm(name)
     if device == "auto":
@@ -2381,7 +2381,7 @@ def whole(tensor, dtype=None):
 
 
 def kept(tensor):
-    """A sharded tensor put together in rank 0's memory, None elsewhere; other things as they are."""
+    """A sharded tensor put together in rank 0's memory, None elsewhere; others as they are."""
     full = whole(tensor)
     return full if full is tensor else full.cpu() if rank() == 0 else None
 

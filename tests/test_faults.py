@@ -570,7 +570,8 @@ def test_a_shared_cache_has_one_writer_at_a_time(line_of, tmp_path):
         assert got.status == 1 and f"shared.jsonl is in use by another run (pid {pid}" in got.err
         os.kill(pid, signal.SIGCONT)
 
-    got = forked(a, at_call(fkl_warmup, "sample_shared", 2, send(signal.SIGSTOP)), meanwhile=meanwhile)
+    stop = at_call(fkl_warmup, "sample_shared", 2, send(signal.SIGSTOP))
+    got = forked(a, stop, meanwhile=meanwhile)
     assert got.status == 0, got.err
     assert "8 prompts reused, 0 to sample" in forked(b).out
 

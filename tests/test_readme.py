@@ -16,7 +16,8 @@ SCRIPTS = ("grpo", "fkl_warmup", "opd", "evaluate")
 
 
 def commands():
-    """Every `python script.py ...`, or by torchrun, of the README's code blocks and of the scripts' docstrings."""
+    """Every `python script.py ...`, or with torchrun, of the README's code blocks and of the
+    scripts' docstrings."""
     texts = re.findall(r"```sh\n(.*?)```", README, re.S)
     texts += [importlib.import_module(name).__doc__ for name in SCRIPTS]
     lines = "\n".join(texts).replace("\\\n", " ").splitlines()
