@@ -8,6 +8,7 @@ which a training step uses it:
     2 models     weights, tokenizer, chat prompt        6 log-probs   rollouts -> chunks of (n, V)
     3 data       any schema -> deduplicated halves      7 optimizer   AdamW on fp32 masters
     4 verifier   response, answer -> right or wrong     8 run folder  metrics, resume, progress
+    9 processes  torchrun, shards, shares              10 sizes       what --dry-run prints
 
 Axes, everywhere: P prompts, K rollouts per prompt, B = P*K rows, T padded time, N response tokens
 of a micro-batch, n tokens of a vocabulary chunk, D hidden size, V vocabulary.
@@ -15,6 +16,7 @@ of a micro-batch, n tokens of a vocabulary chunk, D hidden size, V vocabulary.
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import fcntl
 import functools
@@ -39,16 +41,24 @@ import zipfile
 import zlib
 from collections import Counter, deque
 from dataclasses import dataclass
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from mpmath import MPContext
 from safetensors import SafetensorError
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy,
+                                    OffloadPolicy, fully_shard, register_fsdp_forward_method)
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
                           GenerationConfig)
@@ -100,7 +110,7 @@ LEAST = {name: 1 for name in (
 LEAST |= {name: 0 for name in (
     "lr", "steps", "seed", "split_seed", "clip", "clip_high", "kl_coef", "weight_decay",
     "temperature", "warmup_steps", "save_every", "show_every", "limit", "kv_gib", "micro_tokens",
-    "vocab_chunk")}
+    "vocab_chunk", "dry_run")}
 
 
 class Parser(argparse.ArgumentParser):
@@ -130,6 +140,8 @@ def parse_args(config_class, doc, argv=None):
             options["metavar"] = "|".join(options["choices"])
         else:
             options["type"], options["metavar"] = field.type, field.type.__name__.upper()
+        if field.name == "dry_run":  # alone it takes torchrun's number of processes, or 1
+            options |= {"nargs": "?", "const": int(os.environ.get("WORLD_SIZE", 1))}
         group.add_argument("--" + field.name.replace("_", "-"), **options)
     cfg = config_class(**vars(parser.parse_args(argv)))
     for name, least in LEAST.items():
@@ -158,23 +170,34 @@ def stop_at_once(number, _frame=None, note=""):
 def run_cli(main, config_class, doc):
     """Run `main(cfg)`; a user's mistake, a full disk, SIGTERM or Ctrl-C ends it with one line.
 
-    The exit status is then 1, or 128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM.
+    The exit status is then 1, or 128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM. Of
+    several processes the first to fail says why; the others follow without a word.
     """
+    status, message = 1, ""
     try:
         with on_stop(stop_at_once):
-            main(parse_args(config_class, doc))
+            cfg = parse_args(config_class, doc)
+            with processes(cfg.device):
+                return main(cfg)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        message = f"error: {error}"
     except OSError as error:
-        sys.exit(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
+        message = f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": ")
     except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory: lower --micro-tokens, --vocab-chunk or --kv-gib "
-                 "(no result changes beyond rounding), or add --gradient-checkpointing")
+        message = ("error: out of GPU memory: lower --micro-tokens, --vocab-chunk or --kv-gib "
+                   "(no result changes beyond rounding), or add --gradient-checkpointing")
     except KeyboardInterrupt as stop:
         number, note = stop.args or (signal.SIGINT, "")
-        print(f"stopped by {signal.Signals(number).name}{note}; the same command goes on from what "
-              "is saved", file=sys.stderr)
-        sys.exit(128 + number)
+        status, message = 128 + number, (f"stopped by {signal.Signals(number).name}{note}; the "
+                                         "same command goes on from what is saved")
+    except Exception:  # a defect, or a process that lost another one
+        if first_to_fail():
+            raise
+    if message and first_to_fail():
+        sys.exit(message) if status == 1 else print(message, file=sys.stderr)
+    elif "RANK" in os.environ:
+        time.sleep(5)  # torchrun ends the others when one has ended: let the first say why
+    sys.exit(status)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -201,10 +224,11 @@ class LM:
     stop_ids: list  # sorted ids that end a response
     bf16: bool  # compute in bfloat16 (masters stay fp32)
     saved_dtype: str  # of the folder that it came from, and of those that we write
+    replica: torch.nn.Module = None  # where the model is sharded: place for all weights, `gathered`
 
     @property
     def device(self):
-        return self.model.device
+        return (self.replica or self.model).device
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -218,7 +242,8 @@ class LM:
         """
         ids, b, t = (x.to(self.device) for x in pad_rows(rows))
         with self.autocast():
-            hidden = self.model.base_model(input_ids=ids, use_cache=False)[0]  # (B, T, D)
+            body = getattr(self.model, "body", self.model.base_model)  # `body`: of a sharded model
+            hidden = body(input_ids=ids, use_cache=False)[0]  # (B, T, D)
         return hidden[b, t], ids[b, t + 1]
 
     def head(self):
@@ -256,8 +281,12 @@ def pick(logp, tokens):
 
 
 def pad_rows(rows):
-    """Rollouts -> right-padded ids (B, T); row and time (N,) of the state before each token."""
-    ids = torch.zeros(len(rows), max(len(r.prompt) + len(r.tokens) for r in rows), dtype=torch.long)
+    """Rollouts -> right-padded ids (B, T); row and time (N,) of the state before each token.
+
+    No rows give one token of padding: see `shared_micro_batches`.
+    """
+    longest = max((len(r.prompt) + len(r.tokens) for r in rows), default=1)
+    ids = torch.zeros(len(rows) or 1, longest, dtype=torch.long)
     b, t = [], []
     for i, row in enumerate(rows):
         start, stop = len(row.prompt), len(row.prompt) + len(row.tokens)
@@ -303,37 +332,58 @@ def explained(name):
                         f"hub gives us): {first_line(error)}") from error
 
 
-def load_lm(name, *, device="auto", dtype="auto", train=False, gradient_checkpointing=False):
-    """Load a Hugging Face folder or hub name as an LM.
+def load_lm(name, *, device="auto", dtype="auto", train=False, gradient_checkpointing=False,
+            cpu_offload=False, shard=True):
+    """Load a Hugging Face folder or hub name as an LM, with shard=True sharded over all processes.
 
     train=True gives fp32 masters: transformers would keep a checkpoint's bf16, in which an update
     of 1e-6 mostly rounds to nothing. A frozen model is kept in the compute dtype. dtype: auto (bf16
-    on CUDA, else fp32), fp32 or bf16. Raises UserError as `describe_lm` does, for weights that
-    cannot be read or are not all there, a device that is not there, and logits that are not head
-    times hidden.
+    on CUDA, else fp32), fp32 or bf16. cpu_offload: shards in host memory. Raises UserError as
+    `describe_lm` does, for weights that cannot be read or are not all there, a device that is not
+    there, and logits that are not head times hidden.
     """
     lm = describe_lm(name)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    check(world_size() == 1 or ":" not in device, f"--device {device}: torchrun gives each process "
+          "its own; take cuda or cpu")
+    if device == "cuda" and world_size() > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {first_line(error)}") from error
     lm.bf16 = dtype == "bf16" or (dtype == "auto" and device.startswith("cuda"))
-    with explained(name):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.bfloat16 if lm.bf16 and not train else torch.float32,
-            attn_implementation="sdpa", output_loading_info=True)
-        lm.model = model = model.to(device)
-    # transformers would go on with random numbers in their place
-    check(not info["missing_keys"], f"{name}: its weights files lack {len(info['missing_keys'])} "
-          f"tensors of the model, e.g. {min(info['missing_keys'], default='')}")
+    kept = torch.bfloat16 if lm.bf16 and not train else torch.float32
+    shard, source = shard and world_size() > 1, None
+    if shard:  # rank 0 reads, in the dtype of the files; the others have the shapes only
+        source = read_weights(name, "auto") if rank() == 0 else None
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=kept,
+                                                     attn_implementation="sdpa")
+    else:
+        with explained(name):
+            model = read_weights(name, kept).to(device)
+    lm.model = model
     model.train(gradient_checkpointing).requires_grad_(train)
     if gradient_checkpointing:  # transformers does it in train mode only; no dropout here
         old_name = getattr(model, "gradient_checkpointing_enable", None)
         getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+    if shard:
+        shard_model(lm, source, torch.device(device), cpu_offload)
     check_head(lm)
     return lm
+
+
+def read_weights(name, dtype):
+    """The model itself. Raises UserError as `load_lm` does."""
+    with explained(name):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+    # transformers would go on with random numbers in their place
+    check(not info["missing_keys"], f"{name}: its weights files lack {len(info['missing_keys'])} "
+          f"tensors of the model, e.g. {min(info['missing_keys'], default='')}")
+    return model
 
 
 @torch.no_grad()
@@ -343,14 +393,17 @@ def check_head(lm):
     ids = torch.arange(min(8, lm.vocab), device=lm.device)[None]
     with lm.autocast():
         want = lm.model(input_ids=ids).logits[0, :, : lm.vocab].float()
-        have = F.linear(lm.model.base_model(input_ids=ids)[0][0], lm.head()).float()
+        body = getattr(lm.model, "body", lm.model.base_model)
+        have = F.linear(body(input_ids=ids)[0][0], lm.head()).float()
     rounding = (2**-6 if lm.bf16 else 1e-4) * want.abs().max()  # bf16 has 8 bits
     check((have - want).abs().max() <= rounding, f"{lm.name}: unsupported "
           "architecture, its logits are not output embedding times hidden state")
-    rows = sample(lm, ids.tolist(), 1, max_new_tokens=4, temperature=1.0, seed=(0,))
+    with gathered(lm) as whole:
+        rows = sample(whole, ids.tolist(), 1, max_new_tokens=4, temperature=1.0, seed=(0,))
     have, want = lm.token_logp(*lm.states(rows), 1.0, 4), torch.tensor(rows[0].logp)
     check((have.cpu() - want).abs().max() <= 4 * rounding, f"{lm.name}: unsupported architecture, "
           "sampling does not give the log-probs that training sees")
+    reshard(lm)
 
 
 def check_pair(teacher, student):
@@ -395,14 +448,17 @@ def save_lm(lm, out, run_record):
 
     The files are written aside and moved; config.json comes last and carries `run_record` beside
     the model's own keys: a folder holds a finished model exactly when its config.json says so.
+    Of several processes all call this, and rank 0 writes.
     """
     dtype, aside = getattr(torch, lm.saved_dtype), Path(out) / "saving"
-    state, cast = lm.model.state_dict(), {}  # tied tensors must stay one tensor
+    state, cast = whole_state(lm), {}  # tied tensors must stay one tensor
+    if rank():
+        return
     for name, tensor in state.items():
         state[name] = cast.setdefault(tensor.data_ptr(), tensor.to(dtype))
     shutil.rmtree(aside, ignore_errors=True)
     lm.tokenizer.save_pretrained(aside)
-    lm.model.save_pretrained(aside, state_dict=state)
+    (lm.replica or lm.model).save_pretrained(aside, state_dict=state)
     config = json.loads((aside / "config.json").read_text())
     for path in aside.iterdir():
         if path.name != "config.json":
@@ -415,6 +471,7 @@ def fingerprint(lm):
     """A short hash that names a policy: up to 8,191 evenly spaced entries of every tensor."""
     digest = hashlib.sha256()
     for name, tensor in sorted(lm.model.state_dict().items()):
+        tensor = whole(tensor)
         entries = tensor.flatten()[:: max(1, tensor.numel() // 4096)].float().cpu().numpy()
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + entries.tobytes())
     return digest.hexdigest()[:16]
@@ -1671,7 +1728,7 @@ def over_chunks(fn, chunk, lm, hidden, *tensors):
         sums = sums + torch.stack([x.detach().sum(dtype=torch.float64) for x in logged])
     if trains:
         weight = lm.model.get_output_embeddings().weight[: lm.vocab]
-        torch.autograd.backward((hidden, weight), (torch.cat(grads), head_grad))
+        torch.autograd.backward((hidden, weight), (torch.cat(grads), head_grad.to(weight.dtype)))
     return sums
 
 
@@ -1683,7 +1740,8 @@ def backward(loss):
 
 def flat(values, rows):
     """One number a row (B,) -> one a response token (N,), fp32, in the order of `LM.states`."""
-    return values.float().repeat_interleave(torch.tensor([len(r.tokens) for r in rows]))
+    lengths = torch.tensor([len(r.tokens) for r in rows], dtype=torch.long)
+    return values.float().repeat_interleave(lengths)
 
 
 def rollout_stats(rows):
@@ -1704,7 +1762,8 @@ def make_optimizer(lm, cfg, updates):
     parameters = list(lm.model.parameters())
     assert all(p.dtype == torch.float32 for p in parameters), "masters must be fp32"
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, cfg.adam_beta2),
-                                  weight_decay=cfg.weight_decay, fused=lm.device.type == "cuda")
+                                  weight_decay=cfg.weight_decay,
+                                  fused=parameters[0].device.type == "cuda")
 
     def factor(update):  # of the learning rate at this update, from 0
         decay = max(0.0, 1 - update / updates) if cfg.lr_schedule == "linear" else 1.0
@@ -1719,7 +1778,8 @@ def optimizer_step(lm, optimizer, scheduler, grad_clip):
     Where the norm is not finite the update is skipped: weights, optimizer and schedule stay as they
     were. `Run.log` counts these, and ends a run that skips too many in a row.
     """
-    norm = torch.nn.utils.clip_grad_norm_(lm.model.parameters(), grad_clip)
+    reshard(lm)
+    norm = whole(torch.nn.utils.clip_grad_norm_(lm.model.parameters(), grad_clip))
     if norm.isfinite():
         optimizer.step()
         scheduler.step()
@@ -1733,7 +1793,7 @@ def optimizer_step(lm, optimizer, scheduler, grad_clip):
 
 # Fields that change place, memory, speed or display, never a result: a run may resume with others.
 FREE_FIELDS = {"out", "cache", "device", "micro_tokens", "vocab_chunk", "sample_rows", "kv_gib",
-               "gradient_checkpointing", "save_every", "show_every"}
+               "gradient_checkpointing", "cpu_offload", "save_every", "show_every", "dry_run"}
 
 
 # So many skipped updates in a row end a run. Skipping moves no weight, so each of them has seen
@@ -1771,6 +1831,8 @@ def writing(path):
 
 def write_text(path, text):
     """Write a text file whole or not at all. Raises UserError when it cannot be written."""
+    if rank():  # of several processes one writes
+        return
     with writing(path):
         Path(f"{path}.tmp").write_text(text, encoding="utf-8")
         move(f"{path}.tmp", path)
@@ -1787,6 +1849,8 @@ def json_line(value):
 
 def append_json_line(path, value):
     """Add an object to a .jsonl file. Raises UserError when it cannot be written."""
+    if rank():
+        return
     with writing(path), Path(path).open("a", encoding="utf-8") as file:
         file.write(json_line(value))
 
@@ -1830,8 +1894,11 @@ def read_record(folder):
 def lock(path, name):
     """Open and lock a file until it is closed, which the kernel does however the process ends.
 
-    Raises UserError, saying by whom `name` is in use, when another process holds the lock.
+    Raises UserError, saying by whom `name` is in use, when another process holds the lock. Of the
+    processes of one run rank 0 has it.
     """
+    if rank():
+        return open(os.devnull)
     file = Path(path).open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1884,6 +1951,7 @@ def differences(old, new):
 def progress(*args, **kwargs):
     """tqdm; into a log file it writes a line every ten seconds only."""
     interval = 0.2 if sys.stderr.isatty() else 10
+    kwargs["disable"] = kwargs.get("disable", False) or rank() > 0
     return tqdm(*args, dynamic_ncols=True, mininterval=interval, maxinterval=60, **kwargs)
 
 
@@ -1917,7 +1985,13 @@ class Run:
         self.cfg, self.out, self.warned = cfg, Path(cfg.out), False
         self.seconds_before = 0.0  # of work outside the steps: sampling a teacher's rollouts
         self.metrics, self.skipped_in_a_row, self.stop_signal = [], 0, None
-        settings, old = result_settings(cfg), read_record(self.out)
+        self.record = from_rank_0(self.open, parents)
+        if not self.record:
+            sys.exit(0)
+
+    def open(self, parents):
+        """Take the folder and write the run's record. Returns it, None if the run has finished."""
+        cfg, settings, old = self.cfg, result_settings(self.cfg), read_record(self.out)
         foreign = (self.out / "config.json").exists() and not old
         check(not foreign, f"{self.out} holds a model of another program; choose another --out")
         begun = old and (old["finished"] or (self.out / "metrics.jsonl").exists())
@@ -1927,13 +2001,14 @@ class Run:
         if old and old["finished"]:
             self.drop_checkpoints()  # a kill at the very end leaves them
             print(f"{self.out}: already finished with these settings")
-            sys.exit(0)
+            return None
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.out / ".lock", self.out)
         check(read_record(self.out) == old, f"{self.out} was in use until now; try again")
         parents = [str(Path(p).resolve()) if Path(p).is_dir() else p for p in parents]
-        self.record = {**describe_run(cfg), "parents": parents, "labels": {}, "finished": False}
-        write_json(self.out / "config.json", {"run": self.record})
+        record = {**describe_run(cfg), "parents": parents, "labels": {}, "finished": False}
+        write_json(self.out / "config.json", {"run": record})
+        return record
 
     def use_labels(self, problems):
         """Put into the record how many labelled problems of which data the run learns from."""
@@ -1941,6 +2016,11 @@ class Run:
 
     def checkpoints(self):
         return sorted(self.out.glob("state-*.pt"))
+
+    def newest_state(self):
+        """What the newest undamaged checkpoint holds; None when there is none."""
+        states = (read_checkpoint(path) for path in reversed(self.checkpoints()))
+        return next((s for s in states if s), None)
 
     def drop_checkpoints(self):
         for path in [*self.checkpoints(), self.out / "state.tmp"]:
@@ -1953,8 +2033,7 @@ class Run:
         """
         self.made_with = {**result_settings(self.cfg), "weights": fingerprint(lm),
                           "teacher_weights": teacher and fingerprint(teacher)}
-        states = (read_checkpoint(path) for path in reversed(self.checkpoints()))
-        state = next((s for s in states if s), None)
+        state = load_shared(self.newest_state, lm)
         if state:
             differ = differences(state["made_with"], self.made_with)
             check(not differ, f"{self.out} holds checkpoints of another model or setting "
@@ -1972,8 +2051,9 @@ class Run:
         if self.stop_signal:
             stop_at_once(number)
         self.stop_signal = number
-        # not print, which would fail if the signal came in the middle of another print
-        os.write(2, b"\nstopping after this step; the same signal again stops at once\n")
+        if rank() == 0:
+            # not print, which would fail if the signal came in the middle of another print
+            os.write(2, b"\nstopping after this step; the same signal again stops at once\n")
 
     def steps(self, start, total):
         """Step numbers start..total-1 behind a progress bar; see `save_state` for signals."""
@@ -2023,16 +2103,24 @@ class Run:
         """Write a checkpoint every save_every steps, and when SIGTERM or Ctrl-C asked for the end.
 
         It is written aside and renamed, and only then is the last but one deleted; the last step
-        needs none. Raises UserError when it cannot be written, KeyboardInterrupt after one that a
-        signal asked for.
+        needs none. It is the same file for any number of processes. Raises UserError when it cannot
+        be written, KeyboardInterrupt after one that a signal asked for.
         """
+        signals = merged({rank(): self.stop_signal or 0})  # one that hears of the end stops all
+        self.stop_signal = max(signals.values())
         due = self.cfg.save_every and (step + 1) % self.cfg.save_every == 0
         if step + 1 == self.total or not (due or self.stop_signal):
             return
-        state = {"model": lm.model.state_dict(), "optimizer": optimizer.state_dict(),
+        state = {"model": whole_state(lm), "optimizer": tree_map(kept, optimizer.state_dict()),
                  "scheduler": scheduler.state_dict(), "metrics": self.metrics,
                  "skipped_in_a_row": self.skipped_in_a_row, "made_with": self.made_with}
-        aside, path = self.out / "state.tmp", self.out / f"state-{step + 1:08d}.pt"
+        if rank() == 0:
+            self.write_state(state, self.out / f"state-{step + 1:08d}.pt")
+        if self.stop_signal:
+            stop_at_once(self.stop_signal, note=f" after {step + 1} steps, all saved")
+
+    def write_state(self, state, path):
+        aside = self.out / "state.tmp"
         try:
             with writing(path):
                 with aside.open("wb") as file:
@@ -2044,8 +2132,6 @@ class Run:
         # a damaged one of a later step may be there: it does not count as one of the two
         for old in [p for p in self.checkpoints() if p <= path][:-2]:
             old.unlink()
-        if self.stop_signal:
-            stop_at_once(self.stop_signal, note=f" after {step + 1} steps, all saved")
 
     def finish(self, lm):
         """Write the model folder; the record tells the steps and seconds that it took.
@@ -2060,8 +2146,9 @@ class Run:
             raise
         except Exception as error:  # tokenizers raises nothing narrower on a full disk
             raise UserError(f"cannot write the model to {self.out}: {first_line(error)}") from error
-        self.drop_checkpoints()
-        self.lock.close()
+        if rank() == 0:
+            self.drop_checkpoints()
+            self.lock.close()
         print(f"{self.out}: {len(self.metrics)} steps in {seconds:.0f} s, model saved")
 
 
@@ -2098,3 +2185,416 @@ class Timer:
     def stop(self):
         self(None)
         return self.seconds
+
+
+# --------------------------------------------------------------------------------------------------
+# 9 processes: torchrun starts them, FSDP2 shards the models
+#
+# One process passes through here untouched. Of several, each runs the same script and knows all
+# rollouts of a step; what it does alone is
+#   sampling   its share of the prompts, from weights gathered for as long as that takes
+#   training   its share of the rows; a loss is divided by the counts of the whole update, so that
+#              the gradients of all processes add up to the one that a single process has
+#   writing    rank 0 only
+# --------------------------------------------------------------------------------------------------
+
+STORE = None  # what torchrun's processes share beside the process group; it outlives a process
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@contextlib.contextmanager
+def processes(device):
+    """Inside, the processes that torchrun started are one group: NCCL on CUDA, gloo on a CPU."""
+    global STORE
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    STORE, this, n = next(rendezvous("env://"))
+    # a process may wait for the longest response of another
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=STORE, rank=this,
+                            world_size=n, timeout=timedelta(hours=6))
+    if this:
+        sys.stdout = open(os.devnull, "w")
+    yield
+    dist.barrier()  # nobody leaves while another still writes
+    dist.destroy_process_group()
+
+
+def first_to_fail():
+    """True in the first process that asks; a mistake in the flags, which all see, is rank 0's."""
+    return STORE.add("failed", 1) == 1 if STORE else os.environ.get("RANK", "0") == "0"
+
+
+def from_rank_0(fn, *args):
+    """fn(*args), called on rank 0 only: every process returns, or raises, what came of it there."""
+    if world_size() == 1:
+        return fn(*args)
+    found = [None, None]
+    if rank() == 0:
+        try:
+            found[0] = fn(*args)
+        except UserError as error:
+            found[1] = error
+    dist.broadcast_object_list(found)
+    if found[1]:
+        raise found[1]
+    return found[0]
+
+
+def merged(part):
+    """A dict on each process -> all of them put together, on every process."""
+    if world_size() == 1:
+        return part
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, tree_map(
+        lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, part))
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def summed(sums):
+    """The sum over the processes of a tensor that each has."""
+    if world_size() > 1:
+        dist.all_reduce(sums)
+    return sums
+
+
+def shares(costs, n):
+    """Indices of items of these costs, divided among n: a list each, of about equal cost.
+
+    The dearest item first, each to where there is least so far.
+
+    >>> shares([5, 1, 4, 2], 2), shares([3], 2)
+    ([[0, 1], [2, 3]], [[0], []])
+    """
+    found, totals = [[] for _ in range(n)], [0] * n
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        least = totals.index(min(totals))
+        found[least].append(i)
+        totals[least] += costs[i]
+    return found
+
+
+def shared_micro_batches(rows, micro_tokens, device):
+    """`micro_batches` of this process's share of the rows, which all processes have.
+
+    Sharded models need the same number of passes everywhere: empty groups, passes over a token of
+    padding without any loss, make up for it.
+    """
+    if world_size() == 1:
+        return micro_batches(rows, micro_tokens, device)
+    every = []
+    for share in shares([len(r.prompt) + len(r.tokens) for r in rows], world_size()):
+        groups = micro_batches([rows[i] for i in share], micro_tokens, device)
+        every.append([[share[i] for i in group] for group in groups])
+    mine = every[rank()]
+    return mine + [[]] * (max(map(len, every)) - len(mine))
+
+
+def sample_shared(lm, prompts, k, *, done=lambda i, rollouts: None, **settings):
+    """`sample`, its prompts divided among the processes, the rollouts given to all of them.
+
+    The k rollouts of a prompt stay together. They are those of one process: the random numbers
+    depend on (seed, prompt, index) alone. done(i, rollouts) is called everywhere, at the end.
+    """
+    if world_size() == 1:
+        return sample(lm, prompts, k, done=done, **settings)
+    mine = shares([len(p) + k * settings["max_new_tokens"] for p in prompts], world_size())[rank()]
+    with gathered(lm) as everything:
+        rows = sample(everything, [prompts[i] for i in mine], k, **settings) if mine else []
+    groups = merged({i: rows[j * k : (j + 1) * k] for j, i in enumerate(mine)})
+    for i in range(len(prompts)):
+        done(i, groups[i])
+    return [row for i in range(len(prompts)) for row in groups[i]]
+
+
+def shard_model(lm, source, device, cpu_offload):
+    """Shard lm.model, which has shapes only, and fill it from `source`, which only rank 0 has.
+
+    Each layer is a group of parameters that is gathered when its turn comes. Embedding, head (often
+    tied to it) and last norm are one more: gathered by `body`, it stays so, the losses needing the
+    head, until the backward pass or `reshard`.
+    """
+    model, mesh = lm.model, init_device_mesh(device.type, (world_size(),))
+    places = {id(p): torch.nn.Parameter(torch.empty(0, device=device), requires_grad=False)
+              for p in model.parameters()}
+    lm.replica = copy.deepcopy(model, places)  # one empty place for tied weights, too
+    offload = CPUOffloadPolicy(device.type == "cuda") if cpu_offload else OffloadPolicy()
+    for module in (*model.base_model.layers, model):
+        # as in one process under autocast, embedding and residual stream keep the masters' fp32
+        inner = torch.bfloat16 if lm.bf16 and module is not model else None
+        precision = MixedPrecisionPolicy(inner, torch.float32, cast_forward_inputs=False)
+        fully_shard(module, mesh=mesh, reshard_after_forward=module is not model,
+                    mp_policy=precision, offload_policy=offload)
+        module.set_gradient_divide_factor(1.0)  # gradients add up
+        module.set_force_sum_reduction_for_comms(True)
+    model.to_empty(device="cpu" if cpu_offload else device)
+    model.tie_weights()
+    for name, shard in model.named_parameters():
+        with torch.no_grad():
+            shard.copy_(scattered(source and source.get_parameter(name), shard))
+    for path, buffer in list(model.named_buffers()):
+        value = torch.empty_like(buffer, device=device)
+        dist.broadcast(value.copy_(source.get_buffer(path)) if source else value, 0)
+        owner, _, name = path.rpartition(".")
+        for copied in (model, lm.replica):
+            setattr(copied.get_submodule(owner), name, value)
+    model.body = lambda **inputs: model.base_model(**inputs)[:1]
+    register_fsdp_forward_method(model, "body")
+
+
+def scattered(value, like):
+    """A tensor that rank 0 has (the others None), sharded as the DTensor `like` is."""
+    mesh, device = like.device_mesh, like.device_mesh.device_type
+    value = torch.empty(like.shape) if value is None else value.detach()
+    value = distribute_tensor(value.to(device, like.dtype), mesh, like.placements)
+    return value.to(like.device)
+
+
+def reshard(lm):
+    """Drop the gathered embedding and head of a sharded model, before its weights change."""
+    if isinstance(lm.model, FSDPModule):
+        lm.model.reshard()
+
+
+def whole(tensor, dtype=None):
+    """A sharded tensor put together (by all processes); any other thing as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.detach().to(tensor.device_mesh.device_type, dtype or tensor.dtype).full_tensor()
+
+
+def kept(tensor):
+    """A sharded tensor put together in rank 0's memory, None elsewhere; others as they are."""
+    full = whole(tensor)
+    return full if full is tensor else full.cpu() if rank() == 0 else None
+
+
+def whole_state(lm):
+    """lm's state_dict, of a sharded model as `kept` has it."""
+    if not isinstance(lm.model, FSDPModule):
+        return lm.model.state_dict()
+    reshard(lm)
+    found, state = {}, lm.model.state_dict(keep_vars=True)  # keeps tied tensors one object
+    for shard in state.values():
+        if id(shard) not in found:
+            found[id(shard)] = kept(shard.detach())
+    return {name: found[id(shard)] for name, shard in state.items()}
+
+
+def load_shared(read, lm):
+    """What read() gives on rank 0, a checkpoint or None, with its tensors sharded as lm's are."""
+    if not isinstance(lm.model, FSDPModule):
+        return read()
+    state = None
+
+    def shapes():  # the others get all but the tensors, and of these the shapes
+        nonlocal state
+        state = read()
+        return tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) and x.dim() else x,
+                        state)
+
+    known = from_rank_0(shapes)
+    if known is None:
+        return None
+    reshard(lm)
+    weights, shards = lm.model.state_dict(), list(lm.model.parameters())
+    for name in known["model"]:
+        known["model"][name] = scattered(state and state["model"][name], weights[name])
+    for i, values in known["optimizer"]["state"].items():
+        for name in [name for name, value in values.items() if value.is_meta]:
+            value = state and state["optimizer"]["state"][i][name]
+            values[name] = scattered(value, shards[i])
+    return known
+
+
+@contextlib.contextmanager
+def gathered(lm):
+    """lm with all its weights, in the dtype of the forward pass, where it is sharded; else lm."""
+    if lm.replica is None:
+        yield lm
+        return
+    for place, (name, shard) in zip(lm.replica.parameters(), lm.model.named_parameters()):
+        inner = torch.bfloat16 if lm.bf16 and ".layers." in name else shard.dtype
+        place.data = whole(shard, inner)
+    try:
+        yield dataclasses.replace(lm, model=lm.replica, replica=None)
+    finally:
+        for place in lm.replica.parameters():
+            place.data = place.data.new_empty(0)
+
+
+# --------------------------------------------------------------------------------------------------
+# 10 sizes: memory per GPU and rough seconds a step, from a model's shape alone: --dry-run
+#
+# All of it is arithmetic; nothing is loaded or measured. Bytes, for P parameters, of which P_in are
+# in the layers and P_out are embedding, head and last norm, on n GPUs:
+#
+#     masters, AdamW           4 P / n and 8 P / n; with --cpu-offload none
+#     gradients                4 P / n, in the update; with --cpu-offload none
+#     frozen models            2 P / n each, and for n > 1 their P_out gathered: 2 P_out
+#     weights of the update    n = 1: bf16 copies, 2 P; else two layers, and P_out in fp32: 2 * 2
+#                              P_in / L + 4 P_out, and as much again for their gradients
+#     weights of the sampler   n = 1: bf16 copies, 2 P; else a copy of 2 P_in + 4 P_out (of a
+#                              frozen model nothing, or 2 P)
+#     head and chunk           8 V D: head in bf16, its gradient in bf16 and fp32; 6 blocks of
+#                              logits
+#     activations              tokens of a micro-batch (or of the longest row) times: with
+#                              --gradient-checkpointing 4 L D and one layer, else L layers; a layer
+#                              keeps 24 D + 14 (H + H_kv) d + 8 F
+#     keys and values          4 L H_kv d a token; rows * longest at the very most (the sampler takes
+#                              fewer rows at once where they do not fit)
+#
+# Seconds, for responses that are all as long as --max-new-tokens: 2 P operations a token for a
+# forward pass, 4 for a backward (2 more if recomputed), 4 L H d * length / 2 of attention as often;
+# sampling reads weights, and half of the keys and values of its rows, once a token; a micro-batch
+# moves 8 P bytes between the GPUs, of a node or of several. A GPU reaches 40 % of an H100's 989e12
+# operations and of 3.35e12 bytes a second, and 200e9 bytes to its neighbours, 25e9 across nodes of
+# 8.
+# --------------------------------------------------------------------------------------------------
+
+GB = 1e9
+OPERATIONS, MEMORY, NODE, NETWORK = 0.4 * 989e12, 0.4 * 3.35e12, 200e9, 25e9  # a second
+
+
+@dataclass
+class Shape:
+    """What the sizes of a Qwen or Llama model follow from."""
+
+    hidden: int  # D
+    layers: int  # L
+    heads: int  # H
+    kv_heads: int  # H_kv
+    ffn: int  # F
+    vocab: int  # V, rows of the embedding
+    tied: bool  # one matrix is embedding and head
+    head_dim: int = 128  # d
+    qk_norm: bool = False
+
+    @property
+    def layer(self):
+        """Parameters of a layer."""
+        D, d = self.hidden, self.head_dim
+        attention = 2 * D * d * (self.heads + self.kv_heads) + 2 * d * self.qk_norm
+        return attention + 3 * D * self.ffn + 2 * D
+
+    @property
+    def outer(self):
+        """Parameters of embedding, head and last norm."""
+        return (1 if self.tied else 2) * self.vocab * self.hidden + self.hidden
+
+    @property
+    def params(self):
+        return self.layers * self.layer + self.outer
+
+    @property
+    def cache(self):
+        """Bytes of keys and values a token."""
+        return 4 * self.layers * self.kv_heads * self.head_dim
+
+    @property
+    def activation(self):
+        """Bytes that a layer keeps for the backward pass, a token."""
+        heads = (self.heads + self.kv_heads) * self.head_dim
+        return 24 * self.hidden + 14 * heads + 8 * self.ffn
+
+
+def read_shape(name):
+    """Shape of a model folder or hub name; its config is read. Raises as `describe_lm` does."""
+    describe_lm(name)
+    with explained(name):
+        c = AutoConfig.from_pretrained(name)
+    dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    return Shape(c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads,
+                 c.intermediate_size, c.vocab_size, c.tie_word_embeddings, dim,
+                 "qwen3" in c.model_type)
+
+
+def step_bytes(trained, frozen, sampler, *, gpus, rows, longest, micro_tokens, checkpointing,
+           cpu_offload=False, chunk=256 << 20):
+    """{part: bytes} on one of `gpus` GPUs; trained: a Shape or None, frozen: Shapes.
+
+    sampler: that one of them which samples. rows: that one GPU decodes at once; longest: tokens of
+    prompt and response. The parts up to "frozen models" are always there, then come those of the
+    update, then those of sampling.
+    """
+    n, many, t = gpus, gpus > 1, trained
+    tokens, on_gpu = max(micro_tokens, longest), 0 if cpu_offload else 1
+    copy = 2 * sampler.params + 2 * sampler.outer * many
+    if sampler is not trained:
+        copy = 2 * sampler.params * many
+    if not trained:  # every process evaluates with a model of its own
+        n, copy, many = 1, 0, False
+    parts = {"masters": 4 * t.params / n * on_gpu if t else 0,
+             "AdamW": 8 * t.params / n * on_gpu if t else 0,
+             "frozen models": sum(2 * f.params / n + 2 * f.outer * many for f in frozen)}
+    update = {}
+    if t:
+        gathered = 2 * (4 * t.layer + 4 * t.outer) if many else 2 * t.params
+        kept = 4 * t.layers * t.hidden + t.activation
+        update = {"gradients": 4 * t.params / n * on_gpu, "weights of the update": gathered,
+                  "head and chunk": 8 * t.vocab * t.hidden + 6 * chunk,
+                  "activations": tokens * (kept if checkpointing else t.layers * t.activation)}
+    sampling = {"weights of the sampler": copy, "keys and values": rows * longest * sampler.cache}
+    total = sum(parts.values())
+    return {**parts, **update, "in the update": (total + sum(update.values())) * bool(t),
+            **sampling, "while sampling": total + sum(sampling.values())}
+
+
+def step_seconds(trained, frozen, sampler, *, gpus, rows, share, prompt, response, micro_tokens,
+            checkpointing, sample_rows):
+    """{part: seconds} of a step of `rows` rows in all, each of prompt + response tokens; share:
+    rows that the process with most prompts samples."""
+    length, mine, at_once = prompt + response, rows / gpus, min(share, sample_rows)
+    read = 2 * sampler.params + at_once * (prompt + response / 2) * sampler.cache
+    found = {"sampling": -(-share // at_once) * response * read / MEMORY}
+
+    def passes(model, n):
+        per_token = 2 * model.params + 4 * model.layers * model.heads * model.head_dim * length / 2
+        return n * per_token * mine * length / OPERATIONS
+
+    if trained:
+        found["frozen models"] = sum(passes(model, 1) for model in frozen)
+        found["update"] = passes(trained, 4 if checkpointing else 3)
+        groups = max(1, mine * length / max(micro_tokens, length))
+        wire = NODE if gpus <= 8 else NETWORK
+        found["between GPUs"] = groups * 8 * trained.params / wire if gpus > 1 else 0.0
+    return {**found, "a step": sum(found.values())}
+
+
+def sizes(cfg, trained, frozen, sampler):
+    """Memory and seconds for the settings of a stage, or of evaluate.py, on cfg.dry_run GPUs."""
+    k = getattr(cfg, "rollouts", 0) or cfg.samples
+    prompts = getattr(cfg, "prompts", 0) or max(1, cfg.sample_rows // k) * cfg.dry_run
+    prompt = getattr(cfg, "max_prompt_tokens", 2048)
+    share = -(-prompts // cfg.dry_run) * k  # rows of the process that has most
+    both = dict(gpus=cfg.dry_run, micro_tokens=getattr(cfg, "micro_tokens", 0) or 32768,
+                checkpointing=getattr(cfg, "gradient_checkpointing", False))
+    return (step_bytes(trained, frozen, sampler, **both, rows=min(cfg.sample_rows, share),
+                       longest=prompt + cfg.max_new_tokens,
+                       cpu_offload=getattr(cfg, "cpu_offload", False)),
+            step_seconds(trained, frozen, sampler, **both, rows=prompts * k, share=share,
+                         prompt=prompt, response=cfg.max_new_tokens, sample_rows=cfg.sample_rows))
+
+
+def dry_run(cfg, trained, frozen, sampler=None):
+    """Print the sizes; trained: a model's name or "", frozen: names; sampler: a frozen model's
+    name, if it samples and not the trained one. Raises UserError as `read_shape` does."""
+    shapes = {name: read_shape(name) for name in frozen}
+    train = read_shape(trained) if trained else None
+    found, times = sizes(cfg, train, list(shapes.values()), shapes[sampler] if sampler else train)
+    print(f"computed, not measured: {cfg.dry_run} GPU(s), bf16 compute, responses as long as they "
+          "may be")
+    for name, size in found.items():
+        print(f"{name:>24}  {size / GB:8.1f} GB")
+    for name, value in times.items():
+        print(f"{name:>24}  {value:8.0f} s")

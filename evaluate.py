@@ -24,9 +24,9 @@ from typing import Literal
 import numpy as np
 
 from common import (DATA_ALIASES, append_json_line, build_prompt, check, describe_run, differences,
-                    fingerprint, grade, json_line, load_lm, lock, progress, read_json,
-                    read_json_lines, read_record, read_rows, rounded, run_cli, sample, to_problem,
-                    write_json, write_text)
+                    dry_run, fingerprint, from_rank_0, grade, json_line, load_lm, lock, progress,
+                    rank, read_json, read_json_lines, read_record, read_rows, rounded, run_cli,
+                    sample_shared, to_problem, world_size, write_json, write_text)
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     sample_rows: int = 512  # rows decoded at once
     kv_gib: float = 0.0  # GiB of the sampler's keys and values; 0: what the device can spare
+    dry_run: int = 0  # only print the computed memory and time on so many GPUs
 
 
 # The paper's avg@16 in %, (MATH-500, AIME 2024, AIME 2025) or MATH-500 alone, by the teacher and by
@@ -110,7 +111,7 @@ def answer_set(cfg, lm, problems, path):
 
     A problem is written when its last sample has ended: a stop loses those in flight and no other.
     """
-    done = {e.get("index"): e for e in read_json_lines(path)}
+    done = {e.get("index"): e for e in from_rank_0(read_json_lines, path)}
     same = all((e.get("problem"), e.get("answer")) == (p.problem, p.answer)
                for i, p in enumerate(problems) if (e := done.get(i))) and None not in done
     check(same, f"{path} holds samples of other problems; choose another --out or delete it")
@@ -131,13 +132,15 @@ def answer_set(cfg, lm, problems, path):
         bar.set_postfix(avg=f"{100 * right / len(done) / cfg.samples:.1f} %", refresh=False)
         bar.update()
 
-    size = max(1, 8 * cfg.sample_rows // cfg.samples)  # so many that the long tail is a small part
+    # one process writes each problem as it ends, and takes so many that the tail is a small part
+    size = max(1, (8 if world_size() == 1 else world_size()) * cfg.sample_rows // cfg.samples)
     with bar:
         for part in (missing[i : i + size] for i in range(0, len(missing), size)):
             prompts = [build_prompt(lm.tokenizer, problems[i].problem, cfg.thinking) for i in part]
-            sample(lm, prompts, cfg.samples, max_new_tokens=cfg.max_new_tokens,
-                   temperature=cfg.temperature, seed=(cfg.seed,), sample_rows=cfg.sample_rows,
-                   kv_gib=cfg.kv_gib, done=lambda j, rows: write(part[j], rows))
+            sample_shared(lm, prompts, cfg.samples, max_new_tokens=cfg.max_new_tokens,
+                          temperature=cfg.temperature, seed=(cfg.seed,),
+                          sample_rows=cfg.sample_rows, kv_gib=cfg.kv_gib,
+                          done=lambda j, rows: write(part[j], rows))
     if missing:  # in the order of the problems
         write_text(path, "".join(json_line(done[i]) for i in sorted(done)))
     return [done[i] for i in range(len(problems))]
@@ -279,7 +282,7 @@ def start_record(cfg, lm, out):
     """Write an evaluation's record; UserError where `out` has one of another model or setting."""
     names = ("samples", "temperature", "max_new_tokens", "seed", "thinking")
     identity = {"weights": fingerprint(lm), "bf16": lm.bf16, **{n: getattr(cfg, n) for n in names}}
-    old = read_record(out).get("identity")
+    old = from_rank_0(read_record, out).get("identity")
     differ = differences(old, identity) if old else ""
     check(not differ, f"{out} holds samples of another model or setting ({differ}); choose another "
                       "--out or delete it")
@@ -291,7 +294,7 @@ def start_record(cfg, lm, out):
 def save_summary(out, model, sets, seconds):
     """Add the figures of some sets to those that OUT/summary.json has."""
     path = out / "summary.json"
-    old = read_json(path) if path.exists() else {"sets": {}, "seconds": 0.0}
+    old = read_json(path) if path.exists() and not rank() else {"sets": {}, "seconds": 0.0}
     new = {"model": model, "sets": {**old["sets"], **sets}, "seconds": old["seconds"] + seconds}
     write_json(path, {**new, "seconds": rounded(new["seconds"])})
 
@@ -306,8 +309,11 @@ def show_table(roots):
 def main(cfg):
     check(cfg.model or (cfg.regrade and cfg.out) or (cfg.table and not cfg.regrade),
           "--model is needed (or --table)")
+    check(world_size() == 1 or not cfg.regrade, "--regrade needs no torchrun")
     inside = Path(cfg.model) / "eval" if Path(cfg.model).is_dir() else Path("eval") / cfg.model
     out, summary = Path(cfg.out or inside), {}
+    if cfg.dry_run:
+        return dry_run(cfg, "", [cfg.model], sampler=cfg.model)
     if cfg.regrade:
         paths = sorted(out.glob("*.jsonl"))
         check(paths, f"no stored samples in {out}")
@@ -316,7 +322,7 @@ def main(cfg):
             save_summary(out, read_record(out).get("model", cfg.model), summary, 0.0)
     elif cfg.model:
         sets = read_sets(cfg)
-        lm = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype)
+        lm = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype, shard=False)
         out.mkdir(parents=True, exist_ok=True)
         with lock(out / ".lock", out):
             record = start_record(cfg, lm, out)

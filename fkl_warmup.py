@@ -32,10 +32,11 @@ from typing import Literal
 import torch
 
 from common import (Rollout, Run, Timer, append_json_line, batch_indices, check, check_pair,
-                    count_steps, describe_lm, differences, encode_examples, fingerprint, load_lm,
-                    load_problems, lock, make_optimizer, micro_batches, optimizer_step,
-                    over_chunks, pick, progress, read_json_lines, rollout_stats, run_cli, sample,
-                    tokenize_problems, verify)
+                    count_steps, describe_lm, differences, dry_run, encode_examples, fingerprint,
+                    from_rank_0, load_lm, load_problems, lock, make_optimizer, optimizer_step,
+                    over_chunks, pick, progress, read_json_lines, rollout_stats, run_cli,
+                    sample_shared, shared_micro_batches, summed, tokenize_problems, verify,
+                    world_size)
 
 
 @dataclass
@@ -77,6 +78,8 @@ class Config:
     kv_gib: float = 0.0  # GiB of the sampler's keys and values; 0: what the device can spare
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     save_every: int = 50  # steps between checkpoints; 0: only one when it is told to stop
+    cpu_offload: bool = False  # several processes: masters and AdamW in host memory
+    dry_run: int = 0  # only print the computed memory and time on so many GPUs
     show_every: int = 10  # steps between printed rollouts; 0 is never
 
 
@@ -119,7 +122,7 @@ def cached_rollouts(cfg, teacher, path, prompts):
     header = {"fingerprint": fingerprint(teacher), "seed": cfg.seed, "rollouts": cfg.rollouts,
               "temperature": cfg.temperature, "max_new_tokens": cfg.max_new_tokens,
               "stop_ids": teacher.stop_ids}
-    lines = read_json_lines(path)
+    lines = from_rank_0(read_json_lines, path)
     if not lines:
         append_json_line(path, {"teacher": cfg.teacher, **header})
         lines = [{"teacher": cfg.teacher, **header}]
@@ -141,12 +144,14 @@ def cached_rollouts(cfg, teacher, path, prompts):
         append_json_line(path, cache[prompt])
         bar.update()
 
-    size = max(1, 8 * cfg.sample_rows // cfg.rollouts)  # so many that the long tail is a small part
+    # one process writes each prompt as it ends, and takes so many that the tail is a small part
+    size = max(1, (8 if world_size() == 1 else world_size()) * cfg.sample_rows // cfg.rollouts)
     with bar:
         for part in (missing[i : i + size] for i in range(0, len(missing), size)):
-            sample(teacher, part, cfg.rollouts, max_new_tokens=cfg.max_new_tokens,
-                   temperature=cfg.temperature, seed=(cfg.seed,), sample_rows=cfg.sample_rows,
-                   kv_gib=cfg.kv_gib, done=lambda i, rows: write(part[i], rows))
+            sample_shared(teacher, part, cfg.rollouts, max_new_tokens=cfg.max_new_tokens,
+                          temperature=cfg.temperature, seed=(cfg.seed,),
+                          sample_rows=cfg.sample_rows, kv_gib=cfg.kv_gib,
+                          done=lambda i, rows: write(part[i], rows))
     groups = [[Rollout(list(p), tokens, [], done) for tokens, done in
                zip(cache[p]["responses"], cache[p]["finished"])] for p in prompts]
     return groups, sum(cache[p]["seconds"] for p in prompts)
@@ -204,9 +209,13 @@ def main(cfg):
               "--targets data takes all rows as they are: no --half, --teacher, --only-correct")
     else:
         check_pair(describe_lm(cfg.teacher), describe_lm(cfg.student))
+    if cfg.dry_run:
+        teachers = [cfg.teacher] if cfg.teacher else []
+        return dry_run(cfg, cfg.student, teachers, sampler=cfg.teacher)
     run = Run(cfg, parents=[name for name in (cfg.teacher, cfg.student) if name])
     student = load_lm(cfg.student, device=cfg.device, dtype=cfg.dtype, train=True,
-                      gradient_checkpointing=cfg.gradient_checkpointing)
+                      gradient_checkpointing=cfg.gradient_checkpointing,
+                      cpu_offload=cfg.cpu_offload)
     teacher, groups = load_states(cfg, run, student)
     steps = count_steps(cfg.steps, cfg.epochs, len(groups), cfg.prompts)
     optimizer, scheduler = make_optimizer(student, cfg, steps)
@@ -223,11 +232,11 @@ def main(cfg):
         timer("updating")
         n_tokens = sum(len(r.tokens) for r in rows)
         sums = torch.zeros(2, dtype=torch.float64)  # of loss, entropy
-        for group in micro_batches(rows, cfg.micro_tokens, student.device):
+        for group in shared_micro_batches(rows, cfg.micro_tokens, student.device):
             sums += accumulate(cfg, student, teacher, [rows[i] for i in group], n_tokens).cpu()
         grad_norm = optimizer_step(student, optimizer, scheduler, cfg.grad_clip)
 
-        loss, entropy = (sums / n_tokens).tolist()
+        loss, entropy = (summed(sums) / n_tokens).tolist()
         name = "kl" if cfg.targets == "soft" else "nll"
         run.log(step, name, "entropy", "length", **{name: loss}, entropy=entropy,
                 grad_norms=[grad_norm], **rollout_stats(rows), **timer.stop())

@@ -29,9 +29,10 @@ from typing import Literal
 
 import torch
 
-from common import (Run, Timer, batch_indices, check, count_steps, describe_lm, flat, grade,
-                    load_lm, load_problems, make_optimizer, micro_batches, optimizer_step,
-                    over_chunks, pick, rollout_stats, run_cli, sample, tokenize_problems)
+from common import (Run, Timer, batch_indices, check, count_steps, describe_lm, dry_run, flat,
+                    grade, load_lm, load_problems, make_optimizer, merged, optimizer_step,
+                    over_chunks, pick, rollout_stats, run_cli, sample_shared, shared_micro_batches,
+                    summed, tokenize_problems)
 
 
 @dataclass
@@ -77,6 +78,8 @@ class Config:
     kv_gib: float = 0.0  # GiB of the sampler's keys and values; 0: what the device can spare
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     save_every: int = 50  # steps between checkpoints; 0: only one when it is told to stop
+    cpu_offload: bool = False  # several processes: masters and AdamW in host memory
+    dry_run: int = 0  # only print the computed memory and time on so many GPUs
     show_every: int = 10  # steps between printed rollouts; 0 is never
 
 
@@ -122,13 +125,14 @@ def row_weights(lengths, keep, aggregation, max_new_tokens):
 @torch.no_grad()
 def score(cfg, lm, rows):
     """log pi(y_t|s_t) as constants, one (len,) tensor a row."""
-    logps = [None] * len(rows)
-    for group in micro_batches(rows, cfg.micro_tokens, lm.device):
+    logps = {}
+    for group in shared_micro_batches(rows, cfg.micro_tokens, lm.device):
         hidden, tokens = lm.states([rows[i] for i in group])
         logp = lm.token_logp(hidden, tokens, cfg.temperature, cfg.vocab_chunk)
         for i, row_logp in zip(group, logp.split([len(rows[i].tokens) for i in group])):
             logps[i] = row_logp
-    return logps
+    logps = merged(logps)
+    return [logps[i] for i in range(len(rows))]
 
 
 def accumulate(cfg, policy, rows, adv, logp_old, logp_ref):
@@ -156,17 +160,18 @@ def accumulate(cfg, policy, rows, adv, logp_old, logp_ref):
         k3 = kl_penalty(logp, ref if logp_ref else logp, "k3")
         return (weight * loss).sum(), (clipped, entropy, k3, (old - sampled).abs())
 
-    for some in (teaches, ~teaches):  # rows without a gradient are only looked at, for the log
+    # rows without a gradient are only looked at, for the log
+    for some, teach in ((teaches, True), (~teaches, False)):
         indices = some.nonzero().squeeze(-1).tolist()
-        for group in micro_batches([rows[i] for i in indices], cfg.micro_tokens,
-                                   policy.device):
+        for group in shared_micro_batches([rows[i] for i in indices], cfg.micro_tokens,
+                                          policy.device):
             group = [indices[i] for i in group]
             part = [rows[i] for i in group]
-            with torch.set_grad_enabled(bool(teaches[group[0]])):
+            with torch.set_grad_enabled(teach):
                 hidden, y = policy.states(part)  # (N, D), (N,)
                 sampled = torch.tensor([x for r in part for x in r.logp], device=y.device)
-                old, ref = (torch.cat([logps[i] for i in group]) if logps else sampled
-                            for logps in (logp_old, logp_ref))
+                old, ref = (torch.cat([sampled[:0], *(logps[i].to(y.device) for i in group)])
+                            if logps else sampled for logps in (logp_old, logp_ref))
                 A, weight = (flat(x[group], part).to(y.device) for x in (adv, weights))
                 sums += over_chunks(chunk, cfg.vocab_chunk, policy, hidden, y, old, ref, sampled, A,
                                     weight).cpu()
@@ -178,13 +183,16 @@ def main(cfg):
     check(cfg.temperature > 0, "--temperature must be positive")
     check(cfg.prompts % cfg.mini_batch == 0,
           f"--prompts {cfg.prompts} is not a multiple of --mini-batch {cfg.mini_batch}")
+    if cfg.dry_run:
+        return dry_run(cfg, cfg.model, [cfg.model] if cfg.kl_coef else [])
     describe_lm(cfg.model)  # a wrong name should not wait for the data
     run = Run(cfg, parents=[cfg.model])
     problems = load_problems(cfg.data, half=cfg.half, exclude=cfg.exclude,
                              split_seed=cfg.split_seed)
     run.use_labels(problems)
     policy = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype, train=True,
-                     gradient_checkpointing=cfg.gradient_checkpointing)
+                     gradient_checkpointing=cfg.gradient_checkpointing,
+                     cpu_offload=cfg.cpu_offload)
     reference = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype) if cfg.kl_coef else None
     problems = tokenize_problems(problems, policy.tokenizer, thinking=cfg.thinking,
                                  max_prompt_tokens=cfg.max_prompt_tokens)
@@ -199,10 +207,10 @@ def main(cfg):
 
         # states: fresh rollouts of the policy
         timer("sampling")
-        rows = sample(policy, [problems[i].prompt for i in indices], cfg.rollouts,
-                      max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-                      seed=(cfg.seed, step), sample_rows=cfg.sample_rows,
-                      kv_gib=cfg.kv_gib)
+        rows = sample_shared(policy, [problems[i].prompt for i in indices], cfg.rollouts,
+                             max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
+                             seed=(cfg.seed, step), sample_rows=cfg.sample_rows,
+                             kv_gib=cfg.kv_gib)
 
         # reward: one verdict a response; advantage: inside the group of one prompt
         timer("verifying")
@@ -227,7 +235,7 @@ def main(cfg):
                                logp_old and logp_old[mini], logp_ref and logp_ref[mini])
             grad_norms.append(optimizer_step(policy, optimizer, scheduler, cfg.grad_clip))
 
-        clipped, entropy, kl, gap = (sums / sum(len(r.tokens) for r in rows)).tolist()
+        clipped, entropy, kl, gap = (summed(sums) / sum(len(r.tokens) for r in rows)).tolist()
         spread = rewards.std(-1)
         run.log(step, "reward", "zero_variance", "length", reward=rewards.mean().item(),
                 reward_std=spread.mean().item(), zero_variance=(spread == 0).float().mean().item(),

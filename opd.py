@@ -30,9 +30,9 @@ from typing import Literal
 
 import torch
 
-from common import (Run, Timer, batch_indices, check, check_pair, count_steps,
-                    describe_lm, load_lm, load_problems, make_optimizer, micro_batches,
-                    optimizer_step, over_chunks, pick, rollout_stats, run_cli, sample,
+from common import (Run, Timer, batch_indices, check, check_pair, count_steps, describe_lm, dry_run,
+                    load_lm, load_problems, make_optimizer, optimizer_step, over_chunks, pick,
+                    rollout_stats, run_cli, sample_shared, shared_micro_batches, summed,
                     tokenize_problems)
 
 
@@ -73,6 +73,8 @@ class Config:
     kv_gib: float = 0.0  # GiB of the sampler's keys and values; 0: what the device can spare
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     save_every: int = 50  # steps between checkpoints; 0: only one when it is told to stop
+    cpu_offload: bool = False  # several processes: masters and AdamW in host memory
+    dry_run: int = 0  # only print the computed memory and time on so many GPUs
     show_every: int = 10  # steps between printed rollouts; 0 is never
 
 
@@ -107,7 +109,7 @@ def accumulate(cfg, student, teacher, rows, n_tokens):
     if cfg.estimator != "full":  # constants, of all tokens before the first has its loss
         logp, logq = (lm.token_logp(h, tokens, cfg.temperature, cfg.vocab_chunk)
                       for lm, h in ((student, hidden), (teacher, hidden_teacher)))
-        adv = dense_advantages(logp, logq, [len(r.tokens) for r in rows],
+        adv = dense_advantages(logp, logq, [len(r.tokens) for r in rows] or [0],
                                returns=cfg.estimator == "return")
 
     def chunk(head, h, h_teacher, y, A):
@@ -124,12 +126,15 @@ def accumulate(cfg, student, teacher, rows, n_tokens):
 def main(cfg):
     check(cfg.temperature > 0, "--temperature must be positive")
     check_pair(describe_lm(cfg.teacher), describe_lm(cfg.student))
+    if cfg.dry_run:
+        return dry_run(cfg, cfg.student, [cfg.teacher])
     run = Run(cfg, parents=[cfg.teacher, cfg.student])
     problems = load_problems(cfg.data, half=cfg.half, exclude=cfg.exclude,
                              split_seed=cfg.split_seed)
     teacher = load_lm(cfg.teacher, device=cfg.device, dtype=cfg.dtype)
     student = load_lm(cfg.student, device=cfg.device, dtype=cfg.dtype, train=True,
-                      gradient_checkpointing=cfg.gradient_checkpointing)
+                      gradient_checkpointing=cfg.gradient_checkpointing,
+                      cpu_offload=cfg.cpu_offload)
     problems = tokenize_problems(problems, student.tokenizer, thinking=cfg.thinking,
                                  max_prompt_tokens=cfg.max_prompt_tokens)
     steps = count_steps(cfg.steps, cfg.epochs, len(problems), cfg.prompts)
@@ -142,20 +147,20 @@ def main(cfg):
 
         # states: fresh rollouts of the student, d_theta
         timer("sampling")
-        rows = sample(student, [problems[i].prompt for i in indices], cfg.rollouts,
-                      max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-                      seed=(cfg.seed, step), sample_rows=cfg.sample_rows,
-                      kv_gib=cfg.kv_gib)
+        rows = sample_shared(student, [problems[i].prompt for i in indices], cfg.rollouts,
+                             max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
+                             seed=(cfg.seed, step), sample_rows=cfg.sample_rows,
+                             kv_gib=cfg.kv_gib)
 
         # loss: the mean over all response tokens of the update, whatever the micro-batches
         timer("updating")
         n_tokens = sum(len(r.tokens) for r in rows)
         sums = torch.zeros(3, dtype=torch.float64)  # of kl, kl^2, entropy
-        for group in micro_batches(rows, cfg.micro_tokens, student.device):
+        for group in shared_micro_batches(rows, cfg.micro_tokens, student.device):
             sums += accumulate(cfg, student, teacher, [rows[i] for i in group], n_tokens).cpu()
         grad_norm = optimizer_step(student, optimizer, scheduler, cfg.grad_clip)
 
-        kl, square, entropy = (sums / n_tokens).tolist()
+        kl, square, entropy = (summed(sums) / n_tokens).tolist()
         kl_std = max(0.0, square - kl**2) ** 0.5
         run.log(step, "kl", "entropy", "length", kl=kl, kl_std=kl_std, entropy=entropy,
                 grad_norms=[grad_norm], **rollout_stats(rows), **timer.stop())

@@ -251,7 +251,8 @@ def loss_functions(N, D, device, **chunk):
         return loss(logp, logp.detach(), torch.ones_like(logp), 0.2, 0.2).mean().backward()
 
     def ours_grpo():
-        grpo.accumulate(grpo.Config("", kl_coef=0, **chunk), student, rows, torch.ones(1), None, None)
+        cfg = grpo.Config("", kl_coef=0, **chunk)
+        grpo.accumulate(cfg, student, rows, torch.ones(1), None, None)
 
     def ours_distil(stage):
         stage.accumulate(stage.Config(**distil), student, teacher, rows, N)

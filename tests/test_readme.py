@@ -16,11 +16,13 @@ SCRIPTS = ("grpo", "fkl_warmup", "opd", "evaluate")
 
 
 def commands():
-    """Every `python script.py ...` of the README's code blocks and of the scripts' docstrings."""
+    """Every `python script.py ...`, or with torchrun, of the README's code blocks and of the
+    scripts' docstrings."""
     texts = re.findall(r"```sh\n(.*?)```", README, re.S)
     texts += [importlib.import_module(name).__doc__ for name in SCRIPTS]
     lines = "\n".join(texts).replace("\\\n", " ").splitlines()
-    found = [line.split("#")[0].strip() for line in lines if line.strip().startswith("python ")]
+    lines = [re.sub(r"^torchrun .*?(\w+\.py)", r"python \1", line.strip()) for line in lines]
+    found = [line.split("#")[0].strip() for line in lines if line.startswith("python ")]
     return [line for line in found if line.split()[1].removesuffix(".py") in SCRIPTS]
 
 
