@@ -2451,8 +2451,8 @@ def gathered(lm):
 #     activations              tokens of a micro-batch (or of the longest row) times: with
 #                              --gradient-checkpointing 4 L D and one layer, else L layers; a layer
 #                              keeps 24 D + 14 (H + H_kv) d + 8 F
-#     keys and values          4 L H_kv d a token; rows * longest at the very most (the sampler takes
-#                              fewer rows at once where they do not fit)
+#     keys and values          4 L H_kv d a token; rows * longest at the very most (where they do
+#                              not fit, the youngest rows wait)
 #
 # Seconds, for responses that are all as long as --max-new-tokens: 2 P operations a token for a
 # forward pass, 4 for a backward (2 more if recomputed), 4 L H d * length / 2 of attention as often;
@@ -2520,7 +2520,7 @@ def read_shape(name):
 
 
 def step_bytes(trained, frozen, sampler, *, gpus, rows, longest, micro_tokens, checkpointing,
-           cpu_offload=False, chunk=256 << 20):
+               cpu_offload=False, chunk=256 << 20):
     """{part: bytes} on one of `gpus` GPUs; trained: a Shape or None, frozen: Shapes.
 
     sampler: that one of them which samples. rows: that one GPU decodes at once; longest: tokens of
@@ -2551,7 +2551,7 @@ def step_bytes(trained, frozen, sampler, *, gpus, rows, longest, micro_tokens, c
 
 
 def step_seconds(trained, frozen, sampler, *, gpus, rows, share, prompt, response, micro_tokens,
-            checkpointing, sample_rows):
+                 checkpointing, sample_rows):
     """{part: seconds} of a step of `rows` rows in all, each of prompt + response tokens; share:
     rows that the process with most prompts samples."""
     length, mine, at_once = prompt + response, rows / gpus, min(share, sample_rows)
