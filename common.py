@@ -1393,7 +1393,9 @@ def random_stream(seed, prompt, index):
 def decode(lm, groups, temperature, sample_rows, kv_gib, ended=lambda row: None):
     """Fill in the rollouts of all rows; groups: lists of Rows of one prompt. Calls ended(row)."""
     waiting = deque(g[i : i + sample_rows] for g in groups for i in range(0, len(g), sample_rows))
-    longest = max((len(row) + row.limit for group in groups for row in group), default=0)
+    if not waiting:
+        return
+    longest = max(len(row) + row.limit for group in groups for row in group)
     stops, live = set(lm.stop_ids), []  # live: the oldest first
     with paged_attention_in(lm), lm.autocast():  # bf16 copies of the weights are made once
         cache = PagedCache(lm, min(sample_rows, sum(map(len, waiting))), longest, kv_gib)

@@ -264,7 +264,8 @@ def test_each_row_has_its_own_limit(lm):
 
 
 def test_a_prompt_of_one_token(lm):
-    """It has nothing to prefill."""
+    """It has nothing to prefill; and no prompts have no rollouts."""
+    assert draw(lm, []) == []
     rows = draw(lm, [[3], [5, 7]], k=3)
     same(rows[:3], draw(lm, [[3]], k=3))
     scored = grpo.score(grpo.Config(model=""), lm, rows)
