@@ -2312,11 +2312,23 @@ def sample_shared(lm, prompts, k, *, done=lambda i, rollouts: None, **settings):
         return sample(lm, prompts, k, done=done, **settings)
     mine = shares([len(p) + k * settings["max_new_tokens"] for p in prompts], world_size())[rank()]
     with gathered(lm) as everything:
-        rows = sample(everything, [prompts[i] for i in mine], k, **settings) if mine else []
+        rows = sample(everything, [prompts[i] for i in mine], k, **settings)
     groups = merged({i: rows[j * k : (j + 1) * k] for j, i in enumerate(mine)})
     for i in range(len(prompts)):
         done(i, groups[i])
     return [row for i in range(len(prompts)) for row in groups[i]]
+
+
+def sample_and_write(lm, prompts, k, write, *, sample_rows, **settings):
+    """`sample_shared` for more prompts than one keeps in memory; write(i, rollouts) takes them.
+
+    One process writes a prompt as soon as it has ended, and takes so many at once that the long
+    tail is a small part; several hand theirs over together, and so take fewer.
+    """
+    size = max(1, (8 if world_size() == 1 else world_size()) * sample_rows // k)
+    for start in range(0, len(prompts), size):
+        sample_shared(lm, prompts[start : start + size], k, sample_rows=sample_rows, **settings,
+                      done=lambda i, rollouts: write(start + i, rollouts))
 
 
 def shard_model(lm, source, device, cpu_offload):

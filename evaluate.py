@@ -26,7 +26,7 @@ import numpy as np
 from common import (DATA_ALIASES, append_json_line, build_prompt, check, describe_run, differences,
                     dry_run, fingerprint, from_rank_0, grade, json_line, load_lm, lock, progress,
                     rank, read_json, read_json_lines, read_record, read_rows, rounded, run_cli,
-                    sample_shared, to_problem, world_size, write_json, write_text)
+                    sample_and_write, to_problem, world_size, write_json, write_text)
 
 
 @dataclass
@@ -132,15 +132,11 @@ def answer_set(cfg, lm, problems, path):
         bar.set_postfix(avg=f"{100 * right / len(done) / cfg.samples:.1f} %", refresh=False)
         bar.update()
 
-    # one process writes each problem as it ends, and takes so many that the tail is a small part
-    size = max(1, (8 if world_size() == 1 else world_size()) * cfg.sample_rows // cfg.samples)
+    prompts = [build_prompt(lm.tokenizer, problems[i].problem, cfg.thinking) for i in missing]
     with bar:
-        for part in (missing[i : i + size] for i in range(0, len(missing), size)):
-            prompts = [build_prompt(lm.tokenizer, problems[i].problem, cfg.thinking) for i in part]
-            sample_shared(lm, prompts, cfg.samples, max_new_tokens=cfg.max_new_tokens,
-                          temperature=cfg.temperature, seed=(cfg.seed,),
-                          sample_rows=cfg.sample_rows, kv_gib=cfg.kv_gib,
-                          done=lambda j, rows: write(part[j], rows))
+        sample_and_write(lm, prompts, cfg.samples, lambda j, rows: write(missing[j], rows),
+                         max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
+                         seed=(cfg.seed,), sample_rows=cfg.sample_rows, kv_gib=cfg.kv_gib)
     if missing:  # in the order of the problems
         write_text(path, "".join(json_line(done[i]) for i in sorted(done)))
     return [done[i] for i in range(len(problems))]

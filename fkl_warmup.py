@@ -35,8 +35,7 @@ from common import (Rollout, Run, Timer, append_json_line, batch_indices, check,
                     count_steps, describe_lm, differences, dry_run, encode_examples, fingerprint,
                     from_rank_0, load_lm, load_problems, lock, make_optimizer, optimizer_step,
                     over_chunks, pick, progress, read_json_lines, rollout_stats, run_cli,
-                    sample_shared, shared_micro_batches, summed, tokenize_problems, verify,
-                    world_size)
+                    sample_and_write, shared_micro_batches, summed, tokenize_problems, verify)
 
 
 @dataclass
@@ -144,14 +143,10 @@ def cached_rollouts(cfg, teacher, path, prompts):
         append_json_line(path, cache[prompt])
         bar.update()
 
-    # one process writes each prompt as it ends, and takes so many that the tail is a small part
-    size = max(1, (8 if world_size() == 1 else world_size()) * cfg.sample_rows // cfg.rollouts)
     with bar:
-        for part in (missing[i : i + size] for i in range(0, len(missing), size)):
-            sample_shared(teacher, part, cfg.rollouts, max_new_tokens=cfg.max_new_tokens,
-                          temperature=cfg.temperature, seed=(cfg.seed,),
-                          sample_rows=cfg.sample_rows, kv_gib=cfg.kv_gib,
-                          done=lambda i, rows: write(part[i], rows))
+        sample_and_write(teacher, missing, cfg.rollouts, lambda i, rows: write(missing[i], rows),
+                         max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
+                         seed=(cfg.seed,), sample_rows=cfg.sample_rows, kv_gib=cfg.kv_gib)
     groups = [[Rollout(list(p), tokens, [], done) for tokens, done in
                zip(cache[p]["responses"], cache[p]["finished"])] for p in prompts]
     return groups, sum(cache[p]["seconds"] for p in prompts)

@@ -552,7 +552,7 @@ def test_a_folder_in_use_is_refused_until_its_process_is_gone(stage, line_of, ev
         refused.append((got.status, got.err, f"in use by another run (pid {pid} on "))
         os.kill(pid, signal.SIGKILL)
 
-    name = "make_optimizer" if stage in STAGES else "sample_shared"
+    name = "make_optimizer" if stage in STAGES else "sample_and_write"
     got = forked(line, at_call(module, name, 1, send(signal.SIGSTOP)), meanwhile=meanwhile)
     assert got.status == -signal.SIGKILL
     ((status, err, words),) = refused
