@@ -1,23 +1,34 @@
 #!/usr/bin/env bash
 # The whole recipe. What is finished is skipped: after a stop, the same command goes on.
 #
-#   bash run_all.sh           the embedded world: two CPU cores, no download, minutes
-#   bash run_all.sh qwen3     the paper's settings: Qwen3-1.7B, teacher 8B (or TEACHER=Qwen/Qwen3-14B)
-#   bash run_all.sh llama     the paper's settings: Llama-3.1-8B-Instruct, teacher Llama-3.3-70B-Instruct
+#   bash run_all.sh               the embedded world: two CPU cores, no download, minutes
+#   bash run_all.sh world-full    all routes, label budgets and reward densities on the world
+#   bash run_all.sh qwen3         the paper's settings: Qwen3-1.7B, teacher 8B (or TEACHER=...-14B)
+#   bash run_all.sh llama         the paper's settings: Llama-3.1-8B-Instruct, teacher 70B
 #
-# SEED=1 (or any number) draws another world, or other samples, in a folder of its own.
+# SEED=1 (or any number) draws another world, or other samples, in a folder of its own;
+# SEEDS="0 1 2" bash run_all.sh world-full takes several, JOBS=2 at a time, and compares them.
 set -euo pipefail
 cd "$(dirname "$0")"
 setting=${1:-world} SEED=${SEED:-0}
 
+folder() { # folder NAME SEED
+    if [ "$2" = 0 ]; then echo runs/$1; else echo runs/$1-seed$2; fi
+}
+if [ "$setting" = world-full ] && [ -n "${SEEDS:-}" ]; then # whole worlds side by side
+    printf '%s\n' $SEEDS | SEEDS= xargs -P "${JOBS:-2}" -I{} env SEED={} bash run_all.sh world-full
+    python evaluate.py --table "$(for s in $SEEDS; do folder world $s; done | paste -sd,)"
+    exit
+fi
+
 # Flags by purpose: D data, G GRPO, B the bridge and what is compared with it, E evaluation. Inside a
 # comparison all is equal but the thing compared; OPD alone or SFT take as many updates as the bridge.
 case $setting in
-world)
-    teacher=base-teacher student=base-student runs=runs/world
-    [ "$SEED" = 0 ] || runs=runs/world-seed$SEED
-    sets=$runs/test.jsonl short=(--max-new-tokens 48 --seed "$SEED")
-    D=(--data $runs/train.jsonl --exclude $sets,$runs/valid.jsonl --show-every 20 "${short[@]}")
+world | world-full)
+    teacher=base-teacher student=base-student runs=$(folder world "$SEED")
+    sets=$runs/test.jsonl,$runs/hard.jsonl short=(--max-new-tokens 48 --seed "$SEED")
+    D=(--data $runs/train.jsonl --exclude $sets,$runs/valid.jsonl --lr-schedule linear
+       --show-every 20 "${short[@]}")
     G=(--prompts 32 --mini-batch 32 --kl-coef 0)
     G_teacher=(--lr 3e-4 --steps 40) G_student=(--lr 5e-4 --steps 80)
     B=(--prompts 16 --rollouts 4 --lr 1e-3) warmup=(--steps 40) opd=(--steps 80) both=(--steps 120)
@@ -29,12 +40,11 @@ qwen3 | llama)
     llama) teacher=${TEACHER:-meta-llama/Llama-3.3-70B-Instruct}
            student=meta-llama/Llama-3.1-8B-Instruct ;;
     esac
-    runs=runs/$(basename "$teacher" | tr '[:upper:]' '[:lower:]')
-    [ "$SEED" = 0 ] || runs=$runs-seed$SEED
+    runs=$(folder "$(basename "$teacher" | tr '[:upper:]' '[:lower:]')" "$SEED")
     sets=math500,aime24,aime25 D=(--seed "$SEED" --gradient-checkpointing) E=(--seed "$SEED")
     G=() G_teacher=() G_student=() B=() warmup=() opd=() both=(--epochs 2) ;; # Tables 9, 10: defaults
 *)
-    echo "usage: bash run_all.sh [world | qwen3 | llama]" >&2
+    echo "usage: bash run_all.sh [world | world-full | qwen3 | llama]" >&2
     exit 2 ;;
 esac
 mkdir -p $runs/logs
@@ -57,24 +67,33 @@ report() { # report NAME [MODEL]: evaluate, then show the table as it has grown
 grpo() { # grpo NAME MODEL FLAGS...
     local name=$1 model=$2 && shift 2
     run $name grpo.py --model "$(at $model)" "${D[@]}" "${G[@]}" "$@"
+    report $name
 }
 distil() { # distil SCRIPT NAME TEACHER STUDENT FLAGS...
     local script=$1 name=$2 && shift 2
     local cache=() # one file of each teacher's rollouts, for all that learn from them
-    if [ $setting != world ] && [ $script = fkl_warmup.py ]; then
+    if [[ $setting != world* ]] && [ $script = fkl_warmup.py ]; then
         cache=(--cache $runs/rollouts/$(basename $1).jsonl)
     fi
     run $name $script --teacher "$(at $1)" --student "$(at $2)" "${D[@]}" "${B[@]}" "${cache[@]}" \
         "${@:3}"
 }
-bridge() { # bridge NAME TEACHER HALF: forward-KL warmup, then OPD, into the base student
-    distil fkl_warmup.py $1-warmup $2 $student "${warmup[@]}" --half $3
-    distil opd.py $1 $2 $1-warmup "${opd[@]}" --half $3
+bridge() { # bridge NAME TEACHER FLAGS...: forward-KL warmup, then OPD, into the base student
+    distil fkl_warmup.py $1-warmup $2 $student "${warmup[@]}" "${@:3}"
+    distil opd.py $1 $2 $1-warmup "${opd[@]}" "${@:3}"
+    report $1
+}
+opd_only() { # opd_only NAME TEACHER FLAGS...: R8, without the warmup
+    distil opd.py $1 $2 $student "${both[@]}" "${@:3}"
+    report $1
+}
+sft() { # sft NAME TEACHER STUDENT FLAGS...: on the teacher's samples as hard labels
+    distil fkl_warmup.py $1 $2 $3 "${both[@]}" --targets hard "${@:4}"
     report $1
 }
 
-ready() { # ready NAME: in the world, wait until the other line has finished it
-    [ $setting = world ] || return 0
+ready() { # ready NAME: where the other line of work makes it, wait until that has finished it
+    [ -n "$lines" ] || return 0
     until grep -qs '"finished": true' $runs/$1/config.json; do
         [ -z "$job" ] || kill -0 $job 2> /dev/null || return 0 # it will say why
         sleep 0.2
@@ -84,72 +103,98 @@ ready() { # ready NAME: in the world, wait until the other line has finished it
 # The world trains its base models itself, on documents (plain SFT).
 P=(--targets data --prompts 64 --rollouts 1 --lr-schedule linear --warmup-steps 50
    --weight-decay 0.01 --adam-beta2 0.99 --seed "$SEED" --show-every 100)
-base_model() { # base_model NAME SIZE FLAGS...
-    [ $setting != world ] || run $1 fkl_warmup.py --student $runs/init-$2 \
-        --data $runs/corpus-$2.jsonl "${@:3}" "${P[@]}"
+base_teacher() {
+    [[ $setting != world* ]] || run base-teacher fkl_warmup.py --student $runs/init-teacher \
+        --data $runs/corpus-teacher.jsonl --lr 4e-3 --steps 600 "${P[@]}"
+}
+base_student() {
+    [[ $setting != world* ]] || run base-student fkl_warmup.py --student $runs/init-student \
+        --data $runs/corpus-student.jsonl --lr 6e-3 --steps 800 "${P[@]}"
 }
 
 # --- One line of work has stage 1 and what is taught by the teacher that has seen all labels.
 teachers() {
-    base_model base-teacher teacher --lr 4e-3 --steps 600
+    base_teacher
     grpo teacher-rl-1h $teacher "${G_teacher[@]}" --half 1
     grpo teacher-rl $teacher "${G_teacher[@]}"
-    report teacher-rl-1h
-    report teacher-rl
     ready base-student
-    bridge bridge teacher-rl all # R3-full: all labels to the teacher
-    distil opd.py opd-only teacher-rl $student "${both[@]}" # R8: OPD without warmup
-    report opd-only
-    distil fkl_warmup.py sft teacher-rl $student "${both[@]}" --targets hard # R2: SFT on its samples
-    report sft
+    bridge bridge teacher-rl # R3-full: all labels to the teacher
+    opd_only opd-only teacher-rl # R8
+    sft sft teacher-rl $student # R2
 }
 # --- The other has the baseline, and the bridge on one half of the labels with what follows it.
 students() {
-    base_model base-student student --lr 6e-3 --steps 420
+    base_student
     report base-student $student
     grpo cold-grpo $student "${G_student[@]}" # R1
-    report cold-grpo
     ready base-teacher
     report base-teacher $teacher
     ready teacher-rl-1h
-    bridge bridge-1h teacher-rl-1h 1
+    bridge bridge-1h teacher-rl-1h --half 1
     grpo fresh-2h bridge-1h "${G_student[@]}" --half 2 # R5-half: labels that the teacher never saw
-    report fresh-2h
     grpo replay-1h bridge-1h "${G_student[@]}" --half 1 # R7: the teacher's labels again
-    report replay-1h
-    bridge raw-bridge $teacher all # the bridge from the teacher without RL
+    bridge raw-bridge $teacher # the bridge from the teacher without RL
+}
+# --- The other routes: R2 and R8 on half the labels and then fresh ones, the SFT'd teacher (R6;
+#     ours: on its own correct responses), and the RL'd teacher of the student's size.
+others() {
+    sft sft-1h teacher-rl-1h $student --half 1
+    grpo sft-fresh-2h sft-1h "${G_student[@]}" --half 2
+    opd_only opd-only-1h teacher-rl-1h --half 1
+    grpo opd-only-fresh-2h opd-only-1h "${G_student[@]}" --half 2
+    sft sft-teacher $teacher $teacher --only-correct
+    bridge sft-teacher-bridge sft-teacher
+    sft sft-teacher-1h $teacher $teacher --only-correct --half 1
+    bridge sft-teacher-bridge-1h sft-teacher-1h --half 1
+    grpo sft-teacher-fresh-2h sft-teacher-bridge-1h "${G_student[@]}" --half 2
+    grpo sft-teacher-replay-1h sft-teacher-bridge-1h "${G_student[@]}" --half 1
+    bridge same-size-bridge cold-grpo
+}
+# --- Beyond the paper: fewer labels and more, and rewards between dense and sparse (Eq. 3).
+beyond() {
+    local n weight
+    for n in 32 64 256 512; do # 128 are the routes above
+        grpo teacher-rl-$n $teacher "${G_teacher[@]}" --data $runs/train-$n.jsonl
+        bridge bridge-$n teacher-rl-$n --data $runs/train-$n.jsonl
+        grpo cold-grpo-$n $student "${G_student[@]}" --data $runs/train-$n.jsonl
+    done
+    for weight in 0.25 0.5 0.75 1; do # 0 is the bridge
+        distil opd.py lambda-$weight teacher-rl bridge-warmup "${opd[@]}" --sparse-weight $weight
+        report lambda-$weight
+    done
 }
 
-job=
-if [ $setting = world ]; then # side by side, a core each
+lines= job=
+case $setting in
+world) # two lines side by side, a core each
     python tests/world.py --out $runs --seed "$SEED"
     trap '[ -z "$job" ] || kill $job $(pgrep -P $job) 2> /dev/null' EXIT
+    lines=2
     echo "=== teachers; beside it students, in $runs/logs/students.txt"
     (set -e; students) > $runs/logs/students.txt 2>&1 & job=$!
     teachers
     wait $job || { echo "students failed: $(tail -n 1 $runs/logs/students.txt)" >&2; exit 1; }
-    job=
-else
+    job= ;;
+world-full) # one after the other: several worlds may run side by side
+    log=$runs/logs/all.txt
+    echo "=== world of seed $SEED, in $log"
+    (
+        set -e
+        python tests/world.py --out $runs --seed "$SEED"
+        base_teacher
+        base_student
+        teachers
+        students
+        others
+        beyond
+    ) > $log 2>&1 & job=$!
+    trap '[ -z "$job" ] || kill $job $(pgrep -P $job) 2> /dev/null' EXIT
+    wait $job || { echo "seed $SEED failed: $(tail -n 1 $log)" >&2; exit 1; }
+    job= ;;
+*)
     teachers
     students
-fi
-
-# --- At the paper's scale also: R2 and R8 on half the labels and then fresh ones, the SFT'd teacher
-#     (R6; ours: on its own correct responses), and the RL'd teacher of the student's size.
-if [ $setting != world ]; then
-    distil fkl_warmup.py sft-1h teacher-rl-1h $student "${both[@]}" --targets hard --half 1
-    grpo sft-fresh-2h sft-1h "${G_student[@]}" --half 2
-    distil opd.py opd-only-1h teacher-rl-1h $student "${both[@]}" --half 1
-    grpo opd-only-fresh-2h opd-only-1h "${G_student[@]}" --half 2
-    distil fkl_warmup.py sft-teacher $teacher $teacher --targets hard --only-correct
-    bridge sft-teacher-bridge sft-teacher all
-    distil fkl_warmup.py sft-teacher-1h $teacher $teacher --targets hard --only-correct --half 1
-    bridge sft-teacher-bridge-1h sft-teacher-1h 1
-    grpo sft-teacher-fresh-2h sft-teacher-bridge-1h "${G_student[@]}" --half 2
-    grpo sft-teacher-replay-1h sft-teacher-bridge-1h "${G_student[@]}" --half 1
-    bridge same-size-bridge cold-grpo all
-    for name in sft-1h sft-fresh-2h opd-only-1h opd-only-fresh-2h sft-teacher sft-teacher-1h \
-        sft-teacher-fresh-2h sft-teacher-replay-1h; do report $name; done
-fi
+    others ;;
+esac
 echo "=== done in $((SECONDS / 60)) min $((SECONDS % 60)) s"
 python evaluate.py --table $runs

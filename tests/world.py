@@ -15,10 +15,13 @@ by one, and a reward at the end of a chain says little about which one was wrong
 
     python tests/world.py --out runs/world --seed 0
 
-writes train.jsonl (256 labelled problems), valid.jsonl (200) and test.jsonl (500), all with chains
-of 2, 2, 3, 3, 4 steps in turn, corpus-teacher.jsonl and corpus-student.jsonl, and two folders with
-random weights, init-teacher (335 k parameters) and init-student (85 k), that any tool can load. The
-problem sets are drawn first and never occur in a corpus. Everything is a function of the seed.
+writes train.jsonl (128 labelled problems), valid.jsonl (200) and test.jsonl (500), all with chains
+of 2, 2, 3, 3, 4 steps in turn, and hard.jsonl (200, all of 4 steps). For the question how many labels
+it takes, train-32.jsonl and train-64.jsonl are the beginning of train.jsonl, which is the beginning
+of train-256.jsonl and train-512.jsonl. Then corpus-teacher.jsonl and corpus-student.jsonl, and two
+folders with random weights, init-teacher (335 k parameters) and init-student (85 k), that any tool
+can load. All problem sets are drawn before the corpora, which leave their problems out. Everything
+is a function of the seed.
 """
 
 import argparse
@@ -135,25 +138,29 @@ def make_document(rng, banned, fact, drill=0.17, careful=0.2, sloppy=0.2):
     return {"problem": write(problem), "response": f"{lines}\\boxed{{{write_box(values)}}}"}
 
 
-def make_set(rng, n, taken):
-    """n new problems, none of them in `taken`, to which they are added."""
+def make_set(rng, n, taken, steps=(2, 2, 3, 3, 4)):
+    """n new problems of so many steps in turn, none of them in `taken`, to which they are added."""
     rows = []
     while len(rows) < n:
-        problem = make_problem(rng, (2, 2, 3, 3, 4)[len(rows) % 5])
+        problem = make_problem(rng, steps[len(rows) % len(steps)])
         if write(problem) not in taken:
             taken.add(write(problem))
             rows.append({"problem": write(problem), "answer": write_box(work(problem)[1])})
     return rows
 
 
-def build(out, seed=0, documents=38400, train=256, valid=200, test=500):
+def build(out, seed=0, documents=38400, train=128, valid=200, test=500, hard=200):
     """Write the world to the folder `out`, unless it is there already; returns it as a Path."""
     out, rng, taken = Path(out), random.Random(seed), set()
     if (out / "world.json").exists():
         return out
     out.mkdir(parents=True, exist_ok=True)
     files = {name: make_set(rng, n, taken)
-             for name, n in (("test", test), ("valid", valid), ("train", train))}
+             for name, n in (("test", test), ("valid", valid))}
+    files["hard"] = make_set(rng, hard, taken, steps=(4,))
+    labelled = make_set(rng, 4 * train, taken)
+    files |= {f"train-{n}": labelled[:n] for n in (train // 4, train // 2, 2 * train, 4 * train)}
+    files["train"] = labelled[:train]
     for size in SIZES:
         book = Book(rng, MISPRINTED[size])
         files[f"corpus-{size}"] = [make_document(rng, taken, book) for _ in range(documents)]
