@@ -109,7 +109,7 @@ def dense_advantages(logp, logq, lengths, returns):
 
 
 def sparse_advantages(rewards, eps=1e-4):
-    """GRPO's A_i = (R_i - mean) / (std + eps) inside each group, as in grpo.py: (P, K) -> (P, K)."""
+    """A_i = (R_i - mean) / (std + eps) inside each group, as in grpo.py: (P, K) -> (P, K)."""
     return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + eps)
 
 
