@@ -1309,6 +1309,23 @@ def verify(response: str, answer: str) -> bool:
     return grade(response, answer) == "correct"
 
 
+def reward_groups(lm, rows, answers):
+    """The sparse reward R in {0, 1} of each group of K rollouts, an answer each: (P, K).
+
+    Also returns what is logged of it: its mean, the mean std inside a group, the shares of groups
+    without any spread, of responses without an answer, and of verdicts at the verifier's limits.
+    """
+    k = len(rows) // len(answers)
+    texts = [lm.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in rows]
+    verdicts = [grade(text, answers[i // k]) for i, text in enumerate(texts)]
+    rewards = torch.tensor([float(v == "correct") for v in verdicts]).view(-1, k)  # (P, K)
+    spread = rewards.std(-1)
+    return rewards, {"reward": rewards.mean().item(), "reward_std": spread.mean().item(),
+                     "zero_variance": (spread == 0).float().mean().item(),
+                     "no_answer": verdicts.count("no_answer") / len(rows),
+                     "gave_up": verdicts.count("gave_up") / len(rows)}
+
+
 # --------------------------------------------------------------------------------------------------
 # 5 sampler: prompts -> rollouts
 #

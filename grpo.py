@@ -11,7 +11,8 @@ A group of only right or only wrong responses has A = 0 and teaches nothing: tha
 spends its labels on a teacher that already succeeds sometimes (stage 1, `--model` the teacher), and
 on the student only after the bridge (stage 3, `--model` the bridged student, with labels not used
 so far). On the base student the same script is the baseline, cold GRPO (route R1); on stage 1's
-labels again it is replay (R7). It is the end lambda = 1 of Eq. 3, as OPD is lambda = 0.
+labels again it is replay (R7). It is the end lambda = 1 of Eq. 3, as OPD is lambda = 0; what lies
+between them is opd.py --sparse-weight.
 
 Ablations in one flag: --aggregation sequence (GRPO's first form) or constant (Dr. GRPO),
 --no-adv-std (Dr. GRPO), --clip-high 0.28 (DAPO), --mask-truncated (DAPO), --kl-coef 0, --kl-loss
@@ -30,9 +31,9 @@ from typing import Literal
 import torch
 
 from common import (Run, Timer, batch_indices, check, count_steps, describe_lm, dry_run, flat,
-                    grade, load_lm, load_problems, make_optimizer, merged, optimizer_step,
-                    over_chunks, pick, rollout_stats, run_cli, sample_shared, shared_micro_batches,
-                    summed, tokenize_problems)
+                    load_lm, load_problems, make_optimizer, merged, optimizer_step, over_chunks,
+                    pick, reward_groups, rollout_stats, run_cli, sample_shared,
+                    shared_micro_batches, summed, tokenize_problems)
 
 
 @dataclass
@@ -214,11 +215,8 @@ def main(cfg):
 
         # reward: one verdict a response; advantage: inside the group of one prompt
         timer("verifying")
-        answers = [problems[i].answer for i in indices for _ in range(cfg.rollouts)]
-        texts = [policy.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in rows]
-        verdicts = [grade(text, answer) for text, answer in zip(texts, answers)]
-        rewards = torch.tensor([float(v == "correct") for v in verdicts])
-        rewards = rewards.view(cfg.prompts, cfg.rollouts)  # (P, K)
+        answers = [problems[i].answer for i in indices]
+        rewards, rewarded = reward_groups(policy, rows, answers)  # (P, K)
         adv = advantages(rewards, cfg.adv_std)  # (P, K)
 
         # constants: pi_old only if a later update will see a moved policy, pi_ref only if it counts
@@ -236,11 +234,7 @@ def main(cfg):
             grad_norms.append(optimizer_step(policy, optimizer, scheduler, cfg.grad_clip))
 
         clipped, entropy, kl, gap = (summed(sums) / sum(len(r.tokens) for r in rows)).tolist()
-        spread = rewards.std(-1)
-        run.log(step, "reward", "zero_variance", "length", reward=rewards.mean().item(),
-                reward_std=spread.mean().item(), zero_variance=(spread == 0).float().mean().item(),
-                no_answer=verdicts.count("no_answer") / len(rows),
-                gave_up=verdicts.count("gave_up") / len(rows), entropy=entropy, k3_ref=kl,
+        run.log(step, "reward", "zero_variance", "length", **rewarded, entropy=entropy, k3_ref=kl,
                 clip_fraction=clipped, sampler_gap=gap, grad_norms=grad_norms,
                 **rollout_stats(rows), **timer.stop())
         run.show(step, policy, rows[0], f"answer {answers[0]}, reward {rewards[0, 0]:.0f}")

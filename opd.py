@@ -15,6 +15,17 @@ and different gradients. `--estimator` offers
     token   score function, advantage log pi_T(y_t|s_t) - log pi_theta(y_t|s_t): Eq. 4, one token
     return  score function, the sum of these advantages over u >= t: the full gradient of Eq. 2
 
+OPD and sparse RL are the ends lambda = 0 and 1 of one axis, the density of the reward:
+
+    J_lambda = E[(1 - lambda) sum_t r_T + lambda R] + beta H(pi_theta)                      (Eq. 3)
+
+`--sparse-weight LAMBDA` takes (1 - lambda) of the loss above and lambda of GRPO's, on the same
+rollouts; above 0 it uses labels. ours, as the paper has the two ends only: beta is 1; H is weighted
+with r_T, by 1 - lambda, so that 1 is grpo.py without a KL to the reference; and R stands in as its
+advantage A_i inside its group. So lambda weighs unlike units and is no share of the gradient: the
+dense part is in nats a token and fades as the student nears the teacher, A_i is in standard
+deviations of R inside a group and does not. One lambda leans further to R late in a run than early.
+
 Left out: replaying old rollouts (each is used once, so there is no importance ratio) and top-k KL
 (truncated reverse KL goes negative). `diff fkl_warmup.py opd.py` shows where the states come from
 and which way the KL points. Axes: P prompts, K rollouts each, N response tokens of a micro-batch,
@@ -31,9 +42,9 @@ from typing import Literal
 import torch
 
 from common import (Run, Timer, batch_indices, check, check_pair, count_steps, describe_lm, dry_run,
-                    load_lm, load_problems, make_optimizer, optimizer_step, over_chunks, pick,
-                    rollout_stats, run_cli, sample_shared, shared_micro_batches, summed,
-                    tokenize_problems)
+                    flat, load_lm, load_problems, make_optimizer, optimizer_step, over_chunks, pick,
+                    reward_groups, rollout_stats, run_cli, sample_shared, shared_micro_batches,
+                    summed, tokenize_problems)
 
 
 @dataclass
@@ -56,6 +67,7 @@ class Config:
     temperature: float = 1.0  # of both policies, in sampling and loss alike (Table 10)
     # --- ours
     estimator: Literal["full", "token", "return"] = "full"  # ours: Eq. 4 exact or sampled, Eq. 2
+    sparse_weight: float = 0.0  # ours: lambda of Eq. 3; 0 is OPD, 1 sparse RL (above 0: labels)
     steps: int = 0  # ours: number of updates; 0 means --epochs
     seed: int = 0  # ours: of prompt order and sampling
     thinking: bool = False  # ours: Qwen3's thinking mode
@@ -96,10 +108,24 @@ def dense_advantages(logp, logq, lengths, returns):
     return advantages
 
 
-def accumulate(cfg, student, teacher, rows, n_tokens):
+def sparse_advantages(rewards, eps=1e-4):
+    """A_i = (R_i - mean) / (std + eps) inside each group, as in grpo.py: (P, K) -> (P, K)."""
+    return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + eps)
+
+
+def mixed_loss(dense, logp, adv, sparse_weight):
+    """Between the ends of Eq. 3, per token: (1 - lambda) dense + lambda (-A log pi(y)), all (N,).
+
+    The second is GRPO's loss: the rollouts are fresh, so its ratio is 1 and its clip is idle.
+    """
+    return (1 - sparse_weight) * dense - sparse_weight * adv * logp
+
+
+def accumulate(cfg, student, teacher, rows, n_tokens, sparse=None):
     """Add the gradient of a micro-batch to the student's, for an update of n_tokens tokens.
 
-    Returns sums over its tokens: of the exact KL, of its square, of the student's entropy.
+    sparse: A_i of its rows, (B,); None is 0, as without --sparse-weight. Returns sums over its
+    tokens: of the exact KL, of its square, of the student's entropy.
     """
     hidden, tokens = student.states(rows)  # (N, D), (N,)
     with torch.no_grad():
@@ -111,26 +137,35 @@ def accumulate(cfg, student, teacher, rows, n_tokens):
                       for lm, h in ((student, hidden), (teacher, hidden_teacher)))
         adv = dense_advantages(logp, logq, [len(r.tokens) for r in rows] or [0],
                                returns=cfg.estimator == "return")
+    sparse = flat(torch.zeros(len(rows)) if sparse is None else sparse, rows).to(tokens.device)
 
-    def chunk(head, h, h_teacher, y, A):
+    def chunk(head, h, h_teacher, y, A, A_sparse):
         logp = student.log_probs(h, head, cfg.temperature)  # (n, V)
         logq = teacher.log_probs(h_teacher, head_teacher, cfg.temperature)
         kl = reverse_kl(logp, logq)  # (n,)
         entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
         loss = kl if cfg.estimator == "full" else -A * pick(logp, y)
+        if cfg.sparse_weight:
+            loss = mixed_loss(loss, pick(logp, y), A_sparse, cfg.sparse_weight)
         return loss.sum() / n_tokens, (kl, kl**2, entropy)
 
-    return over_chunks(chunk, cfg.vocab_chunk, student, hidden, hidden_teacher, tokens, adv)
+    return over_chunks(chunk, cfg.vocab_chunk, student, hidden, hidden_teacher, tokens, adv,
+                       sparse)
 
 
 def main(cfg):
     check(cfg.temperature > 0, "--temperature must be positive")
+    check(0 <= cfg.sparse_weight <= 1, f"--sparse-weight {cfg.sparse_weight} is not in [0, 1]")
+    check(cfg.rollouts > 1 or not cfg.sparse_weight,
+          "--rollouts 1: a group of one has no advantage for --sparse-weight; take at least 2")
     check_pair(describe_lm(cfg.teacher), describe_lm(cfg.student))
     if cfg.dry_run:
         return dry_run(cfg, cfg.student, [cfg.teacher])
     run = Run(cfg, parents=[cfg.teacher, cfg.student])
     problems = load_problems(cfg.data, half=cfg.half, exclude=cfg.exclude,
                              split_seed=cfg.split_seed)
+    if cfg.sparse_weight:
+        run.use_labels(problems)
     teacher = load_lm(cfg.teacher, device=cfg.device, dtype=cfg.dtype)
     student = load_lm(cfg.student, device=cfg.device, dtype=cfg.dtype, train=True,
                       gradient_checkpointing=cfg.gradient_checkpointing,
@@ -152,17 +187,25 @@ def main(cfg):
                              seed=(cfg.seed, step), sample_rows=cfg.sample_rows,
                              kv_gib=cfg.kv_gib)
 
+        # reward: the verifier's, where Eq. 3 wants it; the teacher's is a part of the loss
+        sparse, rewarded = torch.zeros(len(rows)), {}
+        if cfg.sparse_weight:
+            timer("verifying")
+            rewards, rewarded = reward_groups(student, rows, [problems[i].answer for i in indices])
+            sparse = sparse_advantages(rewards).flatten()  # (B,)
+
         # loss: the mean over all response tokens of the update, whatever the micro-batches
         timer("updating")
         n_tokens = sum(len(r.tokens) for r in rows)
         sums = torch.zeros(3, dtype=torch.float64)  # of kl, kl^2, entropy
         for group in shared_micro_batches(rows, cfg.micro_tokens, student.device):
-            sums += accumulate(cfg, student, teacher, [rows[i] for i in group], n_tokens).cpu()
+            sums += accumulate(cfg, student, teacher, [rows[i] for i in group], n_tokens,
+                               sparse[group]).cpu()
         grad_norm = optimizer_step(student, optimizer, scheduler, cfg.grad_clip)
 
         kl, square, entropy = (summed(sums) / n_tokens).tolist()
         kl_std = max(0.0, square - kl**2) ** 0.5
-        run.log(step, "kl", "entropy", "length", kl=kl, kl_std=kl_std, entropy=entropy,
+        run.log(step, "kl", "entropy", "length", **rewarded, kl=kl, kl_std=kl_std, entropy=entropy,
                 grad_norms=[grad_norm], **rollout_stats(rows), **timer.stop())
         run.show(step, student, rows[0], f"KL to the teacher {kl:.3f} nats a token")
         run.save_state(step, student, optimizer, scheduler)

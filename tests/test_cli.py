@@ -105,6 +105,7 @@ SMOKE = {  # name: (script, flags)
     "OPD full": ("opd.py", ""),
     "OPD token": ("opd.py", "--estimator token"),
     "OPD return": ("opd.py", "--estimator return"),
+    "OPD and reward": ("opd.py", "--sparse-weight 0.5"),
     "GRPO": ("grpo.py", ""),
     "GRPO, several updates with KL": ("grpo.py", "--mini-batch 2 --kl-coef 0.1"),
     "GRPO, Dr. GRPO": ("grpo.py", "--aggregation constant --no-adv-std --kl-coef 0"),
@@ -153,7 +154,8 @@ def test_two_steps_of_the_command_line(name, typed, line_of, tmp_path, world, ta
     check_folder(tmp_path / "out", line, parent)
     rows, run = metrics(tmp_path / "out"), record(tmp_path / "out")
     half, problems = ("2", 4) if "--half 2" in flags else ("all", 8)
-    used = stage == "grpo.py" or "--only-correct" in flags  # who looks at the answers
+    looks = "--only-correct" in flags or "--sparse-weight" in flags
+    used = stage == "grpo.py" or looks  # who looks at the answers
     assert run["labels"] == ({f"{taught.data}:{half}": problems} if used else {})
     assert str(parent) in run["parents"] and (str(taught.model) in run["parents"])
     if stage == "grpo.py":
@@ -163,6 +165,7 @@ def test_two_steps_of_the_command_line(name, typed, line_of, tmp_path, world, ta
         assert all(row["nll"] > 0 for row in rows)
     else:
         assert all(row["kl"] > 0 for row in rows)
+        assert all(("zero_variance" in row) == used for row in rows)
     if "only-correct" in flags:
         kept, problems = map(int, re.search(r"(\d+) responses to (\d+) of 8", got.out).groups())
         assert 0 < problems <= kept < 32, "some responses right, some wrong"
@@ -303,6 +306,9 @@ MISTAKES = {  # name: (script, flags added to a good line, words of the message)
     "value that is no number": ("opd.py", "--lr fast", "--lr.*fast"),
     "flag that does not exist": ("grpo.py", "--learning-rate 1", "--learning-rate"),
     "group of one": ("grpo.py", "--rollouts 1", "--rollouts 1"),
+    "reward of weight above 1": ("opd.py", "--sparse-weight 1.5", "--sparse-weight 1.5"),
+    "reward of weight below 0": ("opd.py", "--sparse-weight=-0.1", "--sparse-weight -0.1"),
+    "reward without groups": ("opd.py", "--sparse-weight 1 --rollouts 1", "--rollouts 1"),
     "temperature 0": ("opd.py", "--temperature 0", "--temperature"),
     "prompts no multiple": ("grpo.py", "--mini-batch 3", "--prompts 8 .*--mini-batch 3"),
     "more prompts than problems": ("opd.py", "--prompts 9", "--prompts 9 .*8 problems"),

@@ -118,6 +118,8 @@ CASES = {
     "grpo, no KL": ("grpo", 2, "--prompts 6 --mini-batch 3 --rollouts 2 --kl-coef 0"),
     "fkl_warmup": ("fkl_warmup", 2, "--prompts 3 --rollouts 3"),
     "opd": ("opd", 2, "--prompts 5 --rollouts 3"),
+    "opd and reward": ("opd", 2, "--prompts 5 --rollouts 3 --student {taught} --teacher {taught} "
+                                 "--sparse-weight 0.5"),
     # two rows an update for three processes; and a row a micro-batch
     "grpo, few rows": ("grpo", 3, "--prompts 2 --mini-batch 1 --rollouts 2 --kl-coef 0.1 "
                                   "--gradient-checkpointing"),
@@ -126,8 +128,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_several_processes_do_what_one_does(case, line_of, tmp_path):
+def test_several_processes_do_what_one_does(case, line_of, tmp_path, taught):
     stage, n, flags = CASES[case]
+    flags = flags.format(taught=taught.model)
     outs = [tmp_path / "one", tmp_path / "many"]
     for out, processes in zip(outs, (1, n)):
         found = run(line_of(stage, out, flags), processes, keep_checkpoints)

@@ -13,7 +13,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from fkl_warmup import forward_kl
 from grpo import advantages, kl_penalty, policy_loss, row_weights
-from opd import dense_advantages, reverse_kl
+from opd import dense_advantages, mixed_loss, reverse_kl, sparse_advantages
 
 V, T = 3, 2
 RESPONSES = list(itertools.product(range(V), repeat=T))
@@ -210,6 +210,64 @@ def test_grpo_expected_gradient_is_that_of_the_expected_reward():
 
     objective = sum(world.rows(y)[0].sum().exp() * reward[y] for y in RESPONSES)
     torch.testing.assert_close(world.gradient(world.expectation(loss)), -world.gradient(objective))
+
+
+# --- Eq. 3: between OPD and sparse reward ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["full", "token", "return"])
+@pytest.mark.parametrize("weight", [0.0, 0.25, 0.8, 1.0])
+def test_eq_3_expected_gradient_is_the_mixture_of_the_two_objectives(weight, estimator):
+    """All 81 groups of two responses, with opd.py's own advantages. Where just one of two is right,
+    A = +-c with c = (1/2) / (sqrt(1/2) + 1e-4), so the mean loss of a group has the expected
+    gradient of -c E[R]; the dense part is Eq. 4, or Eq. 2 for `return`."""
+    world = Tabular()
+    right = {(1, 2), (0, 0)}
+
+    def dense(y):
+        logp, logq = world.rows(y)
+        if estimator == "full":
+            return reverse_kl(world.theta.log_softmax(-1), world.logq)[[0, 1 + y[0]]]
+        return -dense_advantages(logp, logq, [T], estimator == "return") * logp
+
+    mean_loss = 0.0
+    for pair in itertools.product(RESPONSES, repeat=2):
+        rewards = torch.tensor([[float(y in right) for y in pair]], dtype=torch.float64)
+        chance = torch.stack([world.rows(y)[0].detach().sum() for y in pair]).sum().exp()
+        for y, adv in zip(pair, sparse_advantages(rewards)[0]):
+            loss = mixed_loss(dense(y), world.rows(y)[0], adv, weight).sum()
+            mean_loss = mean_loss + chance * loss / 2
+
+    c = 0.5 / (0.5**0.5 + 1e-4)
+    reward = sum(world.rows(y)[0].sum().exp() for y in right)
+    kl = sequence_kl(world) if estimator == "return" else state_kl(world)
+    want = (1 - weight) * world.gradient(kl) - weight * c * world.gradient(reward)
+    torch.testing.assert_close(world.gradient(mean_loss), want)
+
+
+def test_eq_3_with_the_entropy_weighted_as_the_teachers_reward():
+    """What `--estimator return` ascends, from Eq. 3 as the paper writes it, beta = 1, with the
+    entropy's weight 1 - lambda in place of 1."""
+    world, weight = Tabular(), 0.4
+    reward = {y: float(y in {(1, 2), (0, 0)}) for y in RESPONSES}
+    eq_3 = 0.0
+    for y in RESPONSES:
+        logp, logq = world.rows(y)
+        J = (1 - weight) * (logq.sum() - logp.sum()) + weight * reward[y]
+        eq_3 = eq_3 + logp.sum().exp() * J
+
+    def loss(y):  # with a fixed baseline
+        logp, logq = world.rows(y)
+        dense = -dense_advantages(logp, logq, [T], True) * logp
+        return mixed_loss(dense, logp, reward[y] - 0.3, weight).sum()
+
+    torch.testing.assert_close(world.gradient(world.expectation(loss)), -world.gradient(eq_3))
+
+
+def test_sparse_advantages_are_those_of_grpo():
+    rewards = torch.tensor([[1.0, 0, 0, 1, 0], [1.0] * 5, [0.0] * 5, [0.0, 0, 0, 0, 1]])
+    assert torch.equal(sparse_advantages(rewards), advantages(rewards))
+    assert (sparse_advantages(rewards)[1:3] == 0).all()
 
 
 @pytest.mark.parametrize("adv, ratio, moves", [

@@ -98,9 +98,14 @@ def test_losses_equal_the_plain_version_with_all_logits(temperature, world, rows
     pi, teacher = Categorical(logits=torch.cat(pi)), Categorical(logits=torch.cat(teacher).detach())
     kl, nll = kl_divergence(pi, teacher), -pi.log_prob(torch.tensor(tokens))
     log_ratio = (teacher.log_prob(torch.tensor(tokens)) + nll).detach()
+    sparse = torch.linspace(-2, 1.5, len(rows))  # an advantage of each row
+    A = torch.tensor([a for a, row in zip(sparse, rows) for _ in row.tokens])
+    half = dict(estimator="full", sparse_weight=0.5)
     for stage, option, loss, logged in (
             (opd, dict(estimator="full"), kl, (kl, kl**2)),
             (opd, dict(estimator="token"), log_ratio * nll, (kl, kl**2)),
+            (opd, half, kl / 2 + A * nll / 2, (kl, kl**2)),
+            (opd, {**half, "estimator": "token"}, (log_ratio + A) * nll / 2, (kl, kl**2)),
             (fkl_warmup, dict(targets="soft"), kl_divergence(teacher, pi), None),
             (fkl_warmup, dict(targets="hard"), nll, None)):
         cfg = stage.Config(teacher="", student="", temperature=temperature, vocab_chunk=7, **option)
@@ -108,7 +113,8 @@ def test_losses_equal_the_plain_version_with_all_logits(temperature, world, rows
         (loss.sum() / len(tokens)).backward(retain_graph=True)
         want = gradients(lm)
         lm.model.zero_grad()
-        sums = stage.accumulate(cfg, lm, teacher_lm, rows, len(tokens))
+        rewarded = [sparse] if "sparse_weight" in option else []
+        sums = stage.accumulate(cfg, lm, teacher_lm, rows, len(tokens), *rewarded)
         assert (gradients(lm) - want).norm() <= 1e-5 * want.norm()
         logged = torch.stack([x.sum() for x in (*(logged or [loss]), pi.entropy())])
         torch.testing.assert_close(sums.float(), logged, atol=1e-4, rtol=1e-4)
