@@ -21,8 +21,9 @@ if [ "$setting" = world-full ] && [ -n "${SEEDS:-}" ]; then # whole worlds side 
     exit
 fi
 
-# Flags by purpose: D data, G GRPO, B the bridge and what is compared with it, E evaluation. Inside a
-# comparison all is equal but the thing compared; OPD alone or SFT take as many updates as the bridge.
+# Flags by purpose: D data, G GRPO, B the bridge and what is compared with it, T the SFT'd teacher, E
+# evaluation. Inside a comparison all is equal but the thing compared: OPD alone or SFT take as many
+# updates as the bridge, and the SFT'd teacher as many, on as many rows, as the RL'd one.
 case $setting in
 world | world-full)
     teacher=base-teacher student=base-student runs=$(folder world "$SEED")
@@ -31,6 +32,7 @@ world | world-full)
        --show-every 20 "${short[@]}")
     G=(--prompts 32 --mini-batch 32 --kl-coef 0)
     G_teacher=(--lr 3e-4 --steps 40) G_student=(--lr 5e-4 --steps 80)
+    T=(--prompts 32 --rollouts 8 "${G_teacher[@]}")
     B=(--prompts 16 --rollouts 4 --lr 1e-3) warmup=(--steps 40) opd=(--steps 80) both=(--steps 120)
     E=("${short[@]}")
     export OMP_NUM_THREADS=1 ;; # models this small run two at a time, a core each
@@ -41,8 +43,9 @@ qwen3 | llama)
            student=meta-llama/Llama-3.1-8B-Instruct ;;
     esac
     runs=$(folder "$(basename "$teacher" | tr '[:upper:]' '[:lower:]')" "$SEED")
+    # Tables 9 and 10 are the scripts' defaults
     sets=math500,aime24,aime25 D=(--seed "$SEED" --gradient-checkpointing) E=(--seed "$SEED")
-    G=() G_teacher=() G_student=() B=() warmup=() opd=() both=(--epochs 2) ;; # Tables 9, 10: defaults
+    G=() G_teacher=() G_student=() B=() warmup=() opd=() both=(--epochs 2) T=(--epochs 10) ;;
 *)
     echo "usage: bash run_all.sh [world | world-full | qwen3 | llama]" >&2
     exit 2 ;;
@@ -87,8 +90,12 @@ opd_only() { # opd_only NAME TEACHER FLAGS...: R8, without the warmup
     distil opd.py $1 $2 $student "${both[@]}" "${@:3}"
     report $1
 }
-sft() { # sft NAME TEACHER STUDENT FLAGS...: on the teacher's samples as hard labels
-    distil fkl_warmup.py $1 $2 $3 "${both[@]}" --targets hard "${@:4}"
+sft() { # sft NAME TEACHER FLAGS...: R2, on the teacher's samples as hard labels
+    distil fkl_warmup.py $1 $2 $student "${both[@]}" --targets hard "${@:3}"
+    report $1
+}
+sft_teacher() { # sft_teacher NAME FLAGS...: on its own correct responses (ours)
+    distil fkl_warmup.py $1 $teacher $teacher "${T[@]}" --targets hard --only-correct "${@:2}"
     report $1
 }
 
@@ -109,7 +116,7 @@ base_teacher() {
 }
 base_student() {
     [[ $setting != world* ]] || run base-student fkl_warmup.py --student $runs/init-student \
-        --data $runs/corpus-student.jsonl --lr 6e-3 --steps 800 "${P[@]}"
+        --data $runs/corpus-student.jsonl --lr 6e-3 --steps 1200 "${P[@]}"
 }
 
 # --- One line of work has stage 1 and what is taught by the teacher that has seen all labels.
@@ -119,8 +126,8 @@ teachers() {
     grpo teacher-rl $teacher "${G_teacher[@]}"
     ready base-student
     bridge bridge teacher-rl # R3-full: all labels to the teacher
-    opd_only opd-only teacher-rl # R8
-    sft sft teacher-rl $student # R2
+    opd_only opd-only teacher-rl
+    sft sft teacher-rl
 }
 # --- The other has the baseline, and the bridge on one half of the labels with what follows it.
 students() {
@@ -135,16 +142,16 @@ students() {
     grpo replay-1h bridge-1h "${G_student[@]}" --half 1 # R7: the teacher's labels again
     bridge raw-bridge $teacher # the bridge from the teacher without RL
 }
-# --- The other routes: R2 and R8 on half the labels and then fresh ones, the SFT'd teacher (R6;
-#     ours: on its own correct responses), and the RL'd teacher of the student's size.
+# --- The other routes: R2 and R8 on half the labels and then fresh ones, the SFT'd teacher
+#     (R6), and the RL'd teacher of the student's size.
 others() {
-    sft sft-1h teacher-rl-1h $student --half 1
+    sft sft-1h teacher-rl-1h --half 1
     grpo sft-fresh-2h sft-1h "${G_student[@]}" --half 2
     opd_only opd-only-1h teacher-rl-1h --half 1
     grpo opd-only-fresh-2h opd-only-1h "${G_student[@]}" --half 2
-    sft sft-teacher $teacher $teacher --only-correct
+    sft_teacher sft-teacher
     bridge sft-teacher-bridge sft-teacher
-    sft sft-teacher-1h $teacher $teacher --only-correct --half 1
+    sft_teacher sft-teacher-1h --half 1
     bridge sft-teacher-bridge-1h sft-teacher-1h --half 1
     grpo sft-teacher-fresh-2h sft-teacher-bridge-1h "${G_student[@]}" --half 2
     grpo sft-teacher-replay-1h sft-teacher-bridge-1h "${G_student[@]}" --half 1
