@@ -62,7 +62,7 @@ CORE = {"cold-grpo", "teacher-rl", "teacher-rl-1h", "raw-bridge", "bridge", "opd
         "bridge-1h", "fresh-2h", "replay-1h"}
 
 
-@pytest.mark.parametrize("setting", ["world", "qwen3", "llama"])
+@pytest.mark.parametrize("setting", ["world", "world-full", "qwen3", "llama"])
 def test_every_route_runs_is_evaluated_and_is_matched(setting, run_all):
     status, commands, errors = run_all(setting)
     assert status == 0, errors
@@ -81,12 +81,58 @@ def test_every_route_runs_is_evaluated_and_is_matched(setting, run_all):
     assert found["teacher-rl-1h"][1].half == found["bridge-1h"][1].half == "1"
 
 
+OTHERS = {"sft-1h", "sft-fresh-2h", "opd-only-1h", "opd-only-fresh-2h", "sft-teacher",
+          "sft-teacher-bridge", "sft-teacher-1h", "sft-teacher-bridge-1h", "sft-teacher-fresh-2h",
+          "sft-teacher-replay-1h", "same-size-bridge"}
+
+
+def difference(found, a, b, but=()):
+    """Settings in which two stages differ, apart from the folders and those named."""
+    a, b = (common.result_settings(found[name][1]) for name in (a, b))
+    return {k for k in a if a[k] != b[k]} - {"model", "teacher", "student", "out", *but}
+
+
+def test_the_full_world_runs_all_of_table_1_and_beyond_matched(run_all):
+    """R2, R6, R8 against R5; the SFT'd teacher against the RL'd one; label budgets; Eq. 3."""
+    status, commands, errors = run_all("world-full", SEED="3")
+    assert status == 0, errors
+    found = stages(commands)
+    assert CORE | OTHERS <= set(found)
+    assert {cfg.out.split("/")[-2] for script, cfg in commands if script == "evaluate.py" and
+            cfg.model} == {n for n in found if "warmup" not in n}
+    for name in ("sft", "opd-only", "sft-teacher"):
+        assert not difference(found, f"{name}-fresh-2h", "fresh-2h")
+    assert not difference(found, "sft-teacher-replay-1h", "replay-1h")
+    for name in ("sft-teacher-bridge-1h", "bridge-1h"):
+        assert not difference(found, name, "bridge", but={"half"})
+    same = ("lr", "lr_schedule", "steps", "prompts", "rollouts", "seed", "temperature", "data")
+    for a, b in (("sft-teacher", "teacher-rl"), ("sft-teacher-1h", "teacher-rl-1h")):
+        assert all(getattr(found[a][1], k) == getattr(found[b][1], k) for k in same)
+    for n in (32, 64, 256, 512):
+        for a in ("teacher-rl", "bridge", "bridge-warmup", "cold-grpo"):
+            b = a.replace("bridge", f"bridge-{n}") if "bridge" in a else f"{a}-{n}"
+            assert difference(found, a, b) == {"data"}
+        assert found[f"bridge-{n}"][1].teacher.endswith(f"/teacher-rl-{n}")
+    for weight in ("0.25", "0.5", "0.75", "1"):
+        name = f"lambda-{weight}"
+        assert difference(found, "bridge", name) == {"sparse_weight"}
+        assert found[name][1].student == found["bridge"][1].student
+
+
+def test_several_seeds_of_the_full_world_are_run_and_compared(run_all):
+    status, commands, errors = run_all("world-full", SEEDS="0 2")
+    assert status == 0, errors
+    trained = {cfg.out for script, cfg in commands if script == "grpo.py"}
+    assert {"runs/world/fresh-2h", "runs/world-seed2/fresh-2h"} <= trained
+    assert commands[-1][1].table == "runs/world,runs/world-seed2"
+    assert run_all("world-full", SEEDS="0 3", FAIL="opd.py")[0] == 123  # xargs: one has failed
+
+
 def test_the_papers_settings_run_all_of_table_1_with_the_defaults(run_all):
     """Routes R1-R8, raw, SFT'd and same-size teacher; only place, models, routes and memory differ
     from the defaults."""
     found = stages(run_all("qwen3")[1])
-    assert {"sft-fresh-2h", "opd-only-fresh-2h", "sft-teacher-fresh-2h", "sft-teacher-bridge",
-            "sft-teacher-replay-1h", "same-size-bridge"} <= set(found)
+    assert OTHERS <= set(found)
     assert found["same-size-bridge"][1].teacher.endswith("/cold-grpo")
     route = {"model", "teacher", "student", "half", "targets", "only_correct", "out", "cache",
              "epochs", "gradient_checkpointing"}
