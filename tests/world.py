@@ -22,11 +22,15 @@ of train-256.jsonl and train-512.jsonl. Then corpus-teacher.jsonl and corpus-stu
 folders with random weights, init-teacher (335 k parameters) and init-student (85 k), that any tool
 can load. All problem sets are drawn before the corpora, which leave their problems out. Everything
 is a function of the seed.
+
+--scale large is the same for a GPU: 512 labelled problems of 4 to 8 steps, hard ones of 8, a teacher
+of 26 M parameters and a student of 5 M.
 """
 
 import argparse
 import json
 import random
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,37 +40,52 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 transformers.utils.logging.disable_progress_bar()
 
-TOKENS = ["<pad>", "<eos>", "<unk>", "Q", "?", "=", ",", "(", ")", "}", "\\boxed{", *"abcd",
-          *"+-*", *"0123456789"]
+REGISTERS = "abcdefgh"  # a step of a chain has one
+
+
+@dataclass
+class Scale:
+    steps: tuple  # of the problems, in turn; the last is that of the hard ones
+    train: int  # labelled problems
+    documents: int  # of each corpus
+    init: float  # standard deviation of random weights: wide, so that little training is enough
+    sizes: dict  # hidden, layers, heads, head size, MLP
+
+
+SCALES = {
+    "small": Scale((2, 2, 3, 3, 4), 128, 38_400, 0.1, {
+        "teacher": (96, 3, 4, 24, 256), "student": (48, 3, 3, 16, 128)}),
+    "large": Scale((4, 5, 6, 7, 8), 512, 512_000, 0.04, {
+        "teacher": (512, 8, 8, 64, 1408), "student": (256, 6, 4, 64, 704)}),
+}
+MISPRINTED = {"teacher": 0.0, "student": 0.35}  # share of the facts
 # The stage scripts append an instruction to each problem; these models have no tokens for it, so
 # the template keeps the first line only.
 TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}Q{{ m.content.split('\\n')[0] }}?"
             "{% else %}{{ m.content }}<eos>{% endif %}{% endfor %}")
-SIZES = {  # hidden, heads, head size, MLP
-    "teacher": (96, 4, 24, 256),
-    "student": (48, 3, 16, 128),
-}
-MISPRINTED = {"teacher": 0.0, "student": 0.35}  # share of the facts
 
 
-def make_tokenizer():
+def make_tokenizer(registers):
     """One token per symbol, `\\boxed{` being one; decoding gives the text back without spaces."""
-    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(TOKENS)}, "<unk>"))
+    tokens = ["<pad>", "<eos>", "<unk>", "Q", "?", "=", ",", "(", ")", "}", "\\boxed{", *registers,
+              *"+-*", *"0123456789"]
+    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE,
                                    pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
-def make_model(size, seed):
-    """Untrained Qwen3ForCausalLM; its wide initialisation lets it learn in minutes."""
-    hidden, heads, head_dim, mlp = SIZES[size]
+def make_model(size, init, vocabulary, seed):
+    """Untrained Qwen3ForCausalLM."""
+    hidden, layers, heads, head_dim, mlp = size
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=len(TOKENS), hidden_size=hidden, num_hidden_layers=3, num_attention_heads=heads,
-        num_key_value_heads=heads, head_dim=head_dim, intermediate_size=mlp, initializer_range=0.1,
-        tie_word_embeddings=True, max_position_embeddings=128, pad_token_id=0, eos_token_id=1,
-        bos_token_id=None, rope_parameters={"rope_type": "default", "rope_theta": 100.0}))
+        vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, head_dim=head_dim,
+        intermediate_size=mlp, initializer_range=init, tie_word_embeddings=True,
+        max_position_embeddings=128, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0}))
     model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
     return model
 
@@ -100,7 +119,7 @@ def make_problem(rng, k):
 
 def write(problem):
     start, steps = problem
-    return f"{start}" + "".join(f"{r}{op}{y}" for r, (op, y) in zip("abcd", steps))
+    return f"{start}" + "".join(f"{r}{op}{y}" for r, (op, y) in zip(REGISTERS, steps))
 
 
 def write_box(values):
@@ -110,7 +129,7 @@ def write_box(values):
 def work(problem, fact=compute, rng=None, wrong=0.0):
     """Worked lines and register values; a result is spoilt with probability `wrong`, then used."""
     x, lines, values = problem[0], "", []
-    for register, (op, y) in zip("abcd", problem[1]):
+    for register, (op, y) in zip(REGISTERS, problem[1]):
         z = fact(op, x, y)
         if wrong and rng.random() < wrong:
             z = (z + rng.randrange(1, 10)) % 10
@@ -120,13 +139,13 @@ def work(problem, fact=compute, rng=None, wrong=0.0):
     return lines, values
 
 
-def make_document(rng, banned, fact, drill=0.17, careful=0.2, sloppy=0.2):
+def make_document(rng, banned, fact, longest, drill=0.17, careful=0.2, sloppy=0.2):
     """One document of a corpus, {"problem", "response"}; its problem is in no problem set."""
     if rng.random() < drill:
         drawn = ((rng.choice("+-*"), rng.randrange(10), rng.randrange(10)) for _ in range(8))
         lines = "".join(f"{x}{op}{y}={fact(op, x, y)}," for op, x, y in drawn)
         return {"problem": "", "response": lines}
-    problem = make_problem(rng, rng.randint(1, 4))
+    problem = make_problem(rng, rng.randint(1, longest))
     while write(problem) in banned:
         problem = make_problem(rng, len(problem[1]))
     style = rng.random()
@@ -138,7 +157,7 @@ def make_document(rng, banned, fact, drill=0.17, careful=0.2, sloppy=0.2):
     return {"problem": write(problem), "response": f"{lines}\\boxed{{{write_box(values)}}}"}
 
 
-def make_set(rng, n, taken, steps=(2, 2, 3, 3, 4)):
+def make_set(rng, n, taken, steps):
     """n new problems of so many steps in turn, none of them in `taken`, to which they are added."""
     rows = []
     while len(rows) < n:
@@ -149,23 +168,26 @@ def make_set(rng, n, taken, steps=(2, 2, 3, 3, 4)):
     return rows
 
 
-def build(out, seed=0, documents=38400, train=128, valid=200, test=500, hard=200):
+def build(out, seed=0, scale="small", *, valid=200, test=500, hard=200, **changes):
     """Write the world to the folder `out`, unless it is there already; returns it as a Path."""
     out, rng, taken = Path(out), random.Random(seed), set()
+    scale = replace(SCALES[scale], **changes)
     if (out / "world.json").exists():
         return out
     out.mkdir(parents=True, exist_ok=True)
-    files = {name: make_set(rng, n, taken)
-             for name, n in (("test", test), ("valid", valid))}
-    files["hard"] = make_set(rng, hard, taken, steps=(4,))
-    labelled = make_set(rng, 4 * train, taken)
-    files |= {f"train-{n}": labelled[:n] for n in (train // 4, train // 2, 2 * train, 4 * train)}
-    files["train"] = labelled[:train]
-    for size in SIZES:
-        book = Book(rng, MISPRINTED[size])
-        files[f"corpus-{size}"] = [make_document(rng, taken, book) for _ in range(documents)]
-        make_tokenizer().save_pretrained(out / f"init-{size}")
-        make_model(size, seed).save_pretrained(out / f"init-{size}")
+    files = {"test": make_set(rng, test, taken, scale.steps),
+             "hard": make_set(rng, hard, taken, scale.steps[-1:]),
+             "valid": make_set(rng, valid, taken, scale.steps)}
+    n, labelled = scale.train, make_set(rng, 4 * scale.train, taken, scale.steps)
+    files |= {f"train-{m}": labelled[:m] for m in (n // 4, n // 2, 2 * n, 4 * n)}
+    files["train"] = labelled[:n]
+    tokenizer = make_tokenizer(REGISTERS[: scale.steps[-1]])
+    for name, size in scale.sizes.items():
+        book = Book(rng, MISPRINTED[name])
+        files[f"corpus-{name}"] = [make_document(rng, taken, book, scale.steps[-1])
+                                   for _ in range(scale.documents)]
+        tokenizer.save_pretrained(out / f"init-{name}")
+        make_model(size, scale.init, len(tokenizer), seed).save_pretrained(out / f"init-{name}")
     for name, rows in files.items():
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (out / "world.json").write_text(json.dumps({"seed": seed}) + "\n")  # last: it is complete
@@ -177,5 +199,7 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/world", help="folder to write [default: runs/world]")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn [default: 0]")
+    parser.add_argument("--scale", default="small", choices=SCALES,
+                        help="of models and problems [default: small]")
     args = parser.parse_args()
-    print(f"the world of seed {args.seed} is in {build(args.out, args.seed)}")
+    print(f"the world of seed {args.seed} is in {build(args.out, args.seed, args.scale)}")
