@@ -21,9 +21,9 @@ if [ "$setting" = world-full ] && [ -n "${SEEDS:-}" ]; then # whole worlds side 
     exit
 fi
 
-# Flags by purpose: D data, G GRPO, B the bridge and what is compared with it, T the SFT'd teacher, E
-# evaluation. Inside a comparison all is equal but the thing compared: OPD alone or SFT take as many
-# updates as the bridge, and the SFT'd teacher as many, on as many rows, as the RL'd one.
+# Flags by purpose: D data, G GRPO, B the bridge and what is compared with it, T the SFT'd teacher,
+# E evaluation. Inside a comparison all is equal but the thing compared: OPD alone or SFT take as
+# many updates as the bridge, and the SFT'd teacher as many, on as many rows, as the RL'd one.
 case $setting in
 world | world-full)
     teacher=base-teacher student=base-student runs=$(folder world "$SEED")
