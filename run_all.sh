@@ -3,6 +3,7 @@
 #
 #   bash run_all.sh               the embedded world: two CPU cores, no download, minutes
 #   bash run_all.sh world-full    all routes, label budgets and reward densities on the world
+#   bash run_all.sh world-gpu     a world of longer chains and larger models, for one GPU
 #   bash run_all.sh qwen3         the paper's settings: Qwen3-1.7B, teacher 8B (or TEACHER=...-14B)
 #   bash run_all.sh llama         the paper's settings: Llama-3.1-8B-Instruct, teacher 70B
 #
@@ -21,21 +22,34 @@ if [ "$setting" = world-full ] && [ -n "${SEEDS:-}" ]; then # whole worlds side 
     exit
 fi
 
-# Flags by purpose: D data, G GRPO, B the bridge and what is compared with it, T the SFT'd teacher,
-# E evaluation. Inside a comparison all is equal but the thing compared: OPD alone or SFT take as
-# many updates as the bridge, and the SFT'd teacher as many, on as many rows, as the RL'd one.
+# Flags by purpose: P the world's base models, D data, G GRPO, B the bridge and what is compared with
+# it, T the SFT'd teacher, E evaluation. Inside a comparison all is equal but the thing compared: OPD
+# alone or SFT take as many updates as the bridge, and the SFT'd teacher as many, on as many rows, as
+# the RL'd one.
 case $setting in
-world | world-full)
-    teacher=base-teacher student=base-student runs=$(folder world "$SEED")
-    sets=$runs/test.jsonl,$runs/hard.jsonl short=(--max-new-tokens 48 --seed "$SEED")
+world | world-full | world-gpu)
+    teacher=base-teacher student=base-student runs=$(folder ${setting%-full} "$SEED")
+    if [ $setting = world-gpu ]; then
+        scale=large length=96
+        G_teacher=(--lr 5e-5 --steps 80) G_student=(--lr 1e-4 --steps 160) prompts=64
+        B=(--prompts 32 --rollouts 8 --lr 2e-4)
+        warmup=(--steps 80) opd=(--steps 160) both=(--steps 240)
+        P=(--prompts 256 --steps 3000 --warmup-steps 200)
+        P_teacher=(--lr 5e-4) P_student=(--lr 1e-3)
+    else
+        scale=small length=48
+        G_teacher=(--lr 3e-4 --steps 40) G_student=(--lr 5e-4 --steps 80) prompts=32
+        B=(--prompts 16 --rollouts 4 --lr 1e-3)
+        warmup=(--steps 40) opd=(--steps 80) both=(--steps 120)
+        P=(--prompts 64 --warmup-steps 50)
+        P_teacher=(--lr 4e-3 --steps 600) P_student=(--lr 6e-3 --steps 1200)
+        export OMP_NUM_THREADS=1 # models this small run two at a time, a core each
+    fi
+    sets=$runs/test.jsonl,$runs/hard.jsonl E=(--max-new-tokens $length --seed "$SEED")
     D=(--data $runs/train.jsonl --exclude $sets,$runs/valid.jsonl --lr-schedule linear
-       --show-every 20 "${short[@]}")
-    G=(--prompts 32 --mini-batch 32 --kl-coef 0)
-    G_teacher=(--lr 3e-4 --steps 40) G_student=(--lr 5e-4 --steps 80)
-    T=(--prompts 32 --rollouts 8 "${G_teacher[@]}")
-    B=(--prompts 16 --rollouts 4 --lr 1e-3) warmup=(--steps 40) opd=(--steps 80) both=(--steps 120)
-    E=("${short[@]}")
-    export OMP_NUM_THREADS=1 ;; # models this small run two at a time, a core each
+       --show-every 20 "${E[@]}")
+    G=(--prompts $prompts --mini-batch $prompts --kl-coef 0)
+    T=(--prompts $prompts --rollouts 8 "${G_teacher[@]}") ;;
 qwen3 | llama)
     case $setting in
     qwen3) teacher=${TEACHER:-Qwen/Qwen3-8B} student=Qwen/Qwen3-1.7B ;;
@@ -47,7 +61,7 @@ qwen3 | llama)
     sets=math500,aime24,aime25 D=(--seed "$SEED" --gradient-checkpointing) E=(--seed "$SEED")
     G=() G_teacher=() G_student=() B=() warmup=() opd=() both=(--epochs 2) T=(--epochs 10) ;;
 *)
-    echo "usage: bash run_all.sh [world | world-full | qwen3 | llama]" >&2
+    echo "usage: bash run_all.sh [world | world-full | world-gpu | qwen3 | llama]" >&2
     exit 2 ;;
 esac
 mkdir -p $runs/logs
@@ -107,17 +121,15 @@ ready() { # ready NAME: where the other line of work makes it, wait until that h
     done
 }
 
-# The world trains its base models itself, on documents (plain SFT).
-P=(--targets data --prompts 64 --rollouts 1 --lr-schedule linear --warmup-steps 50
-   --weight-decay 0.01 --adam-beta2 0.99 --seed "$SEED" --show-every 100)
-base_teacher() {
-    [[ $setting != world* ]] || run base-teacher fkl_warmup.py --student $runs/init-teacher \
-        --data $runs/corpus-teacher.jsonl --lr 4e-3 --steps 600 "${P[@]}"
+# The world draws its problems, and trains its base models itself, on documents (plain SFT).
+make_world() { python tests/world.py --out $runs --seed "$SEED" --scale $scale; }
+base_model() { # base_model SIZE FLAGS...
+    run base-$1 fkl_warmup.py --targets data --rollouts 1 \
+        --student $runs/init-$1 --data $runs/corpus-$1.jsonl "${P[@]}" "${@:2}" \
+        --lr-schedule linear --weight-decay 0.01 --adam-beta2 0.99 --seed "$SEED" --show-every 100
 }
-base_student() {
-    [[ $setting != world* ]] || run base-student fkl_warmup.py --student $runs/init-student \
-        --data $runs/corpus-student.jsonl --lr 6e-3 --steps 1200 "${P[@]}"
-}
+base_teacher() { [[ $setting != world* ]] || base_model teacher "${P_teacher[@]}"; }
+base_student() { [[ $setting != world* ]] || base_model student "${P_student[@]}"; }
 
 # --- One line of work has stage 1 and what is taught by the teacher that has seen all labels.
 teachers() {
@@ -174,7 +186,7 @@ beyond() {
 lines= job=
 case $setting in
 world) # two lines side by side, a core each
-    python tests/world.py --out $runs --seed "$SEED"
+    make_world
     trap '[ -z "$job" ] || kill $job $(pgrep -P $job) 2> /dev/null' EXIT
     lines=2
     echo "=== teachers; beside it students, in $runs/logs/students.txt"
@@ -187,7 +199,7 @@ world-full) # one after the other: several worlds may run side by side
     echo "=== world of seed $SEED, in $log"
     (
         set -e
-        python tests/world.py --out $runs --seed "$SEED"
+        make_world
         base_teacher
         base_student
         teachers
@@ -198,6 +210,12 @@ world-full) # one after the other: several worlds may run side by side
     trap '[ -z "$job" ] || kill $job $(pgrep -P $job) 2> /dev/null' EXIT
     wait $job || { echo "seed $SEED failed: $(tail -n 1 $log)" >&2; exit 1; }
     job= ;;
+world-gpu)
+    make_world
+    base_teacher
+    base_student
+    teachers
+    students ;;
 *)
     teachers
     students
