@@ -1,4 +1,4 @@
-"""Evaluation: avg@16 with its standard error, pass@k, and the table of a whole recipe.
+"""Evaluation: avg@16 with its standard error, pass@k; a recipe's table, verdicts and pictures.
 
 Each problem is answered `--samples` times. Its score is the share of right samples; avg@n of a set
 is the mean over problems, and ± its standard error over problems (not over seeds). pass@k is the
@@ -12,14 +12,19 @@ random numbers of a sample depend on (seed, prompt, sample index), not on batch 
     python evaluate.py --model ckpt/bridge --data math500,aime24,aime25
     python evaluate.py --model runs/world/bridge --data runs/world/test.jsonl --max-new-tokens 48
     python evaluate.py --table runs/world        # every evaluated run of a folder, beside the paper
+    python evaluate.py --table runs/world,runs/world-seed1,runs/world-seed2   # and over seeds
+
+Several folders are seeds of one setting. Their table has means over seeds and, for each ordering of
+the paper, a verdict from the differences inside each seed. Pictures of them need matplotlib.
 """
 
 import math
 import re
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -35,7 +40,8 @@ class Config:
     model: str = ""  # ours: any; model folder or hub name to evaluate
     data: str = "math500,aime24,aime25"  # sets (Tables 2-8): files, folders, hub names, aliases
     out: str = ""  # ours: output folder; empty is MODEL/eval, or eval/MODEL for a hub name
-    table: str = ""  # ours: print (and write) the table of the runs in this folder, or in several
+    table: str = ""  # ours: print (and write) the table of the runs in this folder, or over several
+    pictures: str = ""  # ours: folder of --table's pictures; empty is the first of several folders
     regrade: bool = False  # ours: only run the verifier again on the samples stored in --out
     # --- settings
     samples: int = 16  # samples per problem (Tables 2-8: avg@16)
@@ -53,16 +59,18 @@ class Config:
 
 
 # The paper's avg@16 in %, (MATH-500, AIME 2024, AIME 2025) or MATH-500 alone, by the teacher and by
-# route (Tables 2-6 and 8). Routes are named as the folders that run_all.sh writes.
+# route (Tables 2-6 and 8), () where it prints none. Routes are named as the folders that run_all.sh
+# writes, and stand in the order of our tables.
 PAPER = {
     "8b": {
-        "teacher-rl": (88.4, 47.7, 36.7), "cold-grpo": (75.9, 19.8, 17.1),
-        "raw-bridge": (71.5, 15.0, 10.6), "same-size-bridge": (76.5, 20.6, 17.1),
-        "sft-teacher-bridge": (76.9, 22.1, 17.6), "sft": (76.0, 22.4, 19.4),
-        "opd-only": (77.6, 23.0, 18.9), "bridge": (79.3, 25.2, 20.2), "bridge-1h": (75.4,),
-        "replay-1h": (75.7,), "fresh-2h": (78.5,), "sft-fresh-2h": (77.3,),
-        "opd-only-fresh-2h": (77.8,), "sft-teacher-bridge-1h": (74.3,),
-        "sft-teacher-replay-1h": (74.0,), "sft-teacher-fresh-2h": (77.2,)},
+        "base-student": (), "base-teacher": (), "teacher-rl-1h": (),
+        "teacher-rl": (88.4, 47.7, 36.7), "sft-teacher": (), "sft-teacher-1h": (),
+        "cold-grpo": (75.9, 19.8, 17.1), "raw-bridge": (71.5, 15.0, 10.6),
+        "same-size-bridge": (76.5, 20.6, 17.1), "sft-teacher-bridge": (76.9, 22.1, 17.6),
+        "sft": (76.0, 22.4, 19.4), "opd-only": (77.6, 23.0, 18.9), "bridge": (79.3, 25.2, 20.2),
+        "sft-teacher-bridge-1h": (74.3,), "sft-1h": (), "opd-only-1h": (), "bridge-1h": (75.4,),
+        "sft-teacher-replay-1h": (74.0,), "replay-1h": (75.7,), "sft-teacher-fresh-2h": (77.2,),
+        "sft-fresh-2h": (77.3,), "opd-only-fresh-2h": (77.8,), "fresh-2h": (78.5,)},
     "14b": {
         "teacher-rl": (89.5, 47.1, 39.0), "cold-grpo": (75.9, 19.8, 17.1),
         "raw-bridge": (72.8, 16.7, 13.5), "same-size-bridge": (76.5, 20.6, 17.1),
@@ -74,6 +82,9 @@ PAPER = {
     "llama": {"cold-grpo": (59.8, 12.5, 7.2), "raw-bridge": (55.4, 8.8, 3.1),
               "bridge": (62.1, 14.9, 9.2)},
 }
+
+
+# --- a model's figures
 
 
 def pass_at_k(n, c, k):
@@ -155,6 +166,41 @@ def regrade(path):
     return entries
 
 
+def read_sets(cfg):
+    """{file name: problems} of every set of --data; UserError for one that is missing or empty."""
+    sets = {}
+    for source in cfg.data.split(","):
+        problems = [to_problem(row, source) for row in read_rows(source)][: cfg.limit or None]
+        check(problems, f"data {source!r} holds no problem")
+        check(set_name(source) not in sets, f"--data {cfg.data}: two sets have one name")
+        sets[set_name(source)] = problems
+    return sets
+
+
+def start_record(cfg, lm, out):
+    """Write an evaluation's record; UserError where `out` has one of another model or setting."""
+    names = ("samples", "temperature", "max_new_tokens", "seed", "thinking")
+    identity = {"weights": fingerprint(lm), "bf16": lm.bf16, **{n: getattr(cfg, n) for n in names}}
+    old = from_rank_0(read_record, out).get("identity")
+    differ = differences(old, identity) if old else ""
+    check(not differ, f"{out} holds samples of another model or setting ({differ}); choose another "
+                      "--out or delete it")
+    record = {**describe_run(cfg), "model": cfg.model, "identity": identity, "finished": False}
+    write_json(out / "config.json", {"run": record})
+    return record
+
+
+def save_summary(out, model, sets, seconds):
+    """Add the figures of some sets to those that OUT/summary.json has."""
+    path = out / "summary.json"
+    old = read_json(path) if path.exists() and not rank() else {"sets": {}, "seconds": 0.0}
+    new = {"model": model, "sets": {**old["sets"], **sets}, "seconds": old["seconds"] + seconds}
+    write_json(path, {**new, "seconds": rounded(new["seconds"])})
+
+
+# --- tables
+
+
 def percent(figures):
     """avg ± standard error of a set, in %: 47.2 ± 1.8"""
     se = f" ± {100 * figures['se']:.1f}" if figures["se"] is not None else ""
@@ -210,14 +256,29 @@ def labels_used(records):
     return sum(n for key, n in used.items() if key.endswith(":all") or key[:-2] not in whole)
 
 
+def sweep(route):
+    """Base name and value of a route that is one of a series; the value is None for any other.
+
+    >>> sweep("bridge-32"), sweep("lambda-0.25"), sweep("bridge-1h")
+    (('bridge', 32.0), ('lambda', 0.25), ('bridge-1h', None))
+    """
+    name, number = re.fullmatch(r"(.+?)(?:-(\d+(?:\.\d+)?))?", route).groups()
+    return name, float(number) if number else None
+
+
+def place(route):
+    """Sort key: names that PAPER does not know, then its routes in their order, then the series."""
+    name, value = sweep(route)
+    order = list(PAPER["8b"])
+    return value is not None, order.index(name) if name in order else -1, name, value or 0.0
+
+
 def evaluated_runs(root):
-    """{run folder: its figures by set}: routes in PAPER's order, before them the others."""
+    """{run folder: its figures by set}, in the order of the table."""
     found = {p.parent.parent: read_json(p)["sets"]
              for p in Path(root).glob("*/eval/summary.json")}
     check(found, f"no evaluated run in {root} (no {root}/*/eval/summary.json)")
-    order = list(PAPER["8b"])
-    place = {f: order.index(f.name) if f.name in order else -1 for f in found}
-    return {f: found[f] for f in sorted(found, key=lambda f: (place[f], f.name))}
+    return {f: found[f] for f in sorted(found, key=lambda f: place(f.name))}
 
 
 def runs_table(root):
@@ -239,72 +300,319 @@ def runs_table(root):
     return markdown([*head, "paper, %: MATH / AIME24 / AIME25"], rows)
 
 
-# What the paper orders: the second route above the first.
-ORDERINGS = [("raw-bridge", "cold-grpo"), ("cold-grpo", "bridge"), ("sft", "opd-only"),
-             ("opd-only", "bridge"), ("sft", "bridge"), ("bridge-1h", "fresh-2h"),
-             ("replay-1h", "fresh-2h"), ("bridge-1h", "replay-1h"), ("fresh-2h", "bridge")]
+# --- several folders: seeds of one setting
+
+# What the paper orders (Tables 3, 4 and 6): `<` the second above the first, `≈` about equal, `≤`
+# the second at least the first.
+ORDERINGS = (
+    ("O1", "raw-bridge", "<", "cold-grpo"), ("O2", "cold-grpo", "<", "bridge"),
+    ("O3", "raw-bridge", "<", "sft-teacher-bridge"), ("O3", "sft-teacher-bridge", "<", "bridge"),
+    ("O4", "sft", "<", "opd-only"), ("O4", "opd-only", "<", "bridge"), ("O4", "sft", "<", "bridge"),
+    ("O5", "bridge-1h", "<", "fresh-2h"), ("O6", "replay-1h", "<", "fresh-2h"),
+    ("O7", "bridge-1h", "≈", "replay-1h"), ("O8", "cold-grpo", "<", "same-size-bridge"),
+    ("O9", "fresh-2h", "≤", "bridge"), ("Table 6", "sft-fresh-2h", "<", "opd-only-fresh-2h"),
+    ("Table 6", "opd-only-fresh-2h", "<", "fresh-2h"))
+MARGIN = 2.0  # ours: points of accuracy that `≈` and `≤` let pass
 
 
-def seeds_table(roots):
-    """Several folders of the same runs, a column each: avg in % on their first set, and the paired
-    differences of the ORDERINGS; over the folders the mean ± its standard error.
+def averages(roots):
+    """{route: {set: (S,) avg in %}} over S folders of the same runs; nan where one lacks that."""
+    found = [{f.name: figures for f, figures in evaluated_runs(root).items()} for root in roots]
+    sets = dict.fromkeys(s for runs in found for figures in runs.values() for s in figures)
+    return {route: {s: np.array([100 * runs[route][s]["avg"] if s in runs.get(route, {}) else np.nan
+                                 for runs in found]) for s in sets}
+            for route in sorted(set().union(*found), key=place)}
 
-    Here ± holds the spread over seeds (worlds, models, samples); elsewhere it is over problems.
+
+def sets_of(routes):
+    return list(next(iter(routes.values())))
+
+
+@cache
+def t95(df):
+    """Student's t at 97.5 %: a 95 % interval is mean ± t95(n - 1) SE of n values; nan for df < 1.
+
+    With t = sqrt(df) tan(a) its density in the angle a is proportional to cos(a)^(df - 1), which
+    is summed here on a fine grid.
+
+    >>> round(t95(1), 3), round(t95(4), 3)
+    (12.706, 2.776)
     """
-    columns = [{folder.name: next(iter(figures.values()))["avg"] * 100
-                for folder, figures in evaluated_runs(root).items()} for root in roots]
-    columns = [{**c, **{f"{b} − {a}": c[b] - c[a] for a, b in ORDERINGS if a in c and b in c}}
-               for c in columns]
+    if df < 1:
+        return math.nan
+    angle = np.linspace(0.0, math.pi / 2, 100_001)
+    density = np.cos(angle) ** (df - 1)
+    area = np.append(0.0, np.cumsum(density[1:] + density[:-1]))
+    return math.sqrt(df) * math.tan(np.interp(0.95 * area[-1], area, angle))
+
+
+class OverSeeds(NamedTuple):
+    """What seeds say of a number; nan is what they cannot: the mean of none, the errors of one."""
+
+    mean: float
+    se: float  # standard error of the mean
+    half: float  # half of its 95 % interval
+    n: int  # seeds
+
+
+def over_seeds(values):
+    """OverSeeds of (S,) values, of which those that are nan do not count."""
+    v, se = values[~np.isnan(values)], math.nan
+    if len(v) > 1:
+        se = float(v.std(ddof=1)) / len(v) ** 0.5
+    return OverSeeds(float(v.mean()) if len(v) else math.nan, se, t95(len(v) - 1) * se, len(v))
+
+
+def verdict(sign, d):
+    """What the differences d = second - first, (S,) points, say of an ordering, in a word or two.
+
+    ours: a 95 % interval decides. `<` holds where all of it is above 0, and `≤` where it is above
+    -MARGIN; both are reversed where it is below 0. `≈` holds where it is inside ±MARGIN, and else
+    differs where it is without 0.
+    """
+    mean, _, half, n = over_seeds(d)
+    low, high = mean - half, mean + half
+    if n < 3:
+        return "needs more seeds"
+    if sign == "≈":
+        apart = "differs" if low > 0 or high < 0 else "not separated"
+        return "holds" if -MARGIN < low and high < MARGIN else apart
+    if high < 0:
+        return "reversed"
+    return "holds" if low > (0 if sign == "<" else -MARGIN) else "not separated"
+
+
+def compared(routes):
+    """The ORDERINGS between routes that there are: (name, first, sign, second, {set: (S,) d})."""
+    return [(name, a, sign, b, {s: routes[b][s] - routes[a][s] for s in routes[a]})
+            for name, a, sign, b in ORDERINGS if a in routes and b in routes]
+
+
+def verdict_table(root, routes):
+    """A row per ordering: for each set the verdict, the mean difference with its 95 % interval, and
+    in how many seeds the difference agrees; beside them the paper's difference on MATH-500."""
+    def cell(sign, d):
+        mean, _, half, n = over_seeds(d)
+        agree = {"<": d > 0, "≤": d >= 0, "≈": abs(d) <= MARGIN}[sign].sum()
+        inside = f" ({mean - half:+.1f} to {mean + half:+.1f})" if n > 2 else ""
+        return f"{verdict(sign, d)}: {mean:+.1f}{inside}, {agree} of {n}" if n else "-"
+
     rows = []
-    for name in columns[0]:
-        values = np.array([column.get(name, np.nan) for column in columns])
-        mean, se = np.nanmean(values), np.nanstd(values, ddof=1) / (~np.isnan(values)).sum() ** 0.5
-        rows.append([name, *(f"{v:.1f}" for v in values), f"{mean:.1f} ± {se:.1f}"])
-    return markdown(["route", *(Path(root).name for root in roots), "mean ± SE over seeds"], rows)
+    for name, a, sign, b, by_set in compared(routes):
+        papers = [paper_row(root / route)[:1] for route in (a, b)]
+        paper = f"{papers[1][0] - papers[0][0]:+.1f}" if all(papers) else "-"
+        rows.append([f"{name}: {a} {sign} {b}", *(cell(sign, d) for d in by_set.values()), paper])
+    head = ["ordering",
+            *(f"{s}: difference, points (95 %), seeds that agree" for s in sets_of(routes))]
+    return markdown([*head, "paper, MATH"], rows)
 
 
-def read_sets(cfg):
-    """{file name: problems} of every set of --data; UserError for one that is missing or empty."""
-    sets = {}
-    for source in cfg.data.split(","):
-        problems = [to_problem(row, source) for row in read_rows(source)][: cfg.limit or None]
-        check(problems, f"data {source!r} holds no problem")
-        check(set_name(source) not in sets, f"--data {cfg.data}: two sets have one name")
-        sets[set_name(source)] = problems
-    return sets
+def means_table(roots, routes):
+    """A row per route: mean over seeds ± its standard error. In the table of one folder ± is over
+    problems; here it holds worlds, models and samples too."""
+    rows = []
+    for route, by_set in routes.items():
+        seeds = [over_seeds(values) for values in by_set.values()]
+        cells = [("-", f"{x.mean:.1f}", f"{x.mean:.1f} ± {x.se:.1f}")[min(x.n, 2)] for x in seeds]
+        rows.append([route, *cells, str(max(x.n for x in seeds)), str(labels_of(roots, route)),
+                     " / ".join(map(str, paper_row(roots[0] / route))) or "-"])
+    head = ["route", *(f"{s}, mean ± SE over seeds, %" for s in sets_of(routes)), "seeds", "labels"]
+    return markdown([*head, "paper, %: MATH / AIME24 / AIME25"], rows)
 
 
-def start_record(cfg, lm, out):
-    """Write an evaluation's record; UserError where `out` has one of another model or setting."""
-    names = ("samples", "temperature", "max_new_tokens", "seed", "thinking")
-    identity = {"weights": fingerprint(lm), "bf16": lm.bf16, **{n: getattr(cfg, n) for n in names}}
-    old = from_rank_0(read_record, out).get("identity")
-    differ = differences(old, identity) if old else ""
-    check(not differ, f"{out} holds samples of another model or setting ({differ}); choose another "
-                      "--out or delete it")
-    record = {**describe_run(cfg), "model": cfg.model, "identity": identity, "finished": False}
-    write_json(out / "config.json", {"run": record})
-    return record
+def labels_of(roots, route):
+    """Labelled problems behind a route, as the first folder that has it says."""
+    folder = next(root / route for root in roots if (root / route / "eval/summary.json").exists())
+    return labels_used(ancestry(folder).values())
 
 
-def save_summary(out, model, sets, seconds):
-    """Add the figures of some sets to those that OUT/summary.json has."""
-    path = out / "summary.json"
-    old = read_json(path) if path.exists() and not rank() else {"sets": {}, "seconds": 0.0}
-    new = {"model": model, "sets": {**old["sets"], **sets}, "seconds": old["seconds"] + seconds}
-    write_json(path, {**new, "seconds": rounded(new["seconds"])})
+def seed_tables(roots, routes):
+    """A table per set: every seed's avg in %, and the differences of the ORDERINGS."""
+    parts = []
+    for s in sets_of(routes):
+        lines = {route: by_set[s] for route, by_set in routes.items()}
+        lines |= {f"{b} − {a}": by_set[s] for _, a, _, b, by_set in compared(routes)}
+        rows = [[name, *("-" if np.isnan(v) else f"{v:.1f}" for v in values)]
+                for name, values in lines.items()]
+        parts.append(f"{s}:\n\n" + markdown(["route", *(root.name for root in roots)], rows))
+    return "\n\n".join(parts)
 
 
-def show_table(roots):
-    """Print the table of one folder's runs, or of several seeds', and write it there."""
-    table = runs_table(roots[0]) if len(roots) == 1 else seeds_table(roots)
-    (Path(roots[0]) / ("table.md" if len(roots) == 1 else "seeds.md")).write_text(table + "\n")
+def show_table(roots, pictures=""):
+    """Print the table of one folder's runs and write it there as table.md; for several folders, as
+    seeds.md in the first, means, verdicts and (only written) every seed. Pictures go beside them.
+    """
+    if len(roots) == 1:
+        table = runs_table(roots[0])
+        (roots[0] / "table.md").write_text(table + "\n", encoding="utf-8")
+    else:
+        routes = averages(roots)
+        table = means_table(roots, routes)
+        if compared(routes):
+            table += "\n\n" + verdict_table(roots[0], routes)
+        write_text(roots[0] / "seeds.md", f"{table}\n\n{seed_tables(roots, routes)}\n")
     print(table)
+    if pictures or len(roots) > 1:
+        draw(roots, Path(pictures or roots[0]))
+
+
+# --- pictures: what the tables hold, and training curves
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+
+
+def draw(roots, out):
+    """Write orderings, curves, labels and density as .png into `out`, each if its runs exist."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+        from PIL import Image  # comes with matplotlib
+    except ImportError:
+        return print("pictures left out: matplotlib is not installed")
+    out.mkdir(parents=True, exist_ok=True)
+    routes = averages(roots)
+    pictures = {"orderings": (draw_orderings, routes), "curves": (draw_curves, roots),
+                "labels": (draw_budgets, routes, label_budgets(roots, routes)),
+                "density": (draw_density, routes)}
+    with rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False,
+                     "figure.constrained_layout.w_pad": 0.1}):
+        for name, (fill, *data) in pictures.items():
+            figure = Figure(figsize=(6, 4), dpi=100, layout="constrained")
+            fill(figure, *data)
+            if figure.axes:
+                figure.savefig(out / f"{name}.png")
+                with Image.open(out / f"{name}.png") as image:  # 128 colours: half the bytes
+                    small = image.convert("RGB").quantize(128)
+                small.save(out / f"{name}.png", optimize=True)
+
+
+def draw_orderings(figure, routes):
+    """The differences of the ORDERINGS, 95 %; grey is what `≈` and `≤` let pass."""
+    rows = [row for row in compared(routes) if any(over_seeds(d).n > 2 for d in row[-1].values())]
+    if not rows:
+        return
+    decided = {"holds": "o", "reversed": "X", "differs": "X"}
+    figure.set_size_inches(6, 0.8 + 0.26 * len(rows))
+    axes = figure.subplots()
+    for y, (_, _, sign, _, by_set) in enumerate(rows):
+        for i, d in enumerate(by_set.values()):
+            found, said = over_seeds(d), verdict(sign, d)
+            axes.errorbar(found.mean, y + 0.34 * ((i + 0.5) / len(by_set) - 0.5), xerr=found.half,
+                          fmt=decided.get(said, "o"), color=COLOURS[i], elinewidth=1.2,
+                          markerfacecolor=COLOURS[i] if said in decided else "white",
+                          markersize=7 if decided.get(said) == "X" else 4.5)
+    left, right = axes.get_xlim()
+    for y, (_, _, sign, _, _) in enumerate(rows):
+        if sign != "<":
+            axes.barh(y, (MARGIN if sign == "≈" else right) + MARGIN, left=-MARGIN, height=0.8,
+                      color="0.9", zorder=0)
+    axes.axvline(0, color="black", linewidth=0.8, zorder=0.5)
+    axes.set(xlim=(left, right), ylim=(len(rows) - 0.4, -0.6))
+    axes.set_yticks(range(len(rows)), [f"{name}  {a} {sign} {b}" for name, a, sign, b, _ in rows])
+    axes.tick_params(axis="y", length=0)
+    for colour, s in zip(COLOURS, sets_of(routes)):
+        axes.plot([], [], color=colour, label=s)
+    axes.legend(frameon=False, loc="lower right")
+    figure.supxlabel("second − first, points (filled: holds; cross: the contrary; empty: open)",
+                     fontsize="medium")
+
+
+def curve(roots, route, metric):
+    """(S, steps) of a metric in a route's finished runs, cut to the shortest; None without runs."""
+    finished = [root / route for root in roots if read_record(root / route).get("finished")]
+    runs = [[line.get(metric) for line in read_json_lines(folder / "metrics.jsonl")]
+            for folder in finished]
+    steps = min(map(len, filter(None, runs)), default=0)
+    return np.array([run[:steps] for run in runs if run], float) if steps else None
+
+
+def draw_curves(figure, roots):
+    """Left the reward of GRPO, right the KL to the teacher: means over seeds in a band of ± SE."""
+    rewards = {route: [curve(roots, route, "reward")]
+               for route in ("teacher-rl", "cold-grpo", "fresh-2h", "replay-1h")}
+    kls = {route: [curve(roots, f"{route}-warmup", "kl"), curve(roots, route, "kl")]
+           for route in ("bridge", "opd-only", "raw-bridge")}
+    panels = {"reward of GRPO": rewards,
+              "KL to the teacher, nats a token (dotted: warmup, forward)": kls}
+    panels = {label: lines for label, lines in panels.items()
+              if any(part is not None for parts in lines.values() for part in parts)}
+    for i, (label, lines) in enumerate(panels.items()):
+        axes, ends = figure.add_subplot(1, len(panels), i + 1), {}
+        for colour, (route, parts) in zip(COLOURS, lines.items()):
+            start = 0
+            for part, style in zip(parts, (":", "-")[-len(parts):]):
+                if part is not None:
+                    steps = start + np.arange(part.shape[1])
+                    mean, se, *_ = np.array([over_seeds(values) for values in part.T]).T
+                    axes.plot(steps, mean, style, color=colour, linewidth=1.2)
+                    axes.fill_between(steps, mean - se, mean + se, color=colour, alpha=0.15,
+                                      linewidth=0)
+                    start, ends[route] = steps[-1] + 1, (steps[-1], mean[-1], colour)
+        axes.set(xlabel="step", ylabel=label)
+        axes.set_ylim(bottom=0)
+        name_lines(axes, ends)
+
+
+def name_lines(axes, ends):
+    """Write the names of lines at their right ends, {name: (x, y, colour)}, none upon another."""
+    low, high = axes.get_ylim()
+    lowest = -math.inf
+    known = {name: end for name, end in ends.items() if math.isfinite(end[1])}
+    for name, (x, y, colour) in sorted(known.items(), key=lambda item: item[1][1]):
+        lowest = max(y, lowest + 0.05 * (high - low))  # a line of text
+        axes.annotate(name, (x, lowest), xytext=(5, 0), textcoords="offset points", color=colour,
+                      va="center", annotation_clip=False)
+
+
+def label_budgets(roots, routes):
+    """{"cold-grpo" or "bridge": [(labelled problems, route)]}, where several numbers were tried."""
+    series = {name: sorted((labels_of(roots, route), route) for route in routes
+                           if sweep(route)[0] == name) for name in ("cold-grpo", "bridge")}
+    return {name: points for name, points in series.items() if len(points) > 1}
+
+
+def draw_budgets(figure, routes, budgets):
+    """Accuracy over the number of labels, a panel per set: means, 95 %; thin lines are seeds."""
+    for i, s in enumerate(sets_of(routes) if budgets else ()):
+        axes, ends = figure.add_subplot(1, len(sets_of(routes)), i + 1), {}
+        for shift, (colour, (name, points)) in enumerate(zip(COLOURS, budgets.items())):
+            x = np.array([n for n, _ in points]) * 1.04**shift  # so that no bar hides another
+            values = np.array([routes[route][s] for _, route in points])
+            found = [over_seeds(v) for v in values]
+            axes.plot(x, values, color=colour, linewidth=0.6, alpha=0.35)
+            axes.errorbar(x, [f.mean for f in found], yerr=[f.half for f in found], fmt="o-",
+                          color=colour, markersize=4)
+            ends[name] = x[-1], found[-1].mean, colour
+        axes.set_xscale("log", base=2)
+        ticks = sorted({n for points in budgets.values() for n, _ in points})
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.set(xlabel="labelled problems", ylabel=f"accuracy on {s}, %")
+        axes.set_ylim(bottom=0)
+        name_lines(axes, ends)
+
+
+def draw_density(figure, routes):
+    """Accuracy over λ of Eq. 3 (lambda-λ; 0 is `bridge`), a panel per set: means; thin: seeds.
+
+    The bars are of the differences from the first point, inside each seed, 95 %.
+    """
+    points = sorted((sweep(route)[1], route) for route in routes if sweep(route)[0] == "lambda")
+    points = [(0.0, "bridge")] * ("bridge" in routes) + points
+    for i, s in enumerate(sets_of(routes) if len(points) > 1 else ()):
+        axes = figure.add_subplot(1, len(sets_of(routes)), i + 1)
+        x, values = [n for n, _ in points], np.array([routes[route][s] for _, route in points])
+        axes.plot(x, values, color=COLOURS[0], linewidth=0.6, alpha=0.35)
+        axes.errorbar(x, [over_seeds(v).mean for v in values], fmt="o-", color=COLOURS[0],
+                      yerr=[over_seeds(v - values[0]).half for v in values], markersize=4)
+        axes.set(xlabel="λ", ylabel=f"accuracy on {s}, % (bars: change from λ = {x[0]:g})")
+        axes.set_xticks(x)
 
 
 def main(cfg):
     check(cfg.model or (cfg.regrade and cfg.out) or (cfg.table and not cfg.regrade),
           "--model is needed (or --table)")
+    check(cfg.table or not cfg.pictures, "--pictures needs --table")
     check(world_size() == 1 or not cfg.regrade, "--regrade needs no torchrun")
     inside = Path(cfg.model) / "eval" if Path(cfg.model).is_dir() else Path("eval") / cfg.model
     out, summary = Path(cfg.out or inside), {}
@@ -330,7 +638,7 @@ def main(cfg):
     if summary:
         print(model_table(cfg.model or out.parent, summary))
     if cfg.table:
-        show_table(cfg.table.split(","))
+        from_rank_0(show_table, [Path(root) for root in cfg.table.split(",")], cfg.pictures)
 
 
 if __name__ == "__main__":
