@@ -394,7 +394,17 @@ def test_the_papers_own_numbers_have_its_orderings():
         d = paper[b][0] - paper[a][0]
         assert abs(d) < 0.5 if sign == "≈" else d > 0, (name, a, b)
     assert {name for name, *_ in evaluate.ORDERINGS} == {*(f"O{i}" for i in range(1, 10)),
-                                                         "Table 6"}
+                                                         "Table 5", "Table 6"}
+
+
+def test_o2_is_asked_at_each_number_of_labels():
+    """Where both routes were run; ours, so no part of the paper's orderings."""
+    routes = {name: {"test": np.array([1.0, 2.0]) * i} for i, name in enumerate(
+        ["bridge", "cold-grpo", "bridge-512", "cold-grpo-64", "bridge-64", "bridge-1h"])}
+    found = [(name, a, b, by_set["test"].tolist())
+             for name, a, _, b, by_set in evaluate.compared(routes)]
+    assert found == [("O2", "cold-grpo", "bridge", [-1, -2]),
+                     ("O2", "cold-grpo-64", "bridge-64", [1, 2])]
 
 
 def fake_seeds(root, routes, **about):
