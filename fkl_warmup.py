@@ -43,7 +43,6 @@ class Config:
     # --- models and data
     teacher: str = ""  # ours: any; frozen teacher, model folder or hub name (not for data)
     student: str = None  # ours: any; student to train, model folder or hub name
-    targets: Literal["soft", "hard", "data"] = "soft"  # ours: Eq. 5, or SFT on samples or on data
     data: str = "dapo"  # problems, DAPO-Math-17K (Table 1): file, folder, hub name or alias
     half: Literal["1", "2", "all"] = "all"  # which half of the deduplicated problems (Table 1)
     exclude: str = "math500,aime24,aime25"  # ours: sets whose problems are dropped, or none
@@ -60,6 +59,7 @@ class Config:
     max_new_tokens: int = 16384  # response limit in tokens (Table 10)
     temperature: float = 1.0  # of both policies, in sampling and loss alike (Table 10)
     # --- ours
+    targets: Literal["soft", "hard", "data"] = "soft"  # ours: Eq. 5, or SFT on samples or on data
     steps: int = 0  # ours: number of updates; 0 means --epochs
     seed: int = 0  # ours: of prompt order and sampling
     thinking: bool = False  # ours: Qwen3's thinking mode
@@ -85,30 +85,6 @@ class Config:
 def forward_kl(logp, logq):
     """KL(pi_T || pi_theta) in every state, over the vocabulary (Eq. 5): (n, V), (n, V) -> (n,)."""
     return (logq.exp() * (logq - logp)).sum(-1)
-
-
-def accumulate(cfg, student, teacher, rows, n_tokens):
-    """Add the gradient of a micro-batch to the student's, for an update of n_tokens tokens.
-
-    Returns sums over its tokens: of the loss (exact KL, or -log pi_theta(y)), of the entropy.
-    """
-    hidden, tokens = student.states(rows)  # (N, D), (N,)
-    constants = [tokens]
-    if cfg.targets == "soft":
-        with torch.no_grad():
-            constants.append(teacher.states(rows)[0])
-        head_teacher = teacher.head()  # (V, D)
-
-    def chunk(head, h, y, h_teacher=None):
-        logp = student.log_probs(h, head, cfg.temperature)  # (n, V)
-        entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
-        if h_teacher is None:
-            loss = -pick(logp, y)
-        else:
-            loss = forward_kl(logp, teacher.log_probs(h_teacher, head_teacher, cfg.temperature))
-        return loss.sum() / n_tokens, (loss, entropy)
-
-    return over_chunks(chunk, cfg.vocab_chunk, student, hidden, *constants)
 
 
 def cached_rollouts(cfg, teacher, path, prompts):
@@ -193,6 +169,32 @@ def load_states(cfg, run, student):
     with lock(path.with_name(f".{path.name}.lock"), path):  # another run may share the cache
         groups, run.seconds_before = teacher_states(cfg, problems, teacher, path)
     return teacher if cfg.targets == "soft" else None, groups
+
+
+def accumulate(cfg, student, teacher, rows, n_tokens):
+    """Add the gradient of a micro-batch to the student's, for an update of n_tokens tokens.
+
+    Returns sums over its tokens: of the loss (exact KL, or -log pi_theta(y)), of the entropy.
+    """
+    hidden, tokens = student.states(rows)  # (N, D), (N,)
+    constants = [tokens]
+    if cfg.targets == "soft":
+        with torch.no_grad():
+            hidden_teacher, _ = teacher.states(rows)
+        head_teacher = teacher.head()  # (V, D)
+        constants.append(hidden_teacher)
+
+    def chunk(head, h, y, h_teacher=None):
+        logp = student.log_probs(h, head, cfg.temperature)  # (n, V)
+        if cfg.targets == "soft":
+            logq = teacher.log_probs(h_teacher, head_teacher, cfg.temperature)
+            loss = forward_kl(logp, logq)  # (n,)
+        else:
+            loss = -pick(logp, y)
+        entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+        return loss.sum() / n_tokens, (loss, entropy)
+
+    return over_chunks(chunk, cfg.vocab_chunk, student, hidden, *constants)
 
 
 def main(cfg):

@@ -120,6 +120,41 @@ def test_losses_equal_the_plain_version_with_all_logits(temperature, world, rows
         torch.testing.assert_close(sums.float(), logged, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kl_loss", ["k2", "k3"])
+def test_grpo_loss_equals_the_plain_version(first, kl_loss, world):
+    """Rows as a run samples them, at temperature 0.7: the clipped ratio to pi_old and the KL to
+    pi_ref, each with its own log-probs, row by row with `model(ids).logits`. `first` is the first
+    update after sampling, where pi_old is the policy itself and its log-probs are not given."""
+    lm = load_lm(str(world / "init-student"), train=True)
+    rows = sample(lm, [[3, 15, 11], [3, 7, 20, 4]], 4, max_new_tokens=20, temperature=0.7, seed=())
+    old = [torch.tensor(r.logp) for r in rows]
+    if not first:  # a policy that has moved, on some tokens beyond the clip
+        old = [x + torch.linspace(-0.5, 0.5, len(x)) for x in old]
+    ref = [torch.linspace(-1, -4, len(r.tokens)) for r in rows]
+    adv = torch.linspace(-2, 1.5, len(rows))
+    losses, clipped = [], 0
+    for row, A, logp_old, logp_ref in zip(rows, adv, old, ref):
+        ids, n = torch.tensor([row.prompt + row.tokens]), len(row.prompt)
+        logits = lm.model(ids).logits[0, n - 1 : -1, : lm.vocab] / 0.7
+        logp = Categorical(logits=logits).log_prob(torch.tensor(row.tokens))
+        ratio, bound = (logp - logp_old).exp(), 1.2 if A > 0 else 0.8
+        beyond = (ratio - bound) * A > 0  # constant there
+        clipped += beyond.sum().item()
+        x = logp_ref - logp
+        kl = x**2 / 2 if kl_loss == "k2" else x.exp() - x - 1
+        losses.append(-torch.where(beyond, bound, ratio) * A + 0.1 * kl)
+    torch.cat(losses).mean().backward()
+    want = gradients(lm)
+    lm.model.zero_grad()
+    cfg = grpo.Config(model="", temperature=0.7, kl_coef=0.1, kl_loss=kl_loss, vocab_chunk=7)
+    sums = grpo.accumulate(cfg, lm, rows, adv, None if first else old, ref)
+    assert (gradients(lm) - want).norm() <= 1e-5 * want.norm() and want.norm() > 1e-3
+    assert sums[0].item() == clipped and (clipped == 0) == first
+    gap = sum((x - torch.tensor(r.logp)).abs().sum().item() for x, r in zip(old, rows))
+    assert sums[3].item() == pytest.approx(gap, abs=1e-4)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_padding_and_row_order_never_move_a_gradient(stage, world, rows, teacher_lm):
     """Reversed rows have other neighbours (and micro_tokens=1, above, has no padding at all)."""

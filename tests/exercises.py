@@ -1,0 +1,149 @@
+"""Exercises: bugs that this field really has, each planted alone, to be found by its figures.
+
+    python tests/exercises.py list                 what each of them does to the figures
+    python tests/exercises.py plant 3 /tmp/three   a copy of the project with bug 3 (or: random)
+    python tests/exercises.py answer 3             the edit, why it is wrong, the test that sees it
+
+No run stops at them: the curves look like learning, or like bad luck. Run the command of the list
+here and in the copy (in both: export W=/path/to/runs/world, which `bash run_all.sh` makes).
+"""
+
+import difflib
+import random
+import shutil
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = "--data $W/train.jsonl --exclude none --max-new-tokens 48"
+OPD = (f"opd.py --teacher $W/teacher-rl --student $W/bridge-warmup {DATA} --prompts 16 "
+       "--rollouts 4 --lr 1e-3")
+GRPO = f"grpo.py --model $W/base-student {DATA} --prompts 32 --mini-batch 32 --lr 5e-4"
+GRADIENT, EQUATION = "tests/test_invariance.py::test_", "tests/test_equations.py::test_"
+
+# symptom: what figures do; measured: clean → planted; line: the command that shows it. The edit:
+# `old`, which is in `file` exactly once, becomes `new`. test: pytest's name of one that fails.
+Exercise = namedtuple("Exercise", "symptom measured line file old new why test")
+EXERCISES = [
+    Exercise(
+        "OPD's `kl` looks better from the first step on, but `entropy` stays high",
+        "`kl` at step 0: 0.178 → 0.087; `entropy`, last 10 steps: 0.047 → 0.078",
+        f"{OPD} --steps 40",
+        "opd.py", "kl = reverse_kl(logp, logq)", "kl = reverse_kl(logq, logp)",
+        "The KL points the wrong way: KL(teacher || student), in the student's states.",
+        GRADIENT + "losses_equal_the_plain_version_with_all_logits[1.0]"),
+    Exercise(
+        "OPD's `grad_norm` depends on --micro-tokens, which should cost memory only",
+        "--micro-tokens 256: 1.45 → 18.8; 1024: 1.45 → 4.4; 4096: 1.45 → 1.45",
+        f"{OPD} --steps 1 --micro-tokens 256",
+        "opd.py", "loss.sum() / n_tokens, (kl", "loss.sum() / len(tokens), (kl",
+        "Each micro-batch is divided by its own tokens: a sum of means, not the update's mean.",
+        GRADIENT + "memory_knobs_never_move_a_gradient[opd-full]"),
+    Exercise(
+        "OPD's `kl` rises instead of falling, and responses are cut at the limit",
+        "last 10 steps: `kl` 0.053 → 4.1, `truncated` 0.00 → 0.62", f"{OPD} --steps 40",
+        "opd.py", "loss = kl if", "loss = kl.detach() * pick(logp, y) if",
+        "The KL over the vocabulary is one number for all tokens of a state. As an advantage it "
+        "has no expected gradient, only noise; it must be differentiated.",
+        GRADIENT + "losses_equal_the_plain_version_with_all_logits[1.0]"),
+    Exercise(
+        "GRPO's groups differ in reward, yet `grad_norm` is 0 and nothing is learnt",
+        "`grad_norm` at step 0: 0.10 → exactly 0", f"{GRPO} --kl-coef 0 --steps 5",
+        "grpo.py", "old = old if logp_old else logp.detach()", "old = old if logp_old else logp",
+        "pi_old must be a constant: the gradient of pi / pi is 0.",
+        GRADIENT + "grpo_loss_equals_the_plain_version[k2-True]"),
+    Exercise(
+        "GRPO's `grad_norm` is not 0 in steps whose `zero_variance` is 1",
+        "such steps with `grad_norm` > 0: 0 of 18 → 4 of 20, up to 1.7",
+        f"grpo.py --model $W/bridge {DATA} --prompts 4 --mini-batch 4 --rollouts 2 --kl-coef 0 "
+        "--lr 1e-4 --steps 40",
+        "grpo.py", "- rewards.mean(-1, keepdim=True)\n    return centred / (rewards.std(-1, keepdim"
+        "=True)", "- rewards.mean()\n    return centred / (rewards.std()",
+        "Mean and std are the batch's: all of an easy prompt is praised, all of a hard one blamed.",
+        EQUATION + "advantages_see_their_own_group_only_and_a_constant_group_is_exactly_zero"),
+    Exercise(
+        "GRPO's `sampler_gap` is not 0 with --temperature 0.7; with 1 nothing is wrong",
+        "at step 0: 2e-7 → 0.027", f"{GRPO} --kl-coef 0 --temperature 0.7 --steps 5",
+        "grpo.py", "policy.log_probs(h, head, cfg.temperature)", "policy.log_probs(h, head, 1.0)",
+        "The sampler draws from softmax(logits / T), the loss differentiates softmax(logits).",
+        GRADIENT + "grpo_loss_equals_the_plain_version[k2-True]"),
+    Exercise(
+        "GRPO's `sampler_gap` grows, `k3_ref` does not, and `reward` stalls",
+        "step 9: `sampler_gap` 1e-7 → 0.082, `k3_ref` 0.056 → 0.001, `reward` 0.28 → 0.09",
+        f"{GRPO} --mini-batch 8 --kl-coef 0.1 --steps 10",
+        "grpo.py", "in (logp_old, logp_ref))", "in (logp_ref, logp_old))",
+        "The ratio is to the reference and the KL to pi_old: one policy in the first step only.",
+        GRADIENT + "grpo_loss_equals_the_plain_version[k2-False]"),
+    Exercise(
+        "GRPO's `reward` starts far below the model's accuracy, and stays there",
+        "step 0: 0.086 → 0.004; step 4: 0.137 → 0.004", f"{GRPO} --kl-coef 0 --steps 5",
+        "grpo.py", "for i in indices for _ in range(cfg.rollouts)]",
+        "for _ in range(cfg.rollouts) for i in indices]",
+        "Responses come prompt by prompt, these answers round by round (`repeat` in place of "
+        "`repeat_interleave`): most are compared with another problem's answer.",
+        "tests/test_cli.py::test_two_steps_of_the_command_line[GRPO]"),
+    Exercise(
+        "GRPO's `zero_variance` is 1 and `grad_norm` 0, whatever the model and the problems",
+        "`zero_variance` at step 0: 0.62 → 1", f"{GRPO} --kl-coef 0 --steps 5",
+        "common.py", "tuple(prompt), index))", "tuple(prompt)))",
+        "All rollouts of a prompt use the same random numbers: one response, K times.",
+        "tests/test_sampler.py::test_rollouts_do_not_depend_on_their_neighbours[llama]"),
+    Exercise(
+        "a base model's `nll` looks fine, but in the next stage nothing it writes ends",
+        "`nll` 1.07 → 1.12; opd.py from it (as in 1, --student ckpt/10): `truncated` 0.03 → 0.92",
+        "fkl_warmup.py --targets data --student $W/init-student --data $W/corpus-student.jsonl "
+        "--prompts 64 --lr 6e-3 --warmup-steps 50 --lr-schedule linear --steps 100",
+        "common.py", "tokens + [lm.tokenizer.eos_token_id], [], True", "tokens, [], True",
+        "The stop token is left out of the loss: nothing teaches the model to end.",
+        "tests/test_data.py::test_sft_examples_end_with_eos_and_keep_the_text"),
+    Exercise(
+        "GRPO's `k3_ref` is many times too large; every other figure is unchanged",
+        "step 9: 0.073 → 1.1", f"{GRPO} --mini-batch 8 --kl-coef 0.1 --temperature 0.7 --steps 10",
+        "grpo.py", "log_ratio = logp_ref - logp", "log_ratio = logp - logp_ref",
+        "k3 needs ref / pi; only then is its mean over pi's samples KL(pi || ref). k2, a square, "
+        "does not notice; with --kl-loss k3 the loss would.",
+        EQUATION + "kl_estimators_descend_what_they_say"),
+]
+
+
+def planted(exercise):
+    """The text of its file with the bug in it; ValueError when the edit no longer fits."""
+    text = (ROOT / exercise.file).read_text()
+    if text.count(exercise.old) != 1:
+        raise ValueError(f"stale exercise: {exercise.file} has {text.count(exercise.old)} times "
+                         f"{exercise.old!r}")
+    return text.replace(exercise.old, exercise.new)
+
+
+def plant(exercise, folder):
+    """A copy of the project with the bug in it, and without the exercises, which would tell."""
+    (folder / "tests").mkdir(parents=True, exist_ok=True)
+    for path in (*ROOT.iterdir(), *(ROOT / "tests").iterdir()):
+        if path.suffix in (".py", ".sh", ".md", ".txt") and "exercises" not in path.name:
+            shutil.copy(path, folder / path.relative_to(ROOT))
+    (folder / exercise.file).write_text(planted(exercise))
+
+
+def main(command="", number="", folder=""):
+    shown = [f"{i}. {e.symptom}\n   {e.measured}\n   python {e.line} --out ckpt/{i}\n"
+             for i, e in enumerate(EXERCISES, 1)]
+    if command == "list":
+        return "\n".join(shown)
+    numbers = {str(i + 1): i for i in range(len(EXERCISES))}
+    i = random.randrange(len(EXERCISES)) if number == "random" else numbers.get(number)
+    if command not in ("plant", "answer") or i is None or (command == "plant") != bool(folder):
+        sys.exit(__doc__)
+    exercise = EXERCISES[i]
+    if command == "plant":
+        if Path(folder).exists() and list(Path(folder).iterdir()):
+            sys.exit(f"error: {folder} is not empty")
+        plant(exercise, Path(folder))
+        return f"planted in {folder}"
+    texts = [text.splitlines() for text in ((ROOT / exercise.file).read_text(), planted(exercise))]
+    diff = difflib.unified_diff(*texts, exercise.file, exercise.file, n=1, lineterm="")
+    return "\n".join([shown[i], *diff, "", exercise.why, f"caught by {exercise.test}"])
+
+
+if __name__ == "__main__":
+    print(main(*sys.argv[1:]))

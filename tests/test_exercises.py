@@ -1,0 +1,101 @@
+"""Each bug of tests/exercises.py fails the test that it names, which passes without it.
+
+(That it passes without it is what the rest of the suite shows.)
+"""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import exercises
+import pytest
+from conftest import ROOT
+from exercises import EXERCISES
+
+import common
+
+# Imports what takes long once; each planted copy is then tested in a fork of its own.
+DRIVER = """
+import json, os, sys
+import pytest, torch, transformers
+from transformers import Qwen3ForCausalLM
+
+class Failures:
+    seen = []
+    def pytest_exception_interact(self, node, call, report):
+        self.seen.append([node.nodeid, report.when, call.excinfo.type.__name__])
+
+for folder, test in json.loads(sys.argv[1]):
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        status = pytest.main(["-q", "-p", "no:cacheprovider", test], plugins=[Failures()])
+        with open("verdict.json", "w") as file:
+            json.dump([status, Failures.seen], file)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory):
+    """Of each exercise's test in a copy with its bug: exit status, [[test, phase, exception]]."""
+    folders = [tmp_path_factory.mktemp("planted") for _ in EXERCISES]
+    for exercise, folder in zip(EXERCISES, folders):
+        exercises.plant(exercise, folder)
+    jobs = json.dumps([(str(f), e.test) for f, e in zip(folders, EXERCISES)])
+    done = subprocess.run([sys.executable, "-c", DRIVER, jobs], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / "verdict.json").read_text()) for folder in folders]
+
+
+@pytest.mark.parametrize("number", range(1, len(EXERCISES) + 1))
+def test_the_named_test_catches_the_bug(number, verdicts):
+    """One failure: an assertion, while the test itself runs, not an error of import or fixture."""
+    test = EXERCISES[number - 1].test
+    assert verdicts[number - 1] == [1, [[test, "call", "AssertionError"]]]
+
+
+@pytest.mark.parametrize("number", range(1, len(EXERCISES) + 1))
+def test_a_copy_differs_in_the_planted_edit_only(number, tmp_path):
+    """And has no list of exercises, which would tell; the answer shows the edit."""
+    exercise, folder = EXERCISES[number - 1], tmp_path / "copy"
+    assert str(folder) in exercises.main("plant", str(number), str(folder))
+    files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert {"opd.py", "README.md", "run_all.sh", "tests/conftest.py", "tests/world.py"} <= files
+    assert not {"tests/exercises.py", "tests/test_exercises.py"} & files
+    differ = [f for f in files if (folder / f).read_text() != (ROOT / f).read_text()]
+    assert differ == [exercise.file]
+    planted, text = (folder / exercise.file).read_text(), (ROOT / exercise.file).read_text()
+    assert planted.replace(exercise.new, exercise.old) == text
+    assert exercise.new.split("\n")[0] in exercises.main("answer", str(number))
+    with pytest.raises(SystemExit, match="not empty"):
+        exercises.main("plant", "random", str(folder))
+
+
+def test_an_edit_that_no_longer_fits_says_so():
+    stale = EXERCISES[0]._replace(old="return")
+    with pytest.raises(ValueError, match="stale exercise: opd.py has .* times 'return'"):
+        exercises.planted(stale)
+
+
+def test_the_list_has_every_symptom_and_no_answer():
+    text = exercises.main("list")
+    for exercise in EXERCISES:
+        assert exercise.symptom in text and exercise.measured in text and exercise.line in text
+        assert not any(x in text for x in (exercise.new, exercise.why, exercise.test))
+
+
+@pytest.mark.parametrize("words", ["", "answer 0", "plant 1", "answer 1 there", "show 1"])
+def test_other_words_get_the_usage(words):
+    with pytest.raises(SystemExit, match="plant 3 /tmp/three"):
+        exercises.main(*words.split())
+
+
+def test_the_commands_parse():
+    for exercise in EXERCISES:
+        script, *flags = exercise.line.split()
+        module = importlib.import_module(script.removesuffix(".py"))
+        common.parse_args(module.Config, module.__doc__, flags)
