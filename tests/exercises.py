@@ -78,11 +78,11 @@ EXERCISES = [
     Exercise(
         "GRPO's `reward` starts far below the model's accuracy, and stays there",
         "step 0: 0.086 → 0.004; step 4: 0.137 → 0.004", f"{GRPO} --kl-coef 0 --steps 5",
-        "grpo.py", "for i in indices for _ in range(cfg.rollouts)]",
-        "for _ in range(cfg.rollouts) for i in indices]",
+        "common.py", "grade(text, answers[i // k])", "grade(text, answers[i % len(answers)])",
         "Responses come prompt by prompt, these answers round by round (`repeat` in place of "
         "`repeat_interleave`): most are compared with another problem's answer.",
-        "tests/test_cli.py::test_two_steps_of_the_command_line[GRPO]"),
+        "tests/test_reward_density.py::"
+        "test_each_response_is_graded_by_the_answer_of_its_own_prompt"),
     Exercise(
         "GRPO's `zero_variance` is 1 and `grad_norm` 0, whatever the model and the problems",
         "`zero_variance` at step 0: 0.62 → 1", f"{GRPO} --kl-coef 0 --steps 5",

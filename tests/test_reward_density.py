@@ -78,3 +78,15 @@ def test_the_gradient_between_is_the_mixture_of_the_ends(step):
     dense, mixed, sparse = (step(opd, sparse_weight=w).gradient for w in (0.0, 0.25, 1.0))
     assert min(dense.norm(), sparse.norm()) > 0.1
     assert (mixed - 0.75 * dense - 0.25 * sparse).norm() < 1e-5 * mixed.norm()
+
+
+def test_each_response_is_graded_by_the_answer_of_its_own_prompt():
+    """P = 3, K = 2, prompt by prompt: only the first response to each prompt is right."""
+    texts = [r"\boxed{7}", r"\boxed{8}", r"\boxed{8}", r"\boxed{9}", r"\boxed{9}", "no box"]
+    tokenizer = SimpleNamespace(decode=lambda tokens, skip_special_tokens: texts[tokens[0]])
+    rows = [common.Rollout([0], [i], [0.0], True) for i in range(len(texts))]
+    rewards, logged = common.reward_groups(SimpleNamespace(tokenizer=tokenizer), rows,
+                                           ["7", "8", "9"])
+    assert rewards.tolist() == [[1, 0], [1, 0], [1, 0]]
+    assert logged == {"reward": 0.5, "reward_std": pytest.approx(0.5**0.5), "zero_variance": 0.0,
+                      "no_answer": pytest.approx(1 / 6), "gave_up": 0.0}
