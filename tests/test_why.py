@@ -144,7 +144,7 @@ def test_it_prints_three_tables_and_draws_three_pictures(run, tmp_path, capsys):
     a, b, c = ([line.strip("| ").split(" | ") for line in part.splitlines() if "|" in line][2:]
                for part in re.split(r"\n[abc]\. ", out)[1:])
     assert [row[0] for row in a] == ["without warmup", "after warmup"]
-    assert float(a[0][2]) > 0.5 and [float(x) for x in a[1][2:]] == [0.0] * 6
+    assert float(a[0][2]) > 0.5 and [float(x) for x in a[1][2:]] == [0.0] * 7
     assert [row[0] for row in b] == ["cold student", "bridged student", "raw teacher"]
     assert all(sum(map(float, row[1:4])) == pytest.approx(100, abs=0.2) for row in b)
     assert float(b[0][1]) == 100 and float(b[1][4]) > 10  # untrained: all wrong

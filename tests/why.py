@@ -1,11 +1,12 @@
-"""Why the recipe works, measured on the models of a finished run_all.sh: three tables, and a picture
-of each where matplotlib is installed.
+"""Why the recipe works, measured on the models of a finished run_all.sh: three tables, and pictures
+of them where matplotlib is installed.
 
     python tests/why.py runs/world
     python tests/why.py runs/world-seed1 --seed 1 --pictures /tmp/pictures
 
 a  KL(student || teacher) in every state that the student itself visits, at the start of on-policy
-   distillation: of the base student, and of the same after the forward-KL warmup.
+   distillation: of the base student, and of the same after the forward-KL warmup. "1st" is the
+   mean in the first state alone, the bare prompt: how differently the two begin.
 b  The groups of K responses that are all wrong or all right: they have no advantage, so that sparse
    reward teaches nothing on them.
 c  How much of a step's gradient is signal. A batch is a step's: P random training prompts with K
@@ -21,6 +22,7 @@ c  How much of a step's gradient is signal. A batch is a step's: P random traini
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -129,6 +131,31 @@ def mean_cosine(gram):
 # --- what it prints -------------------------------------------------------------------------------
 
 
+def rollouts(args, lm, problems, *seed):
+    """K rollouts of each of these problems, and their rewards (P, K)."""
+    rows = sample(lm, [p.prompt for p in problems], args.rollouts, temperature=1.0,
+                  max_new_tokens=args.max_new_tokens, seed=(args.seed, *seed))
+    return rows, reward_groups(lm, rows, [p.answer for p in problems])[0]
+
+
+def at_the_start(args, student, teacher, problems):
+    """Of M batches, the KL in every state (N,), its mean in the first states, and {estimator: the
+    gradients' inner products (M, M)}."""
+    kls, first, gradients = [], [], {estimator: [] for estimator in ESTIMATORS}
+    for m in range(args.batches):
+        rng = np.random.default_rng([args.seed, m])  # the same prompts for every student
+        chosen = [problems[i] for i in rng.permutation(len(problems))[: args.prompts]]
+        rows, rewards = rollouts(args, student, chosen, 1, m)
+        kls.append(state_kls(student, teacher, rows))
+        begun = [dataclasses.replace(r, tokens=r.tokens[:1]) for r in rows[:: args.rollouts]]
+        first.append(state_kls(student, teacher, begun))
+        for estimator, g in batch_gradients(student, teacher, rows, rewards).items():
+            gradients[estimator].append(g)
+    stacked = {estimator: torch.stack(g).double() for estimator, g in gradients.items()}
+    grams = {estimator: (g @ g.T).numpy() for estimator, g in stacked.items()}
+    return torch.cat(kls).numpy(), torch.cat(first).mean().item(), grams
+
+
 def print_table(title, *rows):
     print(f"\n{title}\n")
     print("| " + " | ".join(rows[0]) + " |\n| --- |" + " --: |" * (len(rows[0]) - 1))
@@ -141,55 +168,38 @@ def measure(args):
     """Print the tables; returns what the pictures show of each."""
     lms = {name: load_lm(str(args.run / name), dtype="fp32", train=name in STUDENTS)
            for name in dict.fromkeys((*STUDENTS, *GROUPS, TEACHER))}
-    teacher = lms[TEACHER]
-    problems = tokenize_problems(load_problems(str(args.run / "train.jsonl")), teacher.tokenizer,
-                                 thinking=False, max_prompt_tokens=2048)
+    problems = tokenize_problems(load_problems(str(args.run / "train.jsonl")),
+                                 lms[TEACHER].tokenizer, thinking=False, max_prompt_tokens=2048)
 
-    def rollouts(name, chosen, *seed):
-        """K rollouts of each of these problems, and their rewards (P, K)."""
-        rows = sample(lms[name], [p.prompt for p in chosen], args.rollouts, temperature=1.0,
-                      max_new_tokens=args.max_new_tokens, seed=(args.seed, *seed))
-        return rows, reward_groups(lms[name], rows, [p.answer for p in chosen])[0]
-
-    kls, grams = {}, {}
-    for name, when in STUDENTS.items():
-        kls[when], gradients = [], {estimator: [] for estimator in ESTIMATORS}
-        for m in range(args.batches):
-            rng = np.random.default_rng([args.seed, m])  # the same prompts for both students
-            chosen = [problems[i] for i in rng.permutation(len(problems))[: args.prompts]]
-            rows, rewards = rollouts(name, chosen, 1, m)
-            kls[when].append(state_kls(lms[name], teacher, rows))
-            for estimator, g in batch_gradients(lms[name], teacher, rows, rewards).items():
-                gradients[estimator].append(g)
-        kls[when] = torch.cat(kls[when]).numpy()
-        for estimator, g in gradients.items():
-            g = torch.stack(g).double()  # (M, parameters)
-            grams[when, ESTIMATORS[estimator]] = (g @ g.T).numpy()
-
+    found = {when: at_the_start(args, lms[name], lms[TEACHER], problems)
+             for name, when in STUDENTS.items()}
     print_table("a. KL(student ‖ teacher) in the student's own states at the start of OPD, nats",
-                ("student", "states", "mean", "std", *(f"{q:.0%}" for q in QUANTILES), "largest"),
-                *((when, f"{len(x):,}", x.mean(), x.std(), *np.quantile(x, QUANTILES), x.max())
-                  for when, x in kls.items()))
+                ("student", "states", "mean", "std", *(f"{q:.0%}" for q in QUANTILES), "largest",
+                 "1st"),
+                *((when, f"{len(x):,}", x.mean(), x.std(), *np.quantile(x, QUANTILES), x.max(),
+                   first) for when, (x, first, _) in found.items()))
 
-    shares = {}
+    shares, table = {}, []
     for name, what in GROUPS.items():
-        rewards = rollouts(name, problems, 0)[1]
-        shares[what] = (*group_shares(rewards), rewards.mean().item())
+        rewards = rollouts(args, lms[name], problems, 0)[1]
+        shares[what] = group_shares(rewards)
+        table.append((what, *(f"{100 * x:.1f}" for x in (*shares[what], rewards.mean().item()))))
     print_table(f"b. Groups of {args.rollouts} responses to a training prompt, %",
-                ("policy", "all wrong", "mixed: they teach", "all right", "mean reward"),
-                *((what, *(f"{100 * x:.1f}" for x in values)) for what, values in shares.items()))
+                ("policy", "all wrong", "mixed: they teach", "all right", "mean reward"), *table)
 
-    table, snrs = [], {}
-    for (when, what), gram in grams.items():
-        (signal, noise), value = signal_and_noise(gram), snr(gram)
-        low, high = snr_interval(gram, np.random.default_rng(args.seed))
-        snrs[when, what] = value, low, high
-        table.append((when, what, np.sqrt(max(signal, 0.0)), np.sqrt(noise), value, f"{low:.3g} to {high:.3g}", mean_cosine(gram)))
+    snrs, table = {}, []
+    for when, (_, _, grams) in found.items():
+        for estimator, gram in grams.items():
+            signal, noise = signal_and_noise(gram)
+            low, high = snr_interval(gram, np.random.default_rng(args.seed))
+            snrs[when, ESTIMATORS[estimator]] = snr(gram), low, high
+            table.append((when, ESTIMATORS[estimator], max(signal, 0.0)**0.5, noise**0.5, snr(gram),
+                          f"{low:.3g} to {high:.3g}", mean_cosine(gram)))
     print_table(f"c. Gradient of a batch, {args.prompts} prompts x {args.rollouts} rollouts, from "
                 f"{args.batches} batches",
                 ("student", "loss", "√signal", "√noise", "SNR", "95 %", "cosine of two batches"),
                 *table)
-    return kls, shares, snrs
+    return {when: x for when, (x, _, _) in found.items()}, shares, snrs
 
 
 def draw(folder, kls, shares, snrs):
