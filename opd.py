@@ -24,7 +24,7 @@ rollouts; above 0 it uses labels. ours, as the paper has the two ends only: beta
 with r_T, by 1 - lambda, so that 1 is grpo.py without a KL to the reference; and R stands in as its
 advantage A_i inside its group. So lambda weighs unlike units and is no share of the gradient: the
 dense part is in nats a token and fades as the student nears the teacher, A_i is in standard
-deviations of R inside a group and does not. One lambda leans further to R late in a run than early.
+deviations of R and as large in any mixed group. One lambda leans further to R late than early.
 
 Left out: replaying old rollouts (each is used once, so there is no importance ratio) and top-k KL
 (truncated reverse KL goes negative). `diff fkl_warmup.py opd.py` shows where the states come from
