@@ -1538,11 +1538,12 @@ def cache_bytes(lm, kv_gib):
         return kv_gib * 2**30
     if lm.device.type == "cuda":
         torch.cuda.empty_cache()
-        casts = sum(2 * p.numel() for p in lm.model.parameters() if p.dtype != torch.bfloat16)
         if is_sharded(lm):
             layer = sum(p.numel() for p in lm.model.base_model.layers[0].parameters())
-            casts = 2 * layer * (2 if lm.bf16 else 4)
-        return 0.8 * (torch.cuda.mem_get_info(lm.device)[0] - casts)
+            needed = 2 * layer * (2 if lm.bf16 else 4)
+        else:
+            needed = sum(2 * p.numel() for p in lm.model.parameters() if p.dtype != torch.bfloat16)
+        return 0.8 * (torch.cuda.mem_get_info(lm.device)[0] - needed)
     return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -2408,7 +2409,7 @@ def reshard(lm):
 
 
 def most(n, lm):
-    """The largest n of all processes where lm is sharded: each pass through it takes them all."""
+    """The largest n of all processes where lm is sharded, since a pass through it takes them all."""
     if not is_sharded(lm):
         return n
     largest = torch.tensor(n)
@@ -2496,7 +2497,7 @@ def gathered(lm):
 #                              P_in / L + 4 P_out, and as much again for their gradients
 #     weights of the sampler   n = 1: bf16 copies, 2 P; else a copy of 2 P_in + 4 P_out (of a
 #                              frozen model nothing, or 2 P); with --gather layer two layers and
-#                              P_out in fp32, 2 * 2 P_in / L + 4 P_out (of a frozen model layers)
+#                              P_out in fp32: 2 * 2 P_in / L + 4 P_out (of a frozen one layers)
 #     head and chunk           8 V D: head in bf16, its gradient in bf16 and fp32; 6 blocks of
 #                              logits
 #     activations              tokens of a micro-batch (or of the longest row) times: with
@@ -2508,10 +2509,9 @@ def gathered(lm):
 # Seconds, for responses that are all as long as --max-new-tokens: 2 P operations a token for a
 # forward pass, 4 for a backward (2 more if recomputed), 4 L H d * length / 2 of attention as often;
 # sampling reads weights, and half of the keys and values of its rows, once a token; a micro-batch
-# moves 8 P bytes between the GPUs, of a node or of several, and so does, with --gather layer, each
-# token of the sampler with 2 P_in. A GPU reaches 40 % of an H100's 989e12
-# operations and of 3.35e12 bytes a second, and 200e9 bytes to its neighbours, 25e9 across nodes of
-# 8.
+# moves 8 P bytes between the GPUs, of a node or of several, and with --gather layer each token of
+# the sampler 2 P_in. A GPU reaches 40 % of an H100's 989e12 operations and of 3.35e12 bytes a
+# second, and 200e9 bytes to its neighbours, 25e9 across nodes of 8.
 # --------------------------------------------------------------------------------------------------
 
 GB = 1e9
