@@ -2409,7 +2409,7 @@ def reshard(lm):
 
 
 def most(n, lm):
-    """The largest n of all processes where lm is sharded, since a pass through it takes them all."""
+    """The largest n of all processes where lm is sharded: a pass through it takes them all."""
     if not is_sharded(lm):
         return n
     largest = torch.tensor(n)
