@@ -230,6 +230,11 @@ class LM:
     def device(self):
         return (self.replica or self.model).device
 
+    @property
+    def body(self):
+        """The model without its head; of a sharded one, what gathers its layers in their turn."""
+        return getattr(self.model, "body", self.model.base_model)
+
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
@@ -242,8 +247,7 @@ class LM:
         """
         ids, b, t = (x.to(self.device) for x in pad_rows(rows))
         with self.autocast():
-            body = getattr(self.model, "body", self.model.base_model)  # `body`: of a sharded model
-            hidden = body(input_ids=ids, use_cache=False)[0]  # (B, T, D)
+            hidden = self.body(input_ids=ids, use_cache=False)[0]  # (B, T, D)
         return hidden[b, t], ids[b, t + 1]
 
     def head(self):
@@ -393,13 +397,11 @@ def check_head(lm):
     ids = torch.arange(min(8, lm.vocab), device=lm.device)[None]
     with lm.autocast():
         want = lm.model(input_ids=ids).logits[0, :, : lm.vocab].float()
-        body = getattr(lm.model, "body", lm.model.base_model)
-        have = F.linear(body(input_ids=ids)[0][0], lm.head()).float()
+        have = F.linear(lm.body(input_ids=ids)[0][0], lm.head()).float()
     rounding = (2**-6 if lm.bf16 else 1e-4) * want.abs().max()  # bf16 has 8 bits
     check((have - want).abs().max() <= rounding, f"{lm.name}: unsupported "
           "architecture, its logits are not output embedding times hidden state")
-    with gathered(lm) as whole:
-        rows = sample(whole, ids.tolist(), 1, max_new_tokens=4, temperature=1.0, seed=(0,))
+    rows = sample(lm, ids.tolist(), 1, max_new_tokens=4, temperature=1.0, seed=(0,))
     have, want = lm.token_logp(*lm.states(rows), 1.0, 4), torch.tensor(rows[0].logp)
     check((have.cpu() - want).abs().max() <= 4 * rounding, f"{lm.name}: unsupported architecture, "
           "sampling does not give the log-probs that training sees")
@@ -1408,16 +1410,19 @@ def random_stream(seed, prompt, index):
 
 @torch.inference_mode()
 def decode(lm, groups, temperature, sample_rows, kv_gib, ended=lambda row: None):
-    """Fill in the rollouts of all rows; groups: lists of Rows of one prompt. Calls ended(row)."""
+    """Fill in the rollouts of all rows; groups: lists of Rows of one prompt. Calls ended(row).
+
+    Processes that share a sharded lm pass through it together: one that has no rows, or no more,
+    goes on beside the others with a row that nobody reads.
+    """
     waiting = deque(g[i : i + sample_rows] for g in groups for i in range(0, len(g), sample_rows))
-    if not waiting:
-        return
-    longest = max(len(row) + row.limit for group in groups for row in group)
+    longest = max((len(row) + row.limit for group in groups for row in group), default=1)
     stops, live = set(lm.stop_ids), []  # live: the oldest first
     with paged_attention_in(lm), lm.autocast():  # bf16 copies of the weights are made once
-        cache = PagedCache(lm, min(sample_rows, sum(map(len, waiting))), longest, kv_gib)
+        unshard(lm)
+        cache = PagedCache(lm, min(sample_rows, sum(map(len, waiting)) or 1), longest, kv_gib)
         step = Step(lm, cache, temperature)
-        while waiting or live:
+        while most(len(waiting) + len(live), lm):
             live, homeless = cache.reserve(live)
             waiting.extendleft([row] for row in reversed(homeless))
             started = cache.admit(waiting, live, sample_rows)
@@ -1515,11 +1520,12 @@ class PagedCache:
     def prefill(self, lm, groups):
         """Store keys and values of all known tokens but the last, once for the rows of a group."""
         groups = [group for group in groups if len(group[0]) > 1]
-        for part in micro_batches([group[0].rollout for group in groups], 0, lm.device):
+        parts = micro_batches([group[0].rollout for group in groups], 0, lm.device)
+        for part in parts + [[]] * (most(len(parts), lm) - len(parts)):
             part = [groups[i] for i in part]
             ids = [(g[0].rollout.prompt + g[0].rollout.tokens)[:-1] for g in part]
-            padded = torch.zeros(len(part), max(map(len, ids)), dtype=torch.long)
-            source, pages, offsets = [], [], []
+            padded = torch.zeros(len(part) or 1, max(map(len, ids), default=1), dtype=torch.long)
+            source, pages, offsets = ([np.zeros(0, np.int64)] for _ in range(3))
             for i, (group, known) in enumerate(zip(part, ids)):
                 padded[i, : len(known)] = torch.tensor(known)  # on the right, as in `LM.states`
                 t = np.arange(len(known))
@@ -1536,17 +1542,25 @@ class PagedCache:
                     pool[pages, offsets] = new.to(pool.dtype)
                 return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)[0]
 
-            lm.model.base_model(input_ids=padded.to(lm.device), use_cache=False, attend=attend)
+            lm.body(input_ids=padded.to(lm.device), use_cache=False, attend=attend)
 
 
 def cache_bytes(lm, kv_gib):
-    """Bytes for keys and values: kv_gib, or 80 % of what the device can spare, half of a CPU's."""
+    """Bytes for keys and values: kv_gib, or 80 % of what the device can spare, half of a CPU's.
+
+    What it cannot spare is what autocast will cast, or the layers of a sharded model that will be
+    there at once: one in use and one that arrives.
+    """
     if kv_gib:
         return kv_gib * 2**30
     if lm.device.type == "cuda":
         torch.cuda.empty_cache()
-        casts = sum(2 * p.numel() for p in lm.model.parameters() if p.dtype != torch.bfloat16)
-        return 0.8 * (torch.cuda.mem_get_info(lm.device)[0] - casts)
+        if is_sharded(lm):
+            layer = sum(p.numel() for p in lm.model.base_model.layers[0].parameters())
+            needed = 2 * layer * (2 if lm.bf16 else 4)
+        else:
+            needed = sum(2 * p.numel() for p in lm.model.parameters() if p.dtype != torch.bfloat16)
+        return 0.8 * (torch.cuda.mem_get_info(lm.device)[0] - needed)
     return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -1556,12 +1570,13 @@ class Step:
 
     def __init__(self, lm, cache, temperature):
         self.lm, self.cache, self.temperature = lm, cache, temperature
-        self.head, self.replays = lm.head(), lm.device.type == "cuda"
-        self.graphs, self.memory = {}, None  # shape: what was recorded
+        self.head, self.graphs, self.memory = lm.head(), {}, None  # shape: what was recorded
+        self.replays = lm.device.type == "cuda" and not is_sharded(lm)  # gathering is not recorded
 
     def run_block(self, live):
         """BLOCK tokens of every live row and their log-probs, two lists of lists."""
-        shape, pages = (len(live), max(len(row.pages) for row in live)), self.cache.used
+        widest = max((len(row.pages) for row in live), default=self.cache.pages_for(1))
+        shape, pages = (len(live) or 1, widest), self.cache.used
         if self.replays:  # few shapes: powers of two
             shape, pages = tuple(1 << (n - 1).bit_length() for n in shape), self.cache.capacity
         state = self.make_state(live, *shape, pages)
@@ -1620,8 +1635,8 @@ class Step:
             weight = lse[table].softmax(1)  # (B, W, H); page 0 and pages to come get 0
             return (weight[..., None] * out[table]).sum(1, keepdim=True)  # (B, 1, H, dim)
 
-        hidden = self.lm.model.base_model(input_ids=state["token"][:, None], position_ids=at,
-                                          use_cache=False, attend=attend)[0][:, 0]
+        hidden = self.lm.body(input_ids=state["token"][:, None], position_ids=at, use_cache=False,
+                              attend=attend)[0][:, 0]
         logits = self.lm.logits(hidden, self.head, self.temperature or 1.0)
         weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # (B, V); the largest is 1
         if self.temperature:
@@ -1812,7 +1827,8 @@ def optimizer_step(lm, optimizer, scheduler, grad_clip):
 
 # Fields that change place, memory, speed or display, never a result: a run may resume with others.
 FREE_FIELDS = {"out", "cache", "device", "micro_tokens", "vocab_chunk", "sample_rows", "kv_gib",
-               "gradient_checkpointing", "cpu_offload", "save_every", "show_every", "dry_run"}
+               "gradient_checkpointing", "cpu_offload", "gather", "save_every", "show_every",
+               "dry_run"}
 
 
 # So many skipped updates in a row end a run. Skipping moves no weight, so each of them has seen
@@ -2211,7 +2227,8 @@ class Timer:
 #
 # One process passes through here untouched. Of several, each runs the same script and knows all
 # rollouts of a step; what it does alone is
-#   sampling   its share of the prompts, from weights gathered for as long as that takes
+#   sampling   its share of the prompts, from weights gathered for as long as that takes; or, with
+#              --gather layer, in step with the others, from the layer that is gathered just then
 #   training   its share of the rows; a loss is divided by the counts of the whole update, so that
 #              the gradients of all processes add up to the one that a single process has
 #   writing    rank 0 only
@@ -2319,16 +2336,17 @@ def shared_micro_batches(rows, micro_tokens, device):
     return mine + [[]] * (max(map(len, every)) - len(mine))
 
 
-def sample_shared(lm, prompts, k, *, done=lambda i, rollouts: None, **settings):
+def sample_shared(lm, prompts, k, *, gather="full", done=lambda i, rollouts: None, **settings):
     """`sample`, its prompts divided among the processes, the rollouts given to all of them.
 
     The k rollouts of a prompt stay together. They are those of one process: the random numbers
     depend on (seed, prompt, index) alone. done(i, rollouts) is called everywhere, at the end.
+    gather: of a sharded lm, the "full" weights for as long as it takes, or "layer" by layer.
     """
     if world_size() == 1:
         return sample(lm, prompts, k, done=done, **settings)
     mine = shares([len(p) + k * settings["max_new_tokens"] for p in prompts], world_size())[rank()]
-    with gathered(lm) as everything:
+    with gathered(lm) if gather == "full" else contextlib.nullcontext(lm) as everything:
         rows = sample(everything, [prompts[i] for i in mine], k, **settings)
     groups = merged({i: rows[j * k : (j + 1) * k] for j, i in enumerate(mine)})
     for i in range(len(prompts)):
@@ -2391,10 +2409,29 @@ def scattered(value, like):
     return value.to(like.device)
 
 
+def is_sharded(lm):
+    return isinstance(lm.model, FSDPModule)
+
+
+def unshard(lm):
+    """Gather embedding, head and last norm of a sharded model, as a pass through `body` does."""
+    if is_sharded(lm):
+        lm.model.unshard()
+
+
 def reshard(lm):
     """Drop the gathered embedding and head of a sharded model, before its weights change."""
-    if isinstance(lm.model, FSDPModule):
+    if is_sharded(lm):
         lm.model.reshard()
+
+
+def most(n, lm):
+    """The largest n of all processes where lm is sharded: a pass through it takes them all."""
+    if not is_sharded(lm):
+        return n
+    largest = torch.tensor(n)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item()
 
 
 def whole(tensor, dtype=None):
@@ -2412,7 +2449,7 @@ def kept(tensor):
 
 def whole_state(lm):
     """lm's state_dict, of a sharded model as `kept` has it."""
-    if not isinstance(lm.model, FSDPModule):
+    if not is_sharded(lm):
         return lm.model.state_dict()
     reshard(lm)
     found, state = {}, lm.model.state_dict(keep_vars=True)  # keeps tied tensors one object
@@ -2424,7 +2461,7 @@ def whole_state(lm):
 
 def load_shared(read, lm):
     """What read() gives on rank 0, a checkpoint or None, with its tensors sharded as lm's are."""
-    if not isinstance(lm.model, FSDPModule):
+    if not is_sharded(lm):
         return read()
     state = None
 
@@ -2476,7 +2513,8 @@ def gathered(lm):
 #     weights of the update    n = 1: bf16 copies, 2 P; else two layers, and P_out in fp32: 2 * 2
 #                              P_in / L + 4 P_out, and as much again for their gradients
 #     weights of the sampler   n = 1: bf16 copies, 2 P; else a copy of 2 P_in + 4 P_out (of a
-#                              frozen model nothing, or 2 P)
+#                              frozen model nothing, or 2 P); with --gather layer two layers and
+#                              P_out in fp32: 2 * 2 P_in / L + 4 P_out (of a frozen one layers)
 #     head and chunk           8 V D: head in bf16, its gradient in bf16 and fp32; 6 blocks of
 #                              logits
 #     activations              tokens of a micro-batch (or of the longest row) times: with
@@ -2488,9 +2526,9 @@ def gathered(lm):
 # Seconds, for responses that are all as long as --max-new-tokens: 2 P operations a token for a
 # forward pass, 4 for a backward (2 more if recomputed), 4 L H d * length / 2 of attention as often;
 # sampling reads weights, and half of the keys and values of its rows, once a token; a micro-batch
-# moves 8 P bytes between the GPUs, of a node or of several. A GPU reaches 40 % of an H100's 989e12
-# operations and of 3.35e12 bytes a second, and 200e9 bytes to its neighbours, 25e9 across nodes of
-# 8.
+# moves 8 P bytes between the GPUs, of a node or of several, and with --gather layer each token of
+# the sampler 2 P_in. A GPU reaches 40 % of an H100's 989e12 operations and of 3.35e12 bytes a
+# second, and 200e9 bytes to its neighbours, 25e9 across nodes of 8.
 # --------------------------------------------------------------------------------------------------
 
 GB = 1e9
@@ -2551,20 +2589,22 @@ def read_shape(name):
 
 
 def step_bytes(trained, frozen, sampler, *, gpus, rows, longest, micro_tokens, checkpointing,
-               cpu_offload=False, chunk=256 << 20):
+               cpu_offload=False, gather="full", chunk=256 << 20):
     """{part: bytes} on one of `gpus` GPUs; trained: a Shape or None, frozen: Shapes.
 
     sampler: that one of them which samples. rows: that one GPU decodes at once; longest: tokens of
     prompt and response. The parts up to "frozen models" are always there, then come those of the
     update, then those of sampling.
     """
-    n, many, t = gpus, gpus > 1, trained
-    tokens, on_gpu = max(micro_tokens, longest), 0 if cpu_offload else 1
-    copy = 2 * sampler.params + 2 * sampler.outer * many
-    if sampler is not trained:
-        copy = 2 * sampler.params * many
-    if not trained:  # every process evaluates with a model of its own
-        n, copy, many = 1, 0, False
+    tokens, on_gpu, t = max(micro_tokens, longest), 0 if cpu_offload else 1, trained
+    # with whole weights every process evaluates with a model of its own
+    n = gpus if trained or gather == "layer" else 1
+    many = n > 1
+    copy = 2 * sampler.params if many or sampler is trained else 0
+    if many and sampler is trained:
+        copy += 2 * sampler.outer
+    if many and gather == "layer":
+        copy = 4 * sampler.layer + 4 * sampler.outer * (sampler is trained)
     parts = {"masters": 4 * t.params / n * on_gpu if t else 0,
              "AdamW": 8 * t.params / n * on_gpu if t else 0,
              "frozen models": sum(2 * f.params / n + 2 * f.outer * many for f in frozen)}
@@ -2582,12 +2622,14 @@ def step_bytes(trained, frozen, sampler, *, gpus, rows, longest, micro_tokens, c
 
 
 def step_seconds(trained, frozen, sampler, *, gpus, rows, share, prompt, response, micro_tokens,
-                 checkpointing, sample_rows):
+                 checkpointing, sample_rows, gather="full"):
     """{part: seconds} of a step of `rows` rows in all, each of prompt + response tokens; share:
     rows that the process with most prompts samples."""
     length, mine, at_once = prompt + response, rows / gpus, min(share, sample_rows)
     read = 2 * sampler.params + at_once * (prompt + response / 2) * sampler.cache
-    found = {"sampling": -(-share // at_once) * response * read / MEMORY}
+    wire = NODE if gpus <= 8 else NETWORK
+    moved = 2 * sampler.layers * sampler.layer if gpus > 1 and gather == "layer" else 0
+    found = {"sampling": -(-share // at_once) * response * (read / MEMORY + moved / wire)}
 
     def passes(model, n):
         per_token = 2 * model.params + 4 * model.layers * model.heads * model.head_dim * length / 2
@@ -2597,7 +2639,6 @@ def step_seconds(trained, frozen, sampler, *, gpus, rows, share, prompt, respons
         found["frozen models"] = sum(passes(model, 1) for model in frozen)
         found["update"] = passes(trained, 4 if checkpointing else 3)
         groups = max(1, mine * length / max(micro_tokens, length))
-        wire = NODE if gpus <= 8 else NETWORK
         found["between GPUs"] = groups * 8 * trained.params / wire if gpus > 1 else 0.0
     return {**found, "a step": sum(found.values())}
 
@@ -2608,7 +2649,8 @@ def sizes(cfg, trained, frozen, sampler):
     prompts = getattr(cfg, "prompts", 0) or max(1, cfg.sample_rows // k) * cfg.dry_run
     prompt = getattr(cfg, "max_prompt_tokens", 2048)
     share = -(-prompts // cfg.dry_run) * k  # rows of the process that has most
-    both = dict(gpus=cfg.dry_run, micro_tokens=getattr(cfg, "micro_tokens", 0) or 32768,
+    both = dict(gpus=cfg.dry_run, gather=getattr(cfg, "gather", "full"),
+                micro_tokens=getattr(cfg, "micro_tokens", 0) or 32768,
                 checkpointing=getattr(cfg, "gradient_checkpointing", False))
     return (step_bytes(trained, frozen, sampler, **both, rows=min(cfg.sample_rows, share),
                        longest=prompt + cfg.max_new_tokens,

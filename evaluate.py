@@ -55,6 +55,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     sample_rows: int = 512  # rows decoded at once
     kv_gib: float = 0.0  # GiB of the sampler's keys and values; 0: what the device can spare
+    gather: Literal["full", "layer"] = "full"  # several processes: weights at hand while sampling
     dry_run: int = 0  # only print the computed memory and time on so many GPUs
 
 
@@ -147,7 +148,8 @@ def answer_set(cfg, lm, problems, path):
     with bar:
         sample_and_write(lm, prompts, cfg.samples, lambda j, rows: write(missing[j], rows),
                          max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-                         seed=(cfg.seed,), sample_rows=cfg.sample_rows, kv_gib=cfg.kv_gib)
+                         seed=(cfg.seed,), sample_rows=cfg.sample_rows, kv_gib=cfg.kv_gib,
+                         gather=cfg.gather)
     if missing:  # in the order of the problems
         write_text(path, "".join(json_line(done[i]) for i in sorted(done)))
     return [done[i] for i in range(len(problems))]
@@ -632,7 +634,8 @@ def main(cfg):
             save_summary(out, read_record(out).get("model", cfg.model), summary, 0.0)
     elif cfg.model:
         sets = read_sets(cfg)
-        lm = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype, shard=False)
+        lm = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype,
+                     shard=cfg.gather == "layer")
         out.mkdir(parents=True, exist_ok=True)
         with lock(out / ".lock", out):
             record = start_record(cfg, lm, out)

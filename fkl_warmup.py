@@ -78,6 +78,7 @@ class Config:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     save_every: int = 50  # steps between checkpoints; 0: only one when it is told to stop
     cpu_offload: bool = False  # several processes: masters and AdamW in host memory
+    gather: Literal["full", "layer"] = "full"  # several processes: weights at hand while sampling
     dry_run: int = 0  # only print the computed memory and time on so many GPUs
     show_every: int = 10  # steps between printed rollouts; 0 is never
 
@@ -122,7 +123,8 @@ def cached_rollouts(cfg, teacher, path, prompts):
     with bar:
         sample_and_write(teacher, missing, cfg.rollouts, lambda i, rows: write(missing[i], rows),
                          max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-                         seed=(cfg.seed,), sample_rows=cfg.sample_rows, kv_gib=cfg.kv_gib)
+                         seed=(cfg.seed,), sample_rows=cfg.sample_rows, kv_gib=cfg.kv_gib,
+                         gather=cfg.gather)
     groups = [[Rollout(list(p), tokens, [], done) for tokens, done in
                zip(cache[p]["responses"], cache[p]["finished"])] for p in prompts]
     return groups, sum(cache[p]["seconds"] for p in prompts)

@@ -86,6 +86,7 @@ class Config:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     save_every: int = 50  # steps between checkpoints; 0: only one when it is told to stop
     cpu_offload: bool = False  # several processes: masters and AdamW in host memory
+    gather: Literal["full", "layer"] = "full"  # several processes: weights at hand while sampling
     dry_run: int = 0  # only print the computed memory and time on so many GPUs
     show_every: int = 10  # steps between printed rollouts; 0 is never
 
@@ -185,7 +186,7 @@ def main(cfg):
         rows = sample_shared(student, [problems[i].prompt for i in indices], cfg.rollouts,
                              max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
                              seed=(cfg.seed, step), sample_rows=cfg.sample_rows,
-                             kv_gib=cfg.kv_gib)
+                             kv_gib=cfg.kv_gib, gather=cfg.gather)
 
         # reward: the verifier's, where Eq. 3 wants it; the teacher's is a part of the loss
         sparse, rewarded = torch.zeros(len(rows)), {}

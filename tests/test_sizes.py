@@ -1,8 +1,11 @@
 """The computed sizes, against numbers worked out by hand and the published ones."""
 
+import dataclasses
+
 import pytest
 
 import common
+import evaluate
 import grpo
 from conftest import ROOT
 from sizes_table import MODELS, readme_table
@@ -48,6 +51,29 @@ def test_memory_by_hand():
     assert alone["while sampling"] == 2448 + 480 and alone["in the update"] == 0
 
 
+def test_sampling_layer_by_layer_by_hand():
+    """In place of a copy: two layers in bf16, and what is not in a layer as it is gathered, in fp32
+    of the trained model (and counted already of a frozen one). A token moves all layers."""
+    both = dict(rows=3, longest=5, micro_tokens=10, chunk=7, checkpointing=True)
+    full, two = (common.step_bytes(TINY, [LARGE], TINY, gpus=2, gather=gather, **both)
+                 for gather in ("full", "layer"))
+    assert two["weights of the sampler"] == 2 * 2 * 448 + 4 * 168
+    assert two == {**full, "weights of the sampler": 2464, "while sampling": 8264 + 2464 + 480}
+    frozen = common.step_bytes(TINY, [LARGE], LARGE, gpus=2, gather="layer", **both)
+    assert frozen["weights of the sampler"] == 2 * 2 * 448
+    alone = common.step_bytes(None, [LARGE], LARGE, gpus=2, gather="layer", **both)
+    assert alone["frozen models"] == 2448 / 2 + 2 * 328
+    assert alone["while sampling"] == 1224 + 656 + 2 * 2 * 448 + 480
+    one = [common.step_bytes(TINY, [], TINY, gpus=1, gather=g, **both) for g in ("full", "layer")]
+    assert one[0] == one[1]  # one process gathers nothing
+    times = [common.step_seconds(TINY, [], TINY, gpus=gpus, rows=8, share=4, prompt=2, response=6,
+                                 micro_tokens=16, checkpointing=False, sample_rows=2, gather=gather)
+             for gpus, gather in ((8, "full"), (8, "layer"), (16, "layer"), (1, "layer"))]
+    moved = 2 * 6 * 2 * 2 * 448  # two batches, six tokens each: two layers of bf16
+    seconds = [time["sampling"] - times[0]["sampling"] for time in times]
+    assert seconds == pytest.approx([0, moved / common.NODE, moved / common.NETWORK, 0])
+
+
 def test_seconds_by_hand():
     found = common.step_seconds(TINY, [LARGE], TINY, gpus=2, rows=8, share=4, prompt=2, response=6,
                           micro_tokens=16, checkpointing=False, sample_rows=2)
@@ -70,6 +96,23 @@ def test_dry_run_reads_no_weights(world, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "computed, not measured: 4 GPU(s)" in out and "while sampling" in out
     assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_knows_how_sampling_gathers():
+    """Llama-3.3-70B on 8 GPUs: 2 * 70.55 + 2 * 2.10 GB of whole weights, or 4 * 0.86 + 4 * 2.10;
+    evaluate.py has a model in each process, or an eighth of it, 2 * 2.10 and 4 * 0.86."""
+    shape = MODELS["Llama-3.3-70B"]
+    for cfg, trained, frozen, full, layer in (
+            (grpo.Config(model="", dry_run=8), shape, [], 145.3, 11.8),
+            (evaluate.Config(dry_run=8), None, [shape], 141.1, 25.3)):
+        seconds = []
+        for gather, want in (("full", full), ("layer", layer)):
+            found, times = common.sizes(dataclasses.replace(cfg, gather=gather), trained, frozen,
+                                        shape)
+            have = found["weights of the sampler"] + (found["frozen models"] if frozen else 0)
+            assert have / common.GB == pytest.approx(want, abs=0.05)
+            seconds.append(times["sampling"])
+        assert seconds[1] - seconds[0] == pytest.approx(16384 * 136.9 / 200, rel=1e-3)
 
 
 def test_the_table_of_the_readme_is_the_computed_one():
