@@ -55,9 +55,9 @@ EXERCISES = [
         GRADIENT + "grpo_loss_equals_the_plain_version[k2-True]"),
     Exercise(
         "GRPO's `grad_norm` is not 0 in steps whose `zero_variance` is 1",
-        "such steps with `grad_norm` > 0: 0 of 27 → 1 of 27, 0.20",
-        f"grpo.py --model $W/bridge {DATA} --prompts 4 --mini-batch 4 --rollouts 2 --kl-coef 0 "
-        "--lr 1e-4 --steps 40",
+        "such steps with `grad_norm` > 0: 0 of 13 → 3 of 14, up to 0.46",
+        f"grpo.py --model $W/bridge-warmup {DATA} --prompts 4 --mini-batch 4 --rollouts 2 "
+        "--kl-coef 0 --lr 1e-4 --steps 40",
         "grpo.py", "- rewards.mean(-1, keepdim=True)\n    return centred / (rewards.std(-1, keepdim"
         "=True)", "- rewards.mean()\n    return centred / (rewards.std()",
         "Mean and std are the batch's: all of an easy prompt is praised, all of a hard one blamed.",
