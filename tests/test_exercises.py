@@ -99,3 +99,10 @@ def test_the_commands_parse():
         script, *flags = exercise.line.split()
         module = importlib.import_module(script.removesuffix(".py"))
         common.parse_args(module.Config, module.__doc__, flags)
+
+
+def test_the_readme_has_every_exercise():
+    readme = (ROOT / "README.md").read_text()
+    for number, e in enumerate(EXERCISES, 1):
+        file, test = e.test.removeprefix("tests/").split("::")
+        assert f"| {number} | {e.symptom} | {e.measured} | `{test}` (`{file}`) |" in readme
