@@ -99,10 +99,14 @@ def metrics(folder):
 
 
 def rollouts(folder):
-    """The lines of the teacher's cache, if there is one, without seconds."""
+    """The lines of the teacher's cache, if there is one, by prompt, without seconds.
+
+    They are written as prompts end, which those sampled beside them decide.
+    """
     path = Path(folder) / "rollouts.jsonl"
     rows = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    return [{k: v for k, v in row.items() if k != "seconds"}
+            for row in sorted(rows, key=lambda row: row.get("prompt", []))]
 
 
 def check_equal(a, b):
