@@ -60,6 +60,7 @@ def forked(line, before=nothing, after=nothing, meanwhile=nothing):
     if pid == 0:
         status = 1
         try:
+            torch.set_num_threads(1)  # makes torch's pool again, before threads race to do it
             for fd, memory in enumerate(outputs, 1):
                 os.dup2(memory, fd)
             sys.stdout, sys.stderr = (open(fd, "w", buffering=1) for fd in (1, 2))
