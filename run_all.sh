@@ -22,10 +22,10 @@ if [ "$setting" = world-full ] && [ -n "${SEEDS:-}" ]; then # whole worlds side 
     exit
 fi
 
-# Flags by purpose: P the world's base models, D data, G GRPO, B the bridge and what is compared with
-# it, T the SFT'd teacher, E evaluation. Inside a comparison all is equal but the thing compared: OPD
-# alone or SFT take as many updates as the bridge, and the SFT'd teacher as many, on as many rows, as
-# the RL'd one.
+# Flags by purpose: P the world's base models, D data, G GRPO, B the bridge and what is compared
+# with it, T the SFT'd teacher, E evaluation. Inside a comparison all is equal but the thing
+# compared: OPD alone or SFT take as many updates as the bridge, and the SFT'd teacher as many, on
+# as many rows, as the RL'd one.
 case $setting in
 world | world-full | world-gpu)
     teacher=base-teacher student=base-student runs=$(folder ${setting%-full} "$SEED")

@@ -18,9 +18,9 @@ by one, and a reward at the end of a chain says little about which one was wrong
 writes train.jsonl (128 labelled problems), valid.jsonl (200) and test.jsonl (500), all with chains
 of 2, 2, 3, 3, 4 steps in turn, and hard.jsonl (200, all of 4 steps). For the question how many
 labels it takes, train-32.jsonl and train-64.jsonl are the beginning of train.jsonl, which is the
-beginning of train-256.jsonl and train-512.jsonl. Then corpus-teacher.jsonl, corpus-student.jsonl and
-two folders with random weights, init-teacher (335 k parameters) and init-student (85 k), that any
-tool can load. All problem sets are drawn before the corpora, which leave their problems out.
+beginning of train-256.jsonl and train-512.jsonl. Then corpus-teacher.jsonl and corpus-student.jsonl
+and two folders with random weights, init-teacher (335 k parameters) and init-student (85 k), that
+any tool can load. All problem sets are drawn before the corpora, which leave their problems out.
 Everything is a function of the seed.
 
 --scale large is the same for a GPU: 512 labelled problems of 4 to 8 steps, hard ones of 8 steps, a
