@@ -563,14 +563,15 @@ def draw_curves(figure, roots):
 
 
 def name_lines(axes, ends):
-    """Write the names of lines at their right ends, {name: (x, y, colour)}, none upon another."""
+    """Write the names of lines at the right, {name: (x, y, colour)} of ends, none upon another."""
     low, high = axes.get_ylim()
     lowest = -math.inf
     known = {name: end for name, end in ends.items() if math.isfinite(end[1])}
-    for name, (x, y, colour) in sorted(known.items(), key=lambda item: item[1][1]):
+    right = max((x for x, _, _ in known.values()), default=0)  # a short line's name beside others'
+    for name, (_, y, colour) in sorted(known.items(), key=lambda item: item[1][1]):
         lowest = max(y, lowest + 0.05 * (high - low))  # a line of text
-        axes.annotate(name, (x, lowest), xytext=(5, 0), textcoords="offset points", color=colour,
-                      va="center", annotation_clip=False)
+        axes.annotate(name, (right, lowest), xytext=(5, 0), textcoords="offset points",
+                      color=colour, va="center", annotation_clip=False)
 
 
 def label_budgets(roots, routes):
