@@ -200,8 +200,7 @@ world-full) # one after the other: several worlds may run side by side
     (
         set -e
         make_world
-        base_teacher
-        base_student
+        base_student # before the teachers' line, which wants it
         teachers
         students
         others
@@ -212,7 +211,6 @@ world-full) # one after the other: several worlds may run side by side
     job= ;;
 world-gpu)
     make_world
-    base_teacher
     base_student
     teachers
     students ;;
