@@ -1,14 +1,14 @@
-"""Plumbing shared by the stage scripts: everything that has no equation of the method in it.
+"""What the stage scripts share: everything that has no equation of the method in it.
 
 The rule that splits the code: if it has an equation number, or removing it changes the maths, it
-stands in the stage script (grpo.py, fkl_warmup.py, opd.py); the rest stands here, in the order in
+stands in the stage script (grpo.py, fkl_warmup.py, opd.py). The rest stands here, in the order in
 which a training step uses it:
 
-    1 settings   a dataclass becomes a command line     5 sampler     prompts -> rollouts
-    2 models     weights, tokenizer, chat prompt        6 log-probs   rollouts -> chunks of (n, V)
-    3 data       any schema -> deduplicated halves      7 optimizer   AdamW on fp32 masters
-    4 verifier   response, answer -> right or wrong     8 run folder  metrics, resume, progress
-    9 processes  torchrun, shards, shares              10 sizes       what --dry-run prints
+    1 settings   a dataclass becomes a command line     6 log-probs   rollouts -> chunks of (n, V)
+    2 models     weights, tokenizer, chat prompt        7 optimizer   AdamW on fp32 masters
+    3 data       any schema -> deduplicated halves      8 run folder  metrics, checkpoints, resume
+    4 verifier   response, answer -> right or wrong     9 processes   torchrun, sharded models
+    5 sampler    prompts -> rollouts
 
 Axes, everywhere: P prompts, K rollouts per prompt, B = P*K rows, T padded time, N response tokens
 of a micro-batch, n tokens of a vocabulary chunk, D hidden size, V vocabulary.
@@ -37,7 +37,7 @@ import sys
 import threading
 import time
 import unicodedata
-import zipfile
+import warnings
 import zlib
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -49,16 +49,17 @@ from typing import Literal, get_args, get_origin
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 from mpmath import MPContext
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy,
-                                    OffloadPolicy, fully_shard, register_fsdp_forward_method)
-from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map
+from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
                           GenerationConfig)
@@ -67,6 +68,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # checkpoints of one process
 
 
 # --------------------------------------------------------------------------------------------------
@@ -88,29 +90,55 @@ def first_line(error):
     return str(error).strip().split("\n")[0]
 
 
+@dataclass
+class StageConfig:
+    """The flags that all three stages have; each stage's Config adds its own."""
+
+    # --- models and data
+    data: str = "dapo"  # problems, DAPO-Math-17K (Table 1): file, folder, hub name or alias
+    half: Literal["1", "2", "all"] = "all"  # which half of the deduplicated problems (Table 1)
+    exclude: str = "math500,aime24,aime25"  # ours: sets whose problems are dropped, or none
+    split_seed: int = 0  # ours: seed of the halves; keep it over a whole recipe
+    # --- ours
+    seed: int = 0  # ours: of prompt order and sampling
+    thinking: bool = False  # ours: Qwen3's thinking mode
+    weight_decay: float = 0.0  # ours: AdamW's decoupled decay
+    adam_beta2: float = 0.999  # ours: AdamW's beta2
+    lr_schedule: Literal["constant", "linear"] = "constant"  # ours: linear decays to 0
+    warmup_steps: int = 0  # ours: updates of linear learning-rate warmup
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto: bf16 on CUDA, else fp32
+    # --- memory, speed and display only: they change no result beyond rounding
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    micro_tokens: int = 0  # padded tokens of a micro-batch; 0: 32,768 on a GPU, 1,024 on a CPU
+    vocab_chunk: int = 0  # tokens whose (n, V) log-probs exist at once; 0: 256 MiB, on a CPU 16
+    sample_rows: int = 256  # rows decoded at once
+    kv_gib: float = 0.0  # GiB of the sampler's keys and values; 0: what the device can spare
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    save_every: int = 50  # steps between checkpoints; 0: only one when it is told to stop
+    show_every: int = 10  # steps between printed rollouts; 0 is never
+
+
+# Fields that change place, memory, speed or display, never a result: a run may resume with others.
+FREE_FIELDS = {"out", "cache", "device", "micro_tokens", "vocab_chunk", "sample_rows", "kv_gib",
+               "gradient_checkpointing", "save_every", "show_every"}
+AT_LEAST_1 = {"epochs", "mini_batch", "prompts", "rollouts", "samples", "sample_rows",
+              "max_new_tokens", "max_prompt_tokens"}  # no other number may be negative
+
+
 def field_comments(config_class):
     """{field name: (group title, trailing comment)}, read from the source of a Config dataclass.
 
-    A comment line of its own, `# --- title`, opens a group. The comments are the only help texts:
-    what a reader of the code sees and what `--help` prints cannot drift apart.
+    A comment line of its own, `# --- title`, opens a group. The comments are the only help texts,
+    so that the code and `--help` say the same.
     """
     comments, title = {}, "options"
-    for line in inspect.getsource(config_class).splitlines():
-        if heading := re.match(r"\s*# --- (.*)", line):
-            title = heading[1]
-        elif field := re.match(r"    (\w+): [^#]*=[^#]*  # (.*)", line):
-            comments[field[1]] = (title, field[2])
+    for base in config_class.__mro__[-2::-1]:  # all but object, the oldest first
+        for line in inspect.getsource(base).splitlines():
+            if heading := re.match(r"\s*# --- (.*)", line):
+                title = heading[1]
+            elif field := re.match(r"    (\w+): [^#]*=[^#]*  # (.*)", line):
+                comments[field[1]] = (title, field[2])
     return comments
-
-
-# The least value that flags of these names take.
-LEAST = {name: 1 for name in (
-    "epochs", "mini_batch", "prompts", "rollouts", "samples", "sample_rows", "max_new_tokens",
-    "max_prompt_tokens")}
-LEAST |= {name: 0 for name in (
-    "lr", "steps", "seed", "split_seed", "clip", "clip_high", "kl_coef", "weight_decay",
-    "temperature", "warmup_steps", "save_every", "show_every", "limit", "kv_gib", "micro_tokens",
-    "vocab_chunk", "dry_run")}
 
 
 class Parser(argparse.ArgumentParser):
@@ -127,7 +155,8 @@ def parse_args(config_class, doc, argv=None):
     parser = Parser(description=doc, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     comments, groups = field_comments(config_class), {}
-    for field in dataclasses.fields(config_class):
+    own = config_class.__annotations__  # the script's own flags come before those of all stages
+    for field in sorted(dataclasses.fields(config_class), key=lambda field: field.name not in own):
         title, comment = comments[field.name]
         group = groups.setdefault(title, parser.add_argument_group(title))
         shown = "" if field.default in (None, "") else f" [default: {field.default}]"
@@ -140,13 +169,12 @@ def parse_args(config_class, doc, argv=None):
             options["metavar"] = "|".join(options["choices"])
         else:
             options["type"], options["metavar"] = field.type, field.type.__name__.upper()
-        if field.name == "dry_run":  # alone it takes torchrun's number of processes, or 1
-            options |= {"nargs": "?", "const": int(os.environ.get("WORLD_SIZE", 1))}
         group.add_argument("--" + field.name.replace("_", "-"), **options)
     cfg = config_class(**vars(parser.parse_args(argv)))
-    for name, least in LEAST.items():
-        value = getattr(cfg, name, least)
-        check(value >= least, f"--{name.replace('_', '-')} {value} is less than {least}")
+    for name, value in vars(cfg).items():
+        least = int(name in AT_LEAST_1)
+        check(isinstance(value, str) or value >= least,
+              f"--{name.replace('_', '-')} {value} is less than {least}")
     check(0 <= getattr(cfg, "adam_beta2", 0) < 1, "--adam-beta2 must be at least 0 and below 1")
     check(getattr(cfg, "grad_clip", 1) > 0, "--grad-clip must be positive")
     return cfg
@@ -164,39 +192,39 @@ def on_stop(handler):
 
 
 def stop_at_once(number, _frame=None, note=""):
+    """Signal handler: raise KeyboardInterrupt, which `run_cli` turns into one line."""
     raise KeyboardInterrupt(number, note)
 
 
 def run_cli(main, config_class, doc):
     """Run `main(cfg)`; a user's mistake, a full disk, SIGTERM or Ctrl-C ends it with one line.
 
-    The exit status is then 1, or 128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM. Of
-    several processes the first to fail says why; the others follow without a word.
+    The exit status is then 1, or 128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM. Rank 0
+    prints its line at once. The others wait: if they have the same mistake, torchrun ends them
+    before they repeat it.
     """
-    status, message = 1, ""
+    status, wait = 1, 5 if "RANK" in os.environ else 0  # seconds
     try:
         with on_stop(stop_at_once):
             cfg = parse_args(config_class, doc)
-            with processes(cfg.device):
+            with process_group(cfg.device):
                 return main(cfg)
     except UserError as error:
         message = f"error: {error}"
-    except OSError as error:
+    except OSError as error:  # a full disk, a file without permission
         message = f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": ")
     except torch.OutOfMemoryError:
-        message = ("error: out of GPU memory: lower --micro-tokens, --vocab-chunk or --kv-gib "
-                   "(no result changes beyond rounding), or add --gradient-checkpointing")
+        message = ("error: out of GPU memory: lower --micro-tokens, --vocab-chunk or --kv-gib, or "
+                   "add --gradient-checkpointing (no result changes beyond rounding)")
     except KeyboardInterrupt as stop:
         number, note = stop.args or (signal.SIGINT, "")
         status, message = 128 + number, (f"stopped by {signal.Signals(number).name}{note}; the "
                                          "same command goes on from what is saved")
-    except Exception:  # a defect, or a process that lost another one
-        if first_to_fail():
-            raise
-    if message and first_to_fail():
-        sys.exit(message) if status == 1 else print(message, file=sys.stderr)
-    elif "RANK" in os.environ:
-        time.sleep(5)  # torchrun ends the others when one has ended: let the first say why
+    except Exception:  # a defect; or another process has ended, whose message comes first
+        time.sleep(wait)
+        raise
+    time.sleep(wait * (os.environ.get("RANK") != "0"))
+    print(message, file=sys.stderr)
     sys.exit(status)
 
 
@@ -224,7 +252,7 @@ class LM:
     stop_ids: list  # sorted ids that end a response
     bf16: bool  # compute in bfloat16 (masters stay fp32)
     saved_dtype: str  # of the folder that it came from, and of those that we write
-    replica: torch.nn.Module = None  # where the model is sharded: place for all weights, `gathered`
+    replica: torch.nn.Module = None  # of a sharded model: the same modules without weights
 
     @property
     def device(self):
@@ -232,8 +260,8 @@ class LM:
 
     @property
     def body(self):
-        """The model without its head; of a sharded one, what gathers its layers in their turn."""
-        return getattr(self.model, "body", self.model.base_model)
+        """The model without its head."""
+        return getattr(self.model, "sharded_body", self.model.base_model)
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -301,21 +329,23 @@ def pad_rows(rows):
 
 
 def describe_lm(name):
-    """An LM of a Hugging Face folder or hub name without its weights (model is None): seconds, not
-    minutes. Raises UserError when it cannot be found, is an unfinished run, or has no chat template
-    or stop token. A pad token is not needed: nothing here looks at one.
+    """An LM of a Hugging Face folder or hub name without its weights (model is None).
+
+    Raises UserError if it cannot be found, is an unfinished run, or has no chat template or stop
+    token. A pad token is not needed: nothing here looks at one.
     """
     hub_like = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".")
     check(Path(name).is_dir() or hub_like, f"no such model folder: {name!r}")
-    check(not is_unfinished(name), f"{name} is an unfinished run: it has no weights yet")
-    with explained(name):
+    check(read_record(name).get("finished", True),
+          f"{name} is an unfinished run: it has no weights yet")
+    with load_errors_as_one_line(name):
         tokenizer, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
     try:
         eos = GenerationConfig.from_pretrained(name).eos_token_id
     except OSError:  # it has none of its own
         eos = config.eos_token_id
     vocab = max(tokenizer.get_vocab().values()) + 1
-    # eos is an id, a list of ids or None: honour them all
+    # eos is an id, a list of ids or None: all of them end a response
     stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     check(tokenizer.chat_template, f"{name}: no chat template; take an instruct model")
     check(vocab <= config.vocab_size, f"{name}: {vocab} tokens but {config.vocab_size} embeddings")
@@ -325,8 +355,8 @@ def describe_lm(name):
 
 
 @contextlib.contextmanager
-def explained(name):
-    """Turn what transformers raises for a model that it cannot load into one line."""
+def load_errors_as_one_line(name):
+    """Turn what transformers raises for a model that it cannot load into a UserError."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -336,64 +366,61 @@ def explained(name):
                         f"hub gives us): {first_line(error)}") from error
 
 
-def load_lm(name, *, device="auto", dtype="auto", train=False, gradient_checkpointing=False,
-            cpu_offload=False, shard=True):
+def load_lm(name, cfg, train=False, shard=True):
     """Load a Hugging Face folder or hub name as an LM, with shard=True sharded over all processes.
 
-    train=True gives fp32 masters: transformers would keep a checkpoint's bf16, in which an update
-    of 1e-6 mostly rounds to nothing. A frozen model is kept in the compute dtype. dtype: auto (bf16
-    on CUDA, else fp32), fp32 or bf16. cpu_offload: shards in host memory. Raises UserError as
-    `describe_lm` does, for weights that cannot be read or are not all there, a device that is not
-    there, and logits that are not head times hidden.
+    cfg: a StageConfig, or any Config with device and dtype. train=True gives fp32 masters:
+    transformers would keep a checkpoint's bf16, in which an update of 1e-6 mostly rounds to
+    nothing. A frozen model is kept in the compute dtype. Raises UserError as `describe_lm` does,
+    and for a device that is not there, weights that cannot be read or are not complete, and an
+    architecture that `check_architecture` refuses.
     """
-    lm = describe_lm(name)
+    lm, device = describe_lm(name), cfg.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    check(world_size() == 1 or ":" not in device, f"--device {device}: torchrun gives each process "
-          "its own; take cuda or cpu")
-    if device == "cuda" and world_size() > 1:
+    if device == "cuda" and world_size() > 1:  # torchrun gives each process its own
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {first_line(error)}") from error
-    lm.bf16 = dtype == "bf16" or (dtype == "auto" and device.startswith("cuda"))
-    kept = torch.bfloat16 if lm.bf16 and not train else torch.float32
-    shard, source = shard and world_size() > 1, None
-    if shard:  # rank 0 reads, in the dtype of the files; the others have the shapes only
+    lm.bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type == "cuda")
+    dtype = torch.bfloat16 if lm.bf16 and not train else torch.float32
+    shard = shard and world_size() > 1
+    if shard:  # rank 0 reads the weights in the dtype of the files; the others have shapes only
         source = read_weights(name, "auto") if rank() == 0 else None
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=kept,
-                                                     attn_implementation="sdpa")
+            lm.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name),
+                                                        dtype=dtype, attn_implementation="sdpa")
     else:
-        with explained(name):
-            model = read_weights(name, kept).to(device)
-    lm.model = model
-    model.train(gradient_checkpointing).requires_grad_(train)
-    if gradient_checkpointing:  # transformers does it in train mode only; no dropout here
-        old_name = getattr(model, "gradient_checkpointing_enable", None)
-        getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+        with load_errors_as_one_line(name):
+            lm.model = read_weights(name, dtype).to(device)
+    recompute = train and cfg.gradient_checkpointing
+    lm.model.train(recompute).requires_grad_(train)
+    if recompute:  # transformers does it in train mode only; these models have no dropout
+        old_name = getattr(lm.model, "gradient_checkpointing_enable", None)
+        getattr(lm.model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
     if shard:
-        shard_model(lm, source, torch.device(device), cpu_offload)
-    check_head(lm)
+        shard_model(lm, source, device)
+    check_architecture(lm, sampled=train or not shard)
     return lm
 
 
 def read_weights(name, dtype):
-    """The model itself. Raises UserError as `load_lm` does."""
-    with explained(name):
+    """The model itself, on the CPU. Raises UserError as `load_lm` does."""
+    with load_errors_as_one_line(name):
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
-    # transformers would go on with random numbers in their place
+    # transformers would put random numbers in their place and go on
     check(not info["missing_keys"], f"{name}: its weights files lack {len(info['missing_keys'])} "
           f"tensors of the model, e.g. {min(info['missing_keys'], default='')}")
     return model
 
 
 @torch.no_grad()
-def check_head(lm):
-    """Refuse models whose logits are not head times hidden (scaled, soft-capped or biased ones), or
-    whose attention is not the sampler's."""
+def check_architecture(lm, sampled):
+    """Raise UserError if the logits are not head times hidden state (scaled, soft-capped or biased
+    ones), or, with sampled=True, if the sampler's log-probs are not those that training sees."""
     ids = torch.arange(min(8, lm.vocab), device=lm.device)[None]
     with lm.autocast():
         want = lm.model(input_ids=ids).logits[0, :, : lm.vocab].float()
@@ -401,24 +428,26 @@ def check_head(lm):
     rounding = (2**-6 if lm.bf16 else 1e-4) * want.abs().max()  # bf16 has 8 bits
     check((have - want).abs().max() <= rounding, f"{lm.name}: unsupported "
           "architecture, its logits are not output embedding times hidden state")
-    rows = sample(lm, ids.tolist(), 1, max_new_tokens=4, temperature=1.0, seed=(0,))
-    have, want = lm.token_logp(*lm.states(rows), 1.0, 4), torch.tensor(rows[0].logp)
-    check((have.cpu() - want).abs().max() <= 4 * rounding, f"{lm.name}: unsupported architecture, "
-          "sampling does not give the log-probs that training sees")
+    if sampled:
+        with gathered(lm) as full:
+            rows = sample(full, ids.tolist(), 1, max_new_tokens=4, temperature=1.0, seed=(0,))
+        have, want = lm.token_logp(*lm.states(rows), 1.0, 4), torch.tensor(rows[0].logp)
+        check((have.cpu() - want).abs().max() <= 4 * rounding, f"{lm.name}: unsupported "
+              "architecture, sampling does not give the log-probs that training sees")
     reshard(lm)
 
 
 def check_pair(teacher, student):
-    """Refuse a teacher and a student that do not speak the same tokens, saying what differs.
+    """Raise UserError, saying what differs, for a teacher and a student of different tokens.
 
     Both KLs compare the models id by id. Padded embeddings of one tokenizer are fine (see LM).
-    teacher, student: LMs, which need no weights for this (`describe_lm`). Raises UserError.
+    teacher, student: LMs, which need no weights for this (`describe_lm`).
     """
     t, s = teacher.tokenizer, student.tokenizer
     differ = []
     if t.get_vocab() != s.get_vocab():
-        apart = sorted(set(t.get_vocab().items()) ^ set(s.get_vocab().items()))[0][0]
-        differ.append(f"vocabulary ({teacher.vocab} and {student.vocab} tokens; e.g. {apart!r})")
+        example = min(set(t.get_vocab().items()) ^ set(s.get_vocab().items()))[0]
+        differ.append(f"vocabulary ({teacher.vocab} and {student.vocab} tokens; e.g. {example!r})")
     for name in ("bos_token", "eos_token"):
         if getattr(t, name) != getattr(s, name):
             differ.append(f"{name} ({getattr(t, name)!r} and {getattr(s, name)!r})")
@@ -436,8 +465,8 @@ def build_prompt(tokenizer, problem, thinking, tokenize=True):
     """Problem text -> prompt token ids (with tokenize=False, text): the one format of all scripts.
 
     One user message and no system prompt (ours: the paper states none). `enable_thinking` must be
-    given: undefined means on for Qwen3, and off appends an empty think block. `date_string` pins
-    Llama 3's date line, which else changes from day to day. The template writes its own BOS.
+    given: undefined means on for Qwen3, and off appends an empty think block. `date_string` fixes
+    Llama 3's date line, which otherwise changes from day to day. The template writes its own BOS.
     """
     messages = [{"role": "user", "content": f"{problem}\n{INSTRUCTION}"}]
     return tokenizer.apply_chat_template(
@@ -448,32 +477,37 @@ def build_prompt(tokenizer, problem, thinking, tokenize=True):
 def save_lm(lm, out, run_record):
     """Write a Hugging Face folder that any tool can load, in the dtype that the model came in.
 
-    The files are written aside and moved; config.json comes last and carries `run_record` beside
-    the model's own keys: a folder holds a finished model exactly when its config.json says so.
-    Of several processes all call this, and rank 0 writes.
+    The files are written to a folder beside and then moved. config.json comes last and carries
+    `run_record` beside the model's own keys: a folder holds a finished model exactly when its
+    config.json says so. All processes call this; rank 0 writes.
     """
-    dtype, aside = getattr(torch, lm.saved_dtype), Path(out) / "saving"
-    state, cast = whole_state(lm), {}  # tied tensors must stay one tensor
+    weights = {}
+    for name, parameter in lm.model.named_parameters():  # a tied matrix is named once
+        tensor = full_tensor(parameter.detach())
+        if rank() == 0:
+            weights[name] = tensor.to("cpu", getattr(torch, lm.saved_dtype))
     if rank():
         return
-    for name, tensor in state.items():
-        state[name] = cast.setdefault(tensor.data_ptr(), tensor.to(dtype))
-    shutil.rmtree(aside, ignore_errors=True)
-    lm.tokenizer.save_pretrained(aside)
-    (lm.replica or lm.model).save_pretrained(aside, state_dict=state)
-    config = json.loads((aside / "config.json").read_text())
-    for path in aside.iterdir():
+    beside, out = Path(out) / "saving", Path(out)
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        lm.tokenizer.save_pretrained(beside)
+        (lm.replica or lm.model).save_pretrained(beside, state_dict=weights)
+    except Exception as error:  # on a full disk the libraries raise many kinds
+        raise UserError(f"cannot write the model to {out}: {first_line(error)}") from error
+    config = json.loads((beside / "config.json").read_text())
+    for path in beside.iterdir():
         if path.name != "config.json":
-            move(path, Path(out) / path.name)
-    shutil.rmtree(aside)
-    write_json(Path(out) / "config.json", {**config, "dtype": lm.saved_dtype, "run": run_record})
+            os.replace(path, out / path.name)
+    shutil.rmtree(beside)
+    write_json(out / "config.json", {**config, "dtype": lm.saved_dtype, "run": run_record})
 
 
 def fingerprint(lm):
     """A short hash that names a policy: up to 8,191 evenly spaced entries of every tensor."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(lm.model.state_dict().items()):
-        tensor = whole(tensor)
+    for name, parameter in sorted(lm.model.named_parameters()):
+        tensor = full_tensor(parameter.detach())
         entries = tensor.flatten()[:: max(1, tensor.numel() // 4096)].float().cpu().numpy()
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + entries.tobytes())
     return digest.hexdigest()[:16]
@@ -502,61 +536,31 @@ class Problem:
 
 
 def read_rows(source):
-    """Rows (dicts) of a data source; UserError when it cannot be found or read.
+    """Rows (dicts) of a data source. Raises UserError if it cannot be found or read.
 
-    source: a .json, .jsonl or .parquet file, a `save_to_disk` folder, a folder of such files, an
-    alias (dapo, math500, aime24, aime25) or a hub name: `owner/name`, `owner/name:split` or
+    source: a .json, .jsonl, .csv or .parquet file, a `save_to_disk` folder, a folder of such files,
+    an alias (dapo, math500, aime24, aime25) or a hub name: `owner/name`, `owner/name:split` or
     `owner/name:config:split`; without a split the only one, else train.
     """
-    path = Path(source)
-    local = path.suffix in (".json", ".jsonl", ".parquet")
-    check(path.is_file() or not local, f"no such data file: {source}")
-    if path.suffix in (".json", ".jsonl"):
-        return read_json_rows(path)
-    import datasets  # takes a second, which local json files need not wait for
+    import datasets  # takes a second, which no other command should wait for
 
     datasets.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)
+    path = Path(source)
+    kind = {".jsonl": "json"}.get(path.suffix, path.suffix.lstrip("."))
     try:
-        if local:
-            return datasets.Dataset.from_parquet(str(path))
+        if kind in ("json", "csv", "parquet"):
+            check(path.is_file(), f"no such data file: {source}")
+            return datasets.load_dataset(kind, data_files=str(path), split="train")
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             return pick_split(datasets.load_from_disk(str(path)), "", source)
-        if path.is_dir():
-            return pick_split(datasets.load_dataset(str(path)), "", source)
-        name, *rest = DATA_ALIASES.get(source, source).split(":")
+        name, *rest = [source] if path.is_dir() else DATA_ALIASES.get(source, source).split(":")
         config, split = {0: (None, ""), 1: (None, *rest)}.get(len(rest), tuple(rest[:2]))
         return pick_split(datasets.load_dataset(name, config), split, source)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"cannot load data {source!r} (no such file or folder here, and the hub "
-                        f"does not give it to us): {first_line(error)}") from error
-
-
-def read_json_rows(path):
-    """Rows of a .jsonl file (an object a line) or a .json file (a list, or {"data": list}).
-
-    Raises UserError, with the line's number, for one that is no JSON object or no text.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        number = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {number} is not UTF-8: {error.reason}") from error
-    if path.suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not JSON: {error}") from error
-        rows = rows.get("data", [rows]) if isinstance(rows, dict) else rows
-    else:
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number} is not JSON: {error}") from error
-    objects = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-    check(objects, f"{path} holds something else than a list of JSON objects")
-    return rows
+        where = "" if path.exists() else " (no such file or folder here, and not on the hub)"
+        raise UserError(f"cannot load data {source!r}{where}: "
+                        f"{first_line(error.__cause__ or error)}") from error
 
 
 def pick_split(dataset, split, source):
@@ -625,68 +629,66 @@ def deduplicate(problems, counts):
     return {key: item for key, item in first.items() if key not in bad}
 
 
-def load_problems(source, *, half="all", exclude="none", split_seed=0):
-    """Problems of a data source: deduplicated, without contradictions, decontaminated, then halved.
+def load_problems(cfg):
+    """Problems of cfg.data: deduplicated, without contradictions, decontaminated, then halved.
 
-    source: what `read_rows` takes; exclude: several of these, separated by commas, or none: no
-    problem of theirs stays. half: "1", "2" or "all". The halves depend on the remaining problems'
-    texts and split_seed alone (rank of a hash), not on row order or copies: keep data, exclude and
-    split_seed over a recipe. Returns a list in that order and prints one line of counts. Raises
-    UserError when nothing is left.
+    cfg.exclude: several sources, separated by commas, or none: no problem of theirs stays. The
+    halves depend on the remaining problems' texts and cfg.split_seed alone (rank of a hash), not on
+    row order or copies: keep data, exclude and split_seed over a recipe. Returns a list in that
+    order and prints one line of counts. Raises UserError when nothing is left.
     """
-    counts = Counter()
-    rows = read_rows(source)
-    rows = progress(rows, desc=f"reading {source}", leave=False, disable=len(rows) < 50_000)
-    unique = deduplicate((to_problem(row, source) for row in rows), counts)
-    for name in [] if exclude in ("", "none") else exclude.split(","):
+    counts, rows = Counter(), read_rows(cfg.data)
+    rows = progress(rows, desc=f"reading {cfg.data}", leave=False, disable=len(rows) < 50_000)
+    unique = deduplicate((to_problem(row, cfg.data) for row in rows), counts)
+    for name in [] if cfg.exclude in ("", "none") else cfg.exclude.split(","):
         try:
             banned = {problem_key(to_problem(row, name).problem) for row in read_rows(name)}
         except UserError as error:
             raise UserError(f"--exclude {name}: {error} (--exclude none skips this)") from error
         counts["in an evaluation set"] += len(banned & unique.keys())
         unique = {key: item for key, item in unique.items() if key not in banned}
-    order = sorted(unique, key=lambda key: hashlib.sha256(f"{split_seed}:{key}".encode()).digest())
+    order = sorted(unique, key=lambda k: hashlib.sha256(f"{cfg.split_seed}:{k}".encode()).digest())
     middle = len(order) // 2
-    chosen = {"all": order, "1": order[:middle], "2": order[middle:]}[half]
+    chosen = {"all": order, "1": order[:middle], "2": order[middle:]}[cfg.half]
     dropped = [f"{counts[what]} {what}" for what in counts if what != "rows" and counts[what]]
-    print(f"{source}: {counts['rows']} rows, dropped {', '.join(dropped) or 'none'}; "
-          f"{len(order)} problems, using {len(chosen)} (half: {half})")
-    check(chosen, f"data {source!r} (half {half}) holds no problem")
+    print(f"{cfg.data}: {counts['rows']} rows, dropped {', '.join(dropped) or 'none'}; "
+          f"{len(order)} problems, using {len(chosen)} (half: {cfg.half})")
+    check(chosen, f"data {cfg.data!r} (half {cfg.half}) holds no problem")
     return [unique[key] for key in chosen]
 
 
-def tokenize_problems(problems, tokenizer, *, thinking, max_prompt_tokens):
+def tokenize_problems(problems, tokenizer, cfg):
     """Fill in the prompt ids; problems whose prompt is over the limit are counted and skipped."""
-    prompts = (tuple(build_prompt(tokenizer, p.problem, thinking)) for p in problems)
+    prompts = (tuple(build_prompt(tokenizer, p.problem, cfg.thinking)) for p in problems)
     filled = [dataclasses.replace(p, prompt=ids) for p, ids in zip(problems, prompts)]
-    kept = [p for p in filled if len(p.prompt) <= max_prompt_tokens]
-    if len(kept) < len(filled):
-        print(f"skipped {len(filled) - len(kept)} prompts over {max_prompt_tokens} tokens")
-    check(kept, f"every prompt is longer than --max-prompt-tokens {max_prompt_tokens}")
-    return kept
+    return skip_long_prompts(filled, cfg)
 
 
-def encode_examples(source, lm, *, thinking, max_prompt_tokens):
-    """Rows with a question and a `response` (else `solution`) -> [[Rollout]], for plain SFT.
+def skip_long_prompts(items, cfg):
+    """The items whose prompt has at most --max-prompt-tokens; UserError if none has."""
+    short = [item for item in items if len(item.prompt) <= cfg.max_prompt_tokens]
+    if len(short) < len(items):
+        print(f"skipped {len(items) - len(short)} prompts over {cfg.max_prompt_tokens} tokens")
+    check(short, f"every prompt is longer than --max-prompt-tokens {cfg.max_prompt_tokens}")
+    return short
 
-    Nothing is deduplicated; too long prompts are skipped. The response ends with the eos token.
+
+def encode_examples(lm, cfg):
+    """Rows of cfg.data with a question and a `response` (else `solution`) -> [[Rollout]].
+
+    This is plain SFT: nothing is deduplicated. The response ends with the eos token.
     """
-    groups, skipped = [], 0
-    for row in read_rows(source):
+    rows = []
+    for row in read_rows(cfg.data):
         row = {name.lower(): value for name, value in row.items()}
         question, response = find_question(row), row.get("response") or row.get("solution")
         check(question is not None and response,
-              f"data {source!r}: a row has no question (problem, question, prompt) or no response "
-              f"(response or solution); it has: {', '.join(row)}")
-        prompt = build_prompt(lm.tokenizer, question, thinking)
+              f"data {cfg.data!r}: a row has no question (problem, question, prompt) or no "
+              f"response (response or solution); it has: {', '.join(row)}")
         tokens = lm.tokenizer.encode(response, add_special_tokens=False)
-        skipped += len(prompt) > max_prompt_tokens
-        if len(prompt) <= max_prompt_tokens:
-            groups.append([Rollout(prompt, tokens + [lm.tokenizer.eos_token_id], [], True)])
-    if skipped:
-        print(f"skipped {skipped} prompts over {max_prompt_tokens} tokens")
-    check(groups, f"data {source!r} has no prompt within --max-prompt-tokens {max_prompt_tokens}")
-    return groups
+        rows.append(Rollout(build_prompt(lm.tokenizer, question, cfg.thinking),
+                            tokens + [lm.tokenizer.eos_token_id], [], True))
+    return [[row] for row in skip_long_prompts(rows, cfg)]
 
 
 def batch_indices(n_items, per_step, step, seed):
@@ -703,10 +705,10 @@ def batch_indices(n_items, per_step, step, seed):
     return order[i * per_step : (i + 1) * per_step].tolist()
 
 
-def count_steps(steps, epochs, n_items, per_step):
-    """Number of steps: `steps` if positive, else epochs of n_items; UserError without one batch."""
-    check(n_items >= per_step, f"--prompts {per_step} a step, but only {n_items} problems")
-    return steps if steps > 0 else max(1, epochs * (n_items // per_step))
+def count_steps(cfg, n_items):
+    """Number of steps: --steps, or if that is 0 --epochs of the items; UserError without a batch."""
+    check(n_items >= cfg.prompts, f"--prompts {cfg.prompts} a step, but only {n_items} problems")
+    return cfg.steps or max(1, cfg.epochs * (n_items // cfg.prompts))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1331,21 +1333,21 @@ def reward_groups(lm, rows, answers):
 # --------------------------------------------------------------------------------------------------
 # 5 sampler: prompts -> rollouts
 #
-# Sampling is most of a step of RL or OPD. What keeps it near the speed of memory, in reading order:
-#   continuous batching  every BLOCK tokens ended rows leave and waiting ones take their places: a
-#                        long tail does not idle the batch
-#   paged cache          keys and values lie in pages of one pool, so memory follows the tokens that
-#                        are alive, not rows * longest; when it is full, the youngest rows wait
+# Sampling is most of a step of RL or OPD. What makes it fast, in reading order:
+#   continuous batching  every BLOCK tokens, ended rows leave and waiting rows take their places, so
+#                        that a few long responses do not leave the batch empty
+#   paged cache          keys and values lie in pages of one pool, so that memory follows the tokens
+#                        that exist, not rows * longest; when it is full, the youngest rows wait
 #   shared prefill       a prompt passes through the model once for its K rollouts
-#   no waiting           which rows have ended is asked once a block; on CUDA a block is BLOCK
-#                        replays of one recorded step, since launching ~1,700 small kernels takes
+#   no waiting           the host asks once a block which rows have ended; on CUDA a block is BLOCK
+#                        replays of one recorded step, because launching ~1,700 small kernels takes
 #                        longer than running them
 #   one uniform a token  inverse CDF over sums of 64 weights: a V-wide pass, not V random numbers
 # --------------------------------------------------------------------------------------------------
 
 BLOCK = 8  # tokens between two looks at which rows have ended; an ended row wastes half of them
-PAGE = {"cpu": 32, "gpu": 256}  # tokens; what suits `attend_pages` there
-FAR = 1 << 40  # first position of a page that belongs to nobody
+PAGE = {"cpu": 32, "cuda": 256}  # tokens of a page; what suits `attend_pages` there
+FAR = 1 << 40  # first position of a page that belongs to no row
 
 
 @dataclass
@@ -1353,7 +1355,7 @@ class Rollout:
     """One response to one prompt, as token ids."""
 
     prompt: list
-    tokens: list  # the stop token, when there is one, is the last of them and is trained on
+    tokens: list  # the stop token, if there is one, is the last of them and is trained on
     logp: list  # log pi(token) when it was sampled, at the sampling temperature
     finished: bool  # ended by a stop token; False: cut at max_new_tokens
 
@@ -1366,13 +1368,13 @@ class Row:
     stream: np.random.Generator  # its uniforms
     limit: int  # response tokens
     group: int = 0  # which prompt it answers
-    pages: list = dataclasses.field(default_factory=list)  # of the cache, in the order of positions
+    pages: list = dataclasses.field(default_factory=list)  # of the cache, in order of positions
 
     def __len__(self):
         return len(self.rollout.prompt) + len(self.rollout.tokens)
 
     @property
-    def over(self):
+    def ended(self):
         return self.rollout.finished or len(self.rollout.tokens) == self.limit
 
 
@@ -1382,22 +1384,23 @@ def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256
 
     prompts: P lists of token ids; seed: a tuple of ints. Returns P*k Rollouts, prompt by prompt;
     done(i, rollouts) is called for prompts[i] as soon as its last one has ended. This is the policy
-    that the losses differentiate: no top-k, no top-p, and nothing is taken from generation_config
-    but the stop tokens. The random numbers of a rollout are a function of (seed, prompt, sample
-    index): its neighbours in the batch do not matter. At most sample_rows rows are decoded at once,
-    fewer while kv_gib GiB of keys and values (0: what is free) do not hold more. Raises UserError
-    when they do not hold one row.
+    that the losses differentiate: no top-k, no top-p, and only the stop tokens are taken from
+    generation_config. The random numbers of a rollout are a function of (seed, prompt, sample
+    index), so its neighbours in the batch do not matter. At most sample_rows rows are decoded at
+    once, fewer while kv_gib GiB of keys and values (0: what is free) do not hold more. Raises
+    UserError when they do not hold one row.
     """
     groups = [[Row(Rollout(list(p), [], [], False), random_stream(seed, p, s), max_new_tokens, i)
                for s in range(k)] for i, p in enumerate(prompts)]
     left = [k] * len(prompts)
 
-    def ended(row):
+    def on_end(row):
         left[row.group] -= 1
         if left[row.group] == 0:
             done(row.group, [r.rollout for r in groups[row.group]])
 
-    decode(lm, groups, temperature, sample_rows, kv_gib, ended)
+    if groups:
+        decode(lm, groups, temperature, sample_rows, kv_gib, on_end)
     return [row.rollout for group in groups for row in group]
 
 
@@ -1409,91 +1412,85 @@ def random_stream(seed, prompt, index):
 
 
 @torch.inference_mode()
-def decode(lm, groups, temperature, sample_rows, kv_gib, ended=lambda row: None):
-    """Fill in the rollouts of all rows; groups: lists of Rows of one prompt. Calls ended(row).
-
-    Processes that share a sharded lm pass through it together: one that has no rows, or no more,
-    goes on beside the others with a row that nobody reads.
-    """
+def decode(lm, groups, temperature, sample_rows, kv_gib, on_end=lambda row: None):
+    """Fill in the rollouts of all rows; groups: lists of Rows of one prompt. Calls on_end(row)."""
     waiting = deque(g[i : i + sample_rows] for g in groups for i in range(0, len(g), sample_rows))
-    longest = max((len(row) + row.limit for group in groups for row in group), default=1)
+    longest = max(len(row) + row.limit for group in groups for row in group)
     stops, live = set(lm.stop_ids), []  # live: the oldest first
-    with paged_attention_in(lm), lm.autocast():  # bf16 copies of the weights are made once
-        unshard(lm)
-        cache = PagedCache(lm, min(sample_rows, sum(map(len, waiting)) or 1), longest, kv_gib)
+    with paged_attention_in(lm), lm.autocast():  # autocast makes bf16 copies of the weights once
+        cache = PagedCache(lm, min(sample_rows, sum(map(len, waiting))), longest, kv_gib)
         step = Step(lm, cache, temperature)
-        while most(len(waiting) + len(live), lm):
-            live, homeless = cache.reserve(live)
-            waiting.extendleft([row] for row in reversed(homeless))
+        while waiting or live:
+            live, preempted = cache.reserve(live)
+            waiting.extendleft([row] for row in reversed(preempted))
             started = cache.admit(waiting, live, sample_rows)
             cache.prefill(lm, started)
             live += [row for group in started for row in group]
-            tokens, logps = step.run_block(live)
-            for row, new, logp in zip(live, tokens, logps):
-                stop = next((i + 1 for i, token in enumerate(new) if token in stops), BLOCK + 1)
+            for row, tokens, logp in zip(live, *step.run_block(live)):
+                stop = next((i + 1 for i, token in enumerate(tokens) if token in stops), BLOCK + 1)
                 n = min(stop, BLOCK, row.limit - len(row.rollout.tokens))
-                row.rollout.tokens += new[:n]
+                row.rollout.tokens += tokens[:n]
                 row.rollout.logp += logp[:n]
                 row.rollout.finished = n == stop
-            for row in live:
-                if row.over:
-                    ended(row)
-            live = [row for row in live if not row.over]
+                if row.ended:
+                    on_end(row)
+            live = [row for row in live if not row.ended]
 
 
 class PagedCache:
-    """Keys and values of the live rows, in pages 1 to `used` of a pool; page 0 takes what has no
-    place. The pool: (layers, 2, pages, page, kv heads, head dim)."""
+    """Keys and values of the live rows, in pages 1 to `used` of a pool (layers, 2, pages, page, kv
+    heads, head dim). Page 0 is scratch: padded rows write there."""
 
     def __init__(self, lm, rows, longest, kv_gib):
         config, device = lm.model.config, lm.device
-        heads = config.num_key_value_heads
+        layers, heads = config.num_hidden_layers, config.num_key_value_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         dtype = torch.bfloat16 if lm.bf16 else torch.float32
-        self.page = PAGE["cpu" if device.type == "cpu" else "gpu"]
-        each = self.pages_for(longest)
-        size = 2 * config.num_hidden_layers * self.page * heads * dim * dtype.itemsize
-        self.capacity = min(rows * each, int(cache_bytes(lm, kv_gib) / size))
-        self.tight = self.capacity < rows * each  # rows may have to wait for pages
-        check(self.capacity >= each, f"the sampler's cache holds {self.capacity * self.page} "
+        self.page, self.used = PAGE.get(device.type, 256), 0
+        a_row = self.pages_for(longest)
+        a_page = 2 * layers * self.page * heads * dim * dtype.itemsize  # bytes
+        self.capacity = min(rows * a_row, int(cache_bytes(lm, kv_gib) / a_page))
+        self.may_preempt = self.capacity < rows * a_row
+        check(self.capacity >= a_row, f"the sampler's cache holds {self.capacity * self.page} "
               f"tokens and a row may take {longest}: lower --max-new-tokens or raise --kv-gib")
-        # on a CPU a page of a head is one matrix; the kernel on CUDA wants positions first
-        cpu, layers = device.type == "cpu", config.num_hidden_layers
-        page = (heads, self.page, dim) if cpu else (self.page, heads, dim)
-        shape = (layers, 2, self.capacity + 1, *page)
-        if cpu:  # numpy's zeros take no memory until they are written
-            pool = torch.from_numpy(np.zeros(shape[2] * size, np.uint8)).view(dtype).view(shape)
-        else:
-            pool = torch.zeros(shape, dtype=dtype, device=device)
-        self.pool = pool.transpose(3, 4) if cpu else pool
-        self.used = 0
+        if device.type == "cpu":  # a page of a head is one matrix, which is fast there
+            shape = (layers, 2, self.capacity + 1, heads, self.page, dim)
+            zeros = np.zeros((self.capacity + 1) * a_page, np.uint8)  # no memory until written
+            self.pool = torch.from_numpy(zeros).view(dtype).view(shape).transpose(3, 4)
+        else:  # the kernel on CUDA wants positions first
+            shape = (layers, 2, self.capacity + 1, self.page, heads, dim)
+            self.pool = torch.zeros(shape, dtype=dtype, device=device)
 
     def pages_for(self, tokens):
-        """Pages of a row of so many tokens, its next BLOCK included (its last has no keys yet)."""
+        """Pages of a row of so many tokens and its next BLOCK (the last token has no keys yet)."""
         return -(-(tokens - 1 + BLOCK) // self.page)
 
     def reserve(self, live):
-        """Give live rows the pages of their next BLOCK tokens, the oldest first, closing the gaps
-        that ended rows left. Returns the rows that have them, and those that must wait."""
+        """Give the live rows the pages of their next BLOCK tokens, the oldest first.
+
+        Pages that ended rows left are filled with the last ones. Returns the rows that have their
+        pages, and those that must wait because the pool is full: they lose theirs.
+        """
         total = np.cumsum([self.pages_for(len(row)) for row in live])
         n = int((total <= self.capacity).sum())
-        live, homeless = live[:n], live[n:]
-        for row in homeless:
+        live, preempted = live[:n], live[n:]
+        for row in preempted:
             row.pages = []
-        places = {page: (row, i) for row in live for i, page in enumerate(row.pages)}
-        gaps = [page for page in range(1, len(places) + 1) if page not in places]
-        moved = [page for page in places if page > len(places)]
+        owners = {page: (row, i) for row in live for i, page in enumerate(row.pages)}
+        gaps = [page for page in range(1, len(owners) + 1) if page not in owners]
+        moved = [page for page in owners if page > len(owners)]
         if gaps:
             self.pool[:, :, gaps] = self.pool[:, :, moved]
         for page, gap in zip(moved, gaps):
-            row, i = places[page]
+            row, i = owners[page]
             row.pages[i] = gap
-        self.used = len(places)
+        self.used = len(owners)
         for row in live:
             self.extend(row)
-        return live, homeless
+        return live, preempted
 
     def extend(self, row):
+        """Give a row the pages of its next BLOCK tokens; there is room."""
         n = self.pages_for(len(row)) - len(row.pages)
         row.pages += range(self.used + 1, self.used + 1 + n)
         self.used += n
@@ -1503,11 +1500,11 @@ class PagedCache:
         started, n_live = [], len(live)
         while waiting and n_live < sample_rows:
             group, need = waiting[0], self.pages_for(len(waiting[0][0]))
-            spare = self.capacity - self.used - n_live * self.tight  # all may soon need one more
+            spare = self.capacity - self.used - n_live * self.may_preempt  # a page for each row
             n = min(len(group), sample_rows - n_live, spare // need)
             if n < len(group) and n_live:
                 break
-            n = max(n, 1)  # nothing is alive: one row always fits
+            n = max(n, 1)  # no row is live: one always fits
             waiting.popleft()
             if n < len(group):
                 waiting.appendleft(group[n:])
@@ -1520,21 +1517,18 @@ class PagedCache:
     def prefill(self, lm, groups):
         """Store keys and values of all known tokens but the last, once for the rows of a group."""
         groups = [group for group in groups if len(group[0]) > 1]
-        parts = micro_batches([group[0].rollout for group in groups], 0, lm.device)
-        for part in parts + [[]] * (most(len(parts), lm) - len(parts)):
+        for part in micro_batches([group[0].rollout for group in groups], 0, lm.device):
             part = [groups[i] for i in part]
-            ids = [(g[0].rollout.prompt + g[0].rollout.tokens)[:-1] for g in part]
-            padded = torch.zeros(len(part) or 1, max(map(len, ids), default=1), dtype=torch.long)
-            source, pages, offsets = ([np.zeros(0, np.int64)] for _ in range(3))
-            for i, (group, known) in enumerate(zip(part, ids)):
-                padded[i, : len(known)] = torch.tensor(known)  # on the right, as in `LM.states`
-                t = np.arange(len(known))
-                for row in group:
-                    source.append(i * padded.shape[1] + t)
-                    pages.append(np.array(row.pages)[t // self.page])
-                    offsets.append(t % self.page)
+            known = [(g[0].rollout.prompt + g[0].rollout.tokens)[:-1] for g in part]
+            ids = torch.zeros(len(part), max(map(len, known)), dtype=torch.long)
+            copies = []  # from which place of `ids` to which page and offset
+            for i, (group, tokens) in enumerate(zip(part, known)):
+                ids[i, : len(tokens)] = torch.tensor(tokens)  # padded on the right
+                t = np.arange(len(tokens))
+                copies += [(i * ids.shape[1] + t, np.array(row.pages)[t // self.page],
+                            t % self.page) for row in group]
             source, pages, offsets = (torch.from_numpy(np.concatenate(x)).to(lm.device)
-                                      for x in (source, pages, offsets))
+                                      for x in zip(*copies))
 
             def attend(module, query, key, value, scaling):
                 for pool, new in zip(self.pool[module.layer_idx], (key, value)):
@@ -1542,25 +1536,18 @@ class PagedCache:
                     pool[pages, offsets] = new.to(pool.dtype)
                 return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)[0]
 
-            lm.body(input_ids=padded.to(lm.device), use_cache=False, attend=attend)
+            lm.body(input_ids=ids.to(lm.device), use_cache=False, attend=attend)
 
 
 def cache_bytes(lm, kv_gib):
-    """Bytes for keys and values: kv_gib, or 80 % of what the device can spare, half of a CPU's.
-
-    What it cannot spare is what autocast will cast, or the layers of a sharded model that will be
-    there at once: one in use and one that arrives.
-    """
+    """Bytes for keys and values: kv_gib GiB; if that is 0, half of a CPU's memory, or 80 % of what
+    is free on a GPU after autocast's bf16 copies of the weights."""
     if kv_gib:
         return kv_gib * 2**30
     if lm.device.type == "cuda":
         torch.cuda.empty_cache()
-        if is_sharded(lm):
-            layer = sum(p.numel() for p in lm.model.base_model.layers[0].parameters())
-            needed = 2 * layer * (2 if lm.bf16 else 4)
-        else:
-            needed = sum(2 * p.numel() for p in lm.model.parameters() if p.dtype != torch.bfloat16)
-        return 0.8 * (torch.cuda.mem_get_info(lm.device)[0] - needed)
+        copies = sum(2 * p.numel() for p in lm.model.parameters() if p.dtype != torch.bfloat16)
+        return 0.8 * (torch.cuda.mem_get_info(lm.device)[0] - copies)
     return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -1570,17 +1557,16 @@ class Step:
 
     def __init__(self, lm, cache, temperature):
         self.lm, self.cache, self.temperature = lm, cache, temperature
-        self.head, self.graphs, self.memory = lm.head(), {}, None  # shape: what was recorded
-        self.replays = lm.device.type == "cuda" and not is_sharded(lm)  # gathering is not recorded
+        self.head, self.graphs, self.memory = lm.head(), {}, None  # shape: (graph, its state)
 
     def run_block(self, live):
         """BLOCK tokens of every live row and their log-probs, two lists of lists."""
-        widest = max((len(row.pages) for row in live), default=self.cache.pages_for(1))
-        shape, pages = (len(live) or 1, widest), self.cache.used
-        if self.replays:  # few shapes: powers of two
+        shape, pages = (len(live), max(len(row.pages) for row in live)), self.cache.used
+        records = self.lm.device.type == "cuda"
+        if records:  # few shapes: powers of two
             shape, pages = tuple(1 << (n - 1).bit_length() for n in shape), self.cache.capacity
         state = self.make_state(live, *shape, pages)
-        if self.replays and shape in self.graphs:
+        if records and shape in self.graphs:
             graph, recorded = self.graphs[shape] or self.record(shape, state)
             for name, tensor in state.items():
                 recorded[name].copy_(tensor)
@@ -1588,29 +1574,30 @@ class Step:
                 graph.replay()
             state = recorded
         else:
-            self.graphs[shape] = None  # to be recorded next time, now that its kernels are loaded
+            self.graphs[shape] = None  # recorded next time, when its kernels are loaded
             for _ in range(BLOCK):
                 self(state)
         return [state[name][: len(live)].tolist() for name in ("tokens", "logps")]
 
     def make_state(self, live, B, W, pages):
-        """Tensors of B rows (those beyond the live ones do nothing) of at most W pages each."""
+        """Tensors of B rows of at most W pages each; rows beyond the live ones are padding."""
         table, owner = np.zeros((B, W), np.int64), np.zeros(pages + 1, np.int64)
-        first, place = np.full(pages + 1, FAR), np.zeros(B, np.int64)
+        first, position = np.full(pages + 1, FAR), np.zeros(B, np.int64)
         token, uniforms = np.zeros(B, np.int64), np.zeros((B, BLOCK))
         for i, row in enumerate(live):
             table[i, : len(row.pages)] = row.pages
             owner[row.pages] = i
             first[row.pages] = np.arange(len(row.pages)) * self.cache.page
             token[i] = (row.rollout.tokens or row.rollout.prompt)[-1]
-            place[i], uniforms[i] = len(row) - 1, row.stream.random(BLOCK)
-        state = {"table": table, "owner": owner, "first": first, "place": place, "token": token,
-                 "uniforms": uniforms, "t": np.zeros(1, np.int64),
+            position[i], uniforms[i] = len(row) - 1, row.stream.random(BLOCK)
+        state = {"table": table, "owner": owner, "first": first, "position": position,
+                 "token": token, "uniforms": uniforms, "t": np.zeros(1, np.int64),
                  "tokens": np.zeros((B, BLOCK), np.int64),
                  "logps": np.zeros((B, BLOCK), np.float32)}
         return {k: torch.from_numpy(v).to(self.lm.device) for k, v in state.items()}
 
     def record(self, shape, state):
+        """Record one step as a CUDA graph. Returns (graph, the tensors that it works on)."""
         graph = torch.cuda.CUDAGraph()
         self.memory = self.memory or torch.cuda.graph_pool_handle()  # one for all graphs
         with torch.cuda.graph(graph, pool=self.memory):
@@ -1620,10 +1607,10 @@ class Step:
 
     def __call__(self, state):
         """Feed each row's last token, draw the next."""
-        table, owner, place = state["table"], state["owner"], state["place"]
-        page, at = self.cache.page, place[:, None]  # (B, 1)
-        here, offset = table.gather(1, at // page).squeeze(1), place % page
-        used = (place[owner] + 1 - state["first"]).clamp(0, page)  # keys alive in each page
+        table, owner, position = state["table"], state["owner"], state["position"]
+        page, at = self.cache.page, position[:, None]  # (B, 1)
+        here, offset = table.gather(1, at // page).squeeze(1), position % page
+        used = (position[owner] + 1 - state["first"]).clamp(0, page)  # keys in each page
 
         def attend(module, query, key, value, scaling):
             pools = self.cache.pool[module.layer_idx]  # (2, pages, page, kv heads, dim)
@@ -1639,15 +1626,16 @@ class Step:
                               attend=attend)[0][:, 0]
         logits = self.lm.logits(hidden, self.head, self.temperature or 1.0)
         weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # (B, V); the largest is 1
+        t = state["t"].expand_as(at)
         if self.temperature:
-            token = inverse_cdf(weights, state["uniforms"].gather(1, state["t"].expand_as(at)))
+            token = inverse_cdf(weights, state["uniforms"].gather(1, t))
         else:
             token = weights.argmax(-1, keepdim=True)
-        logp = (weights.gather(1, token) / weights.sum(-1, keepdim=True)).log()
-        state["tokens"].scatter_(1, state["t"].expand_as(at), token)
-        state["logps"].scatter_(1, state["t"].expand_as(at), logp)
+        state["tokens"].scatter_(1, t, token)
+        state["logps"].scatter_(1, t, (weights.gather(1, token)
+                                       / weights.sum(-1, keepdim=True)).log())
         state["token"].copy_(token[:, 0])
-        state["place"] += 1
+        state["position"] += 1
         state["t"] += 1
 
 
@@ -1659,7 +1647,7 @@ def attend_pages(q, keys, values, used, scaling):
     together.
     """
     m, page, heads, dim = keys.shape
-    if q.is_cuda and q.dtype == torch.bfloat16:  # each page a sequence of its own
+    if q.is_cuda and q.dtype == torch.bfloat16:  # each page is a sequence of its own
         one = torch.arange(m + 1, dtype=torch.int32, device=q.device)
         out, lse = torch.ops.aten._flash_attention_forward(
             q, keys.flatten(0, 1), values.flatten(0, 1), one, one * page, 1, page, 0.0, False,
@@ -1708,7 +1696,7 @@ AttentionInterface.register("paged", paged_attention)
 
 @contextlib.contextmanager
 def paged_attention_in(lm):
-    """Eval mode and paged attention for a while."""
+    """Inside, the model is in eval mode and its attention layers call `paged_attention`."""
     training, before = lm.model.training, lm.model.config._attn_implementation
     lm.model.eval().set_attn_implementation("paged")
     try:
@@ -1739,37 +1727,31 @@ def micro_batches(rows, micro_tokens, device):
     return groups
 
 
-def over_chunks(fn, chunk, lm, hidden, *tensors):
+def over_chunks(fn, chunk, lm, hidden, **constants):
     """Forward and backward of a loss over blocks of `chunk` tokens; returns what it logs, summed.
 
-    hidden: (N, D), from lm's graph; tensors: (N, ...) constants. fn takes lm's head (V, D) and a
-    block of each, goes through (n, V) log-probs and gives the block's part of the loss, a scalar,
-    and a tuple of (n,) tensors to log. A block's gradient is taken before the next block begins:
-    (N, V) never exists, memory is bounded by chunk * V, and nothing is computed twice. The
-    gradients of hidden states and head (summed in fp32) then go through the model at once. Where
-    hidden has no graph there is no backward pass.
+    hidden: (N, D), from lm's graph; constants: (N, ...) tensors or None. fn takes lm's head (V, D), a block
+    of hidden and, by name, of each constant that there is. It goes through (n, V) log-probs and returns the
+    block's part of the loss, a scalar, and a tuple of (n,) tensors to log. A block's gradient is
+    taken before the next block begins: (N, V) never exists, memory is bounded by chunk * V, and
+    nothing is computed twice. The gradients of hidden states and head (summed in fp32) then go
+    through the model at once.
     """
-    trains, grads, sums, chunk = hidden.requires_grad, [], 0.0, lm.chunk_size(chunk)
-    head = lm.head().requires_grad_(trains)
-    head_grad = torch.zeros_like(head, dtype=torch.float32) if trains else None
-    for h, *block in zip(*(t.split(chunk) for t in (hidden.detach(), *tensors))):
-        loss, logged = fn(head, h.requires_grad_(trains), *block)
-        if trains:
-            backward(loss)
-            grads.append(h.grad)
-            head_grad += head.grad
-            head.grad = None
+    grads, sums, chunk = [], 0.0, lm.chunk_size(chunk)
+    constants = {k: v.to(hidden.device) for k, v in constants.items() if v is not None}
+    head = lm.head().requires_grad_()
+    head_grad = torch.zeros_like(head, dtype=torch.float32)
+    for h, *block in zip(*(t.split(chunk) for t in (hidden.detach(), *constants.values()))):
+        loss, logged = fn(head, h.requires_grad_(), **dict(zip(constants, block)))
+        # NaN if the loss is not finite: then the whole update is skipped, see `optimizer_step`
+        (loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)).backward()
+        grads.append(h.grad)
+        head_grad += head.grad
+        head.grad = None
         sums = sums + torch.stack([x.detach().sum(dtype=torch.float64) for x in logged])
-    if trains:
-        weight = lm.model.get_output_embeddings().weight[: lm.vocab]
-        torch.autograd.backward((hidden, weight), (torch.cat(grads), head_grad.to(weight.dtype)))
-    return sums
-
-
-def backward(loss):
-    """Add the gradient of a loss; NaN where the loss itself is not finite, so that the update that
-    it belongs to is skipped even if its gradient happens to be finite."""
-    (loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)).backward()
+    weight = lm.model.get_output_embeddings().weight[: lm.vocab]
+    torch.autograd.backward((hidden, weight), (torch.cat(grads), head_grad.to(weight.dtype)))
+    return sums.cpu()
 
 
 def flat(values, rows):
@@ -1795,9 +1777,12 @@ def make_optimizer(lm, cfg, updates):
     --warmup-steps of linear warmup, then constant or linear decay to 0."""
     parameters = list(lm.model.parameters())
     assert all(p.dtype == torch.float32 for p in parameters), "masters must be fp32"
+    fused = parameters[0].device.type == "cuda"
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, cfg.adam_beta2),
-                                  weight_decay=cfg.weight_decay,
-                                  fused=parameters[0].device.type == "cuda")
+                                  weight_decay=cfg.weight_decay, fused=fused)
+    for p in parameters:  # AdamW would make these at its first step; `resume` fills them in place
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device if fused else "cpu"),
+                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
     def factor(update):  # of the learning rate at this update, from 0
         decay = max(0.0, 1 - update / updates) if cfg.lr_schedule == "linear" else 1.0
@@ -1813,7 +1798,7 @@ def optimizer_step(lm, optimizer, scheduler, grad_clip):
     were. `Run.log` counts these, and ends a run that skips too many in a row.
     """
     reshard(lm)
-    norm = whole(torch.nn.utils.clip_grad_norm_(lm.model.parameters(), grad_clip))
+    norm = full_tensor(torch.nn.utils.clip_grad_norm_(lm.model.parameters(), grad_clip))
     if norm.isfinite():
         optimizer.step()
         scheduler.step()
@@ -1822,59 +1807,23 @@ def optimizer_step(lm, optimizer, scheduler, grad_clip):
 
 
 # --------------------------------------------------------------------------------------------------
-# 8 run folder: settings, metrics, resume, progress
+# 8 run folder: settings, metrics, checkpoints, resume
 # --------------------------------------------------------------------------------------------------
-
-# Fields that change place, memory, speed or display, never a result: a run may resume with others.
-FREE_FIELDS = {"out", "cache", "device", "micro_tokens", "vocab_chunk", "sample_rows", "kv_gib",
-               "gradient_checkpointing", "cpu_offload", "gather", "save_every", "show_every",
-               "dry_run"}
-
 
 # So many skipped updates in a row end a run. Skipping moves no weight, so each of them has seen
 # other data with the same weights: one or two may be the data's fault, five are the weights'.
 MAX_SKIPPED = 5
 
 
-def sync(path):
-    """Return when a file's bytes, or the names in a folder, are on the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-def move(source, target):
-    """Give a written file its name. A crash of the machine leaves the old file or the new one."""
-    sync(source)
-    os.replace(source, target)
-    sync(Path(target).parent)
-
-
-@contextlib.contextmanager
-def writing(path):
-    """Turn what a full disk raises into one line that names the file."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # torch.save raises either
-        cause = error if isinstance(error, OSError) else error.__context__
-        reason = cause.strerror if isinstance(cause, OSError) else first_line(error)
-        free = shutil.disk_usage(Path(path).parent).free / 1e9
-        raise UserError(f"cannot write {path}: {reason} ({free:.3g} GB free)") from error
-
-
 def write_text(path, text):
-    """Write a text file whole or not at all. Raises UserError when it cannot be written."""
-    if rank():  # of several processes one writes
-        return
-    with writing(path):
+    """Write a text file whole or not at all. Of several processes rank 0 writes."""
+    if rank() == 0:
         Path(f"{path}.tmp").write_text(text, encoding="utf-8")
-        move(f"{path}.tmp", path)
+        os.replace(f"{path}.tmp", path)
 
 
 def write_json(path, value):
-    """Write a JSON file whole or not at all. Raises UserError when it cannot be written."""
+    """Write a JSON file whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -1883,83 +1832,66 @@ def json_line(value):
 
 
 def append_json_line(path, value):
-    """Add an object to a .jsonl file. Raises UserError when it cannot be written."""
-    if rank():
-        return
-    with writing(path), Path(path).open("a", encoding="utf-8") as file:
-        file.write(json_line(value))
+    """Add an object to a .jsonl file. Of several processes rank 0 writes."""
+    if rank() == 0:
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(json_line(value))
 
 
 def read_json_lines(path):
-    """Objects of a file that `append_json_line` wrote, [] when there is none.
+    """Objects of a file that `append_json_line` wrote, [] if there is none.
 
-    A last line without its end (the writer was killed) is cut off, so that appending works. Raises
-    UserError for any other damage.
+    If the last line has no end (the writer was killed), it is cut off, so that appending works.
+    Raises UserError for any other damage.
     """
-    path = Path(path)
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    if not data.endswith(b"\n"):
-        os.truncate(path, data.rfind(b"\n") + 1)
-    try:
-        return read_json_rows(path)
-    except UserError as error:
-        raise UserError(f"{error}; cut the file off before the damage, and the same command writes "
-                        "the rest again") from error
+    data = Path(path).read_bytes() if Path(path).exists() else b""
+    complete = data.rfind(b"\n") + 1
+    if complete < len(data):
+        os.truncate(path, complete)
+    return [parse_json(line, path) for line in data[:complete].splitlines()]
 
 
 def read_json(path):
-    """Value of a JSON file. Raises UserError when it is damaged."""
+    """Value of a JSON file. Raises UserError if it is damaged."""
+    return parse_json(Path(path).read_bytes(), path)
+
+
+def parse_json(data, path):
     try:
-        return json.loads(Path(path).read_bytes())
+        return json.loads(data)
     except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def read_record(folder):
-    """The "run" record in a folder's config.json, {} when there is none.
-
-    Raises UserError when the file is damaged.
-    """
+    """The "run" record in a folder's config.json, {} if there is none."""
     path = Path(folder) / "config.json"
     return read_json(path).get("run", {}) if path.is_file() else {}
 
 
 def lock(path, name):
-    """Open and lock a file until it is closed, which the kernel does however the process ends.
+    """Open and lock a file until it is closed; the kernel unlocks it however the process ends.
 
-    Raises UserError, saying by whom `name` is in use, when another process holds the lock. Of the
-    processes of one run rank 0 has it.
+    Raises UserError if another process has locked it: `name` is in use. Rank 0 does it for all.
     """
+    file = open(os.devnull if rank() else path, "a")
     if rank():
-        return open(os.devnull)
-    file = Path(path).open("a+")
+        return file
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        file.seek(0)
-        raise UserError(f"{name} is in use by another run ({file.read().strip()})") from error
-    except OSError as error:  # a file system without locks, as some clusters have
+        raise UserError(f"{name} is in use by another run") from error
+    except OSError as error:  # some clusters have file systems without locks
         print(f"{name} cannot be locked ({error.strerror}): let no other run write there")
-    file.truncate(0)
-    file.write(f"pid {os.getpid()} on {platform.node()}\n")
-    file.flush()
     return file
 
 
-def is_unfinished(folder):
-    return not read_record(folder).get("finished", True)
-
-
 def git_revision():
-    """Commit of this code, "+changes" when the working tree differs; "unknown" without git."""
-    def git(*words):
-        return subprocess.run(["git", "-C", str(Path(__file__).resolve().parent), *words],
-                              capture_output=True, text=True).stdout.strip()
+    """Commit of this code, "+changes" if the working tree differs; "unknown" without git."""
+    command = "git describe --always --abbrev=12 --exclude=* --dirty=+changes".split()
     try:
-        revision = git("rev-parse", "--short=12", "HEAD")
-        return revision + "+changes" * bool(git("status", "--porcelain", "-uno")) or "unknown"
+        return subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True,
+                              text=True).stdout.strip() or "unknown"
     except OSError:
         return "unknown"
 
@@ -1990,28 +1922,13 @@ def progress(*args, **kwargs):
     return tqdm(*args, dynamic_ncols=True, mininterval=interval, maxinterval=60, **kwargs)
 
 
-def read_checkpoint(path):
-    """What `Run.save_state` wrote; None, and a line that says so, when the file is damaged.
-
-    Every checksum is compared first: torch.load takes damaged tensors as they are.
-    """
-    try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
-        check(not damaged, f"wrong checksum of {damaged}")
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # of a damaged zip file, about anything
-        print(f"{path} is damaged, not used: {first_line(error)}")
-        return None
-
-
 class Run:
     """An output folder while a stage writes to it, and the stage's progress on the screen.
 
     config.json holds the run's record, beside the model's own keys once there is a model;
-    metrics.jsonl one line a step; the last two state-<steps>.pt, until the end, what the next step
-    depends on; .lock who is in here. Opening the folder of a finished run of the same settings ends
-    the program; other settings are refused, and so is a folder in use.
+    metrics.jsonl has one line a step; state-<steps>, until the end, is the newest checkpoint, whose
+    shards every process writes; .lock says who is in here. Opening the folder of a finished run of
+    the same settings ends the program.
     """
 
     def __init__(self, cfg, parents):
@@ -2020,13 +1937,13 @@ class Run:
         self.cfg, self.out, self.warned = cfg, Path(cfg.out), False
         self.seconds_before = 0.0  # of work outside the steps: sampling a teacher's rollouts
         self.metrics, self.skipped_in_a_row, self.stop_signal = [], 0, None
-        self.record = from_rank_0(self.open, parents)
+        self.record = on_rank_0(self.open, parents)
         if not self.record:
             sys.exit(0)
 
     def open(self, parents):
         """Take the folder and write the run's record. Returns it, None if the run has finished."""
-        cfg, settings, old = self.cfg, result_settings(self.cfg), read_record(self.out)
+        settings, old = result_settings(self.cfg), read_record(self.out)
         foreign = (self.out / "config.json").exists() and not old
         check(not foreign, f"{self.out} holds a model of another program; choose another --out")
         begun = old and (old["finished"] or (self.out / "metrics.jsonl").exists())
@@ -2034,14 +1951,14 @@ class Run:
         check(not differ, f"{self.out} holds a run with other settings ({differ}); choose another "
                           "--out or delete it")
         if old and old["finished"]:
-            self.drop_checkpoints()  # a kill at the very end leaves them
+            self.delete_checkpoints()  # a kill at the very end leaves them
             print(f"{self.out}: already finished with these settings")
             return None
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.out / ".lock", self.out)
         check(read_record(self.out) == old, f"{self.out} was in use until now; try again")
         parents = [str(Path(p).resolve()) if Path(p).is_dir() else p for p in parents]
-        record = {**describe_run(cfg), "parents": parents, "labels": {}, "finished": False}
+        record = {**describe_run(self.cfg), "parents": parents, "labels": {}, "finished": False}
         write_json(self.out / "config.json", {"run": record})
         return record
 
@@ -2049,40 +1966,37 @@ class Run:
         """Put into the record how many labelled problems of which data the run learns from."""
         self.record["labels"] = {f"{self.cfg.data}:{self.cfg.half}": len(problems)}
 
-    def checkpoints(self):
-        return sorted(self.out.glob("state-*.pt"))
-
-    def newest_state(self):
-        """What the newest undamaged checkpoint holds; None when there is none."""
-        states = (read_checkpoint(path) for path in reversed(self.checkpoints()))
-        return next((s for s in states if s), None)
-
-    def drop_checkpoints(self):
-        for path in [*self.checkpoints(), self.out / "state.tmp"]:
-            path.unlink(missing_ok=True)
+    def delete_checkpoints(self, but=None):
+        for path in self.out.glob("state-*"):
+            if path != but:
+                shutil.rmtree(path)
 
     def resume(self, lm, optimizer, scheduler, teacher=None):
-        """Load the newest undamaged checkpoint, if there is one; returns the step to start with.
+        """Load the newest checkpoint, if there is one. Returns the step to start with.
 
-        Raises UserError for a checkpoint made from other models, though their names be the same.
+        Raises UserError for a checkpoint made from other models, though their names are the same.
         """
         self.made_with = {**result_settings(self.cfg), "weights": fingerprint(lm),
                           "teacher_weights": teacher and fingerprint(teacher)}
-        state = load_shared(self.newest_state, lm)
-        if state:
-            differ = differences(state["made_with"], self.made_with)
+        path = on_rank_0(lambda: max(self.out.glob("state-????????"), default=None))
+        saved = on_rank_0(read_json, path / "run.json") if path else {"steps": 0}
+        if path:
+            differ = differences(saved["made_with"], self.made_with)
             check(not differ, f"{self.out} holds checkpoints of another model or setting "
                               f"({differ}); choose another --out or delete it")
-            lm.model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            scheduler.load_state_dict(state["scheduler"])
-            self.metrics, self.skipped_in_a_row = state["metrics"], state["skipped_in_a_row"]
-            print(f"{self.out}: continuing after {len(self.metrics)} steps")
+            reshard(lm)
+            dcp.load(checkpoint_tensors(lm, optimizer), checkpoint_id=path)
+            scheduler.load_state_dict(saved["scheduler"])
+            for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr()):
+                group["lr"] = lr
+            print(f"{self.out}: continuing after {saved['steps']} steps")
+        lines = on_rank_0(read_json_lines, self.out / "metrics.jsonl")
+        self.metrics = lines[: saved["steps"]]  # later steps are made again
         write_text(self.out / "metrics.jsonl", "".join(map(json_line, self.metrics)))
-        return len(self.metrics)
+        return saved["steps"]
 
     def stop_after_step(self, number, _frame):
-        """Signal handler: the step under way ends and is saved; a second signal does not wait."""
+        """Signal handler: the current step ends and is saved; a second signal does not wait."""
         if self.stop_signal:
             stop_at_once(number)
         self.stop_signal = number
@@ -2096,8 +2010,21 @@ class Run:
         self.bar = progress(range(start, total), initial=start, total=total, desc=self.out.name)
         with on_stop(self.stop_after_step):
             for step in self.bar:
-                self.step_started = time.time()
+                self.started, self.seconds = time.perf_counter(), {}
                 yield step
+
+    def time(self, name=None):
+        """End the part of the step before this call, and begin the part called `name`.
+
+        metrics.jsonl gets the seconds of each part as seconds_<name>.
+        """
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self.seconds:
+            self.seconds[next(reversed(self.seconds))] += now - self.part_started
+        if name:
+            self.seconds[f"seconds_{name}"], self.part_started = 0.0, now
 
     def log(self, step, *shown, grad_norms, **metrics):
         """Append {"step", metrics, "seconds"} to metrics.jsonl; the bar shows the metrics named.
@@ -2108,10 +2035,12 @@ class Run:
         for norm in grad_norms:
             self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
         finite = [norm for norm in grad_norms if math.isfinite(norm)]
-        seconds = time.time() - self.step_started
+        self.time()
+        seconds = time.perf_counter() - self.started
         metrics |= {"grad_norm": sum(finite) / len(finite) if finite else math.nan,
                     "skipped": len(grad_norms) - len(finite),
-                    "tokens_per_second": metrics["tokens"] / seconds, "seconds": seconds}
+                    "tokens_per_second": metrics["tokens"] / seconds, **self.seconds,
+                    "seconds": seconds}
         line = {"step": step, **{k: rounded(v) for k, v in metrics.items()}}
         append_json_line(self.out / "metrics.jsonl", line)
         self.metrics.append(line)
@@ -2137,54 +2066,51 @@ class Run:
     def save_state(self, step, lm, optimizer, scheduler):
         """Write a checkpoint every save_every steps, and when SIGTERM or Ctrl-C asked for the end.
 
-        It is written aside and renamed, and only then is the last but one deleted; the last step
-        needs none. It is the same file for any number of processes. Raises UserError when it cannot
-        be written, KeyboardInterrupt after one that a signal asked for.
+        It is written beside and renamed, and only then is the older one deleted. The last step
+        needs none. Another number of processes can load it. Raises UserError if it cannot be
+        written, KeyboardInterrupt after one that a signal asked for.
         """
-        signals = merged({rank(): self.stop_signal or 0})  # one that hears of the end stops all
-        self.stop_signal = max(signals.values())
+        signals = all_gather_dict({rank(): self.stop_signal or 0})
+        self.stop_signal = max(signals.values())  # all stop if one process has heard a signal
         due = self.cfg.save_every and (step + 1) % self.cfg.save_every == 0
         if step + 1 == self.total or not (due or self.stop_signal):
             return
-        state = {"model": whole_state(lm), "optimizer": tree_map(kept, optimizer.state_dict()),
-                 "scheduler": scheduler.state_dict(), "metrics": self.metrics,
-                 "skipped_in_a_row": self.skipped_in_a_row, "made_with": self.made_with}
+        path = self.out / f"state-{step + 1:08d}"
+        beside = path.with_suffix(".tmp")
+        on_rank_0(shutil.rmtree, beside, True)  # a killed run may have left it
+        reshard(lm)
+        try:
+            dcp.save(checkpoint_tensors(lm, optimizer), checkpoint_id=beside)
+        except CheckpointException as failed:
+            error = next(iter(failed.failures.values()))[0]
+            on_rank_0(shutil.rmtree, beside, True)  # a full disk needs the room
+            raise error if isinstance(error, KeyboardInterrupt) else UserError(
+                f"cannot write {path}: {first_line(error)}") from failed
+        write_json(beside / "run.json", {"steps": step + 1, "made_with": self.made_with,
+                                         "scheduler": scheduler.state_dict()})
         if rank() == 0:
-            self.write_state(state, self.out / f"state-{step + 1:08d}.pt")
+            os.rename(beside, path)
+            self.delete_checkpoints(but=path)
         if self.stop_signal:
             stop_at_once(self.stop_signal, note=f" after {step + 1} steps, all saved")
-
-    def write_state(self, state, path):
-        aside = self.out / "state.tmp"
-        try:
-            with writing(path):
-                with aside.open("wb") as file:
-                    torch.save(state, file)
-                move(aside, path)
-        except UserError:
-            aside.unlink(missing_ok=True)  # a full disk wants the room back
-            raise
-        # a damaged one of a later step may be there: it does not count as one of the two
-        for old in [p for p in self.checkpoints() if p <= path][:-2]:
-            old.unlink()
 
     def finish(self, lm):
         """Write the model folder; the record tells the steps and seconds that it took.
 
-        Raises UserError, with the checkpoints kept, when the model cannot be written.
+        Raises UserError, and keeps the checkpoint, when the model cannot be written.
         """
         seconds = self.seconds_before + sum(line["seconds"] for line in self.metrics)
         self.record |= {"finished": True, "steps": len(self.metrics), "seconds": rounded(seconds)}
-        try:
-            save_lm(lm, self.out, self.record)
-        except UserError:
-            raise
-        except Exception as error:  # tokenizers raises nothing narrower on a full disk
-            raise UserError(f"cannot write the model to {self.out}: {first_line(error)}") from error
+        save_lm(lm, self.out, self.record)
         if rank() == 0:
-            self.drop_checkpoints()
+            self.delete_checkpoints()
             self.lock.close()
         print(f"{self.out}: {len(self.metrics)} steps in {seconds:.0f} s, model saved")
+
+
+def checkpoint_tensors(lm, optimizer):
+    """The tensors of a checkpoint, themselves, so that loading fills them in place."""
+    return {"model": dict(lm.model.named_parameters()), "optimizer": optimizer.state_dict()["state"]}
 
 
 def rounded(value):
@@ -2198,43 +2124,17 @@ def rounded(value):
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
-class Timer:
-    """Seconds per part of a step: timer("sampling") ends the part before it and begins the next.
-
-    >>> timer = Timer(); timer("sampling"); timer("updating"); sorted(timer.stop())
-    ['seconds_sampling', 'seconds_updating']
-    """
-
-    def __init__(self):
-        self.seconds, self.name, self.since = {}, None, 0.0
-
-    def __call__(self, name):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        if self.name:
-            key = f"seconds_{self.name}"
-            self.seconds[key] = self.seconds.get(key, 0.0) + now - self.since
-        self.name, self.since = name, now
-
-    def stop(self):
-        self(None)
-        return self.seconds
-
-
 # --------------------------------------------------------------------------------------------------
 # 9 processes: torchrun starts them, FSDP2 shards the models
 #
-# One process passes through here untouched. Of several, each runs the same script and knows all
-# rollouts of a step; what it does alone is
-#   sampling   its share of the prompts, from weights gathered for as long as that takes; or, with
-#              --gather layer, in step with the others, from the layer that is gathered just then
-#   training   its share of the rows; a loss is divided by the counts of the whole update, so that
-#              the gradients of all processes add up to the one that a single process has
-#   writing    rank 0 only
+# A single process passes through here unchanged. Of several, each runs the same script and knows
+# all rollouts of a step. The work is divided like this:
+#   sampling   each process samples its share of the prompts, from a copy of all weights that exists
+#              for as long as that takes
+#   training   each process takes its share of the rows; a loss is divided by the counts of the
+#              whole update, so that the gradients of all processes add up to that of a single one
+#   writing    rank 0 only; but of a checkpoint each process writes its shards
 # --------------------------------------------------------------------------------------------------
-
-STORE = None  # what torchrun's processes share beside the process group; it outlives a process
 
 
 def world_size():
@@ -2246,428 +2146,175 @@ def rank():
 
 
 @contextlib.contextmanager
-def processes(device):
+def process_group(device):
     """Inside, the processes that torchrun started are one group: NCCL on CUDA, gloo on a CPU."""
-    global STORE
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    STORE, this, n = next(rendezvous("env://"))
     # a process may wait for the longest response of another
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=STORE, rank=this,
-                            world_size=n, timeout=timedelta(hours=6))
-    if this:
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=6))
+    if rank():
         sys.stdout = open(os.devnull, "w")
     yield
     dist.barrier()  # nobody leaves while another still writes
     dist.destroy_process_group()
 
 
-def first_to_fail():
-    """True in the first process that asks; a mistake in the flags, which all see, is rank 0's."""
-    return STORE.add("failed", 1) == 1 if STORE else os.environ.get("RANK", "0") == "0"
-
-
-def from_rank_0(fn, *args):
-    """fn(*args), called on rank 0 only: every process returns, or raises, what came of it there."""
+def on_rank_0(fn, *args):
+    """Call fn(*args) on rank 0 only. All processes return its result, or raise its UserError."""
     if world_size() == 1:
         return fn(*args)
-    found = [None, None]
+    result = [None, None]
     if rank() == 0:
         try:
-            found[0] = fn(*args)
+            result[0] = fn(*args)
         except UserError as error:
-            found[1] = error
-    dist.broadcast_object_list(found)
-    if found[1]:
-        raise found[1]
-    return found[0]
+            result[1] = error
+    dist.broadcast_object_list(result)
+    if result[1]:
+        raise result[1]
+    return result[0]
 
 
-def merged(part):
+def all_gather_dict(part):
     """A dict on each process -> all of them put together, on every process."""
-    if world_size() == 1:
-        return part
-    parts = [None] * world_size()
-    dist.all_gather_object(parts, tree_map(
-        lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, part))
+    parts = [part]
+    if world_size() > 1:
+        parts = [None] * world_size()
+        dist.all_gather_object(parts, part)
     return {key: value for part in parts for key, value in part.items()}
 
 
-def summed(sums):
+def all_reduce_sum(tensor):
     """The sum over the processes of a tensor that each has."""
     if world_size() > 1:
-        dist.all_reduce(sums)
-    return sums
+        dist.all_reduce(tensor)
+    return tensor
 
 
-def shares(costs, n):
+def split_evenly(costs, n):
     """Indices of items of these costs, divided among n: a list each, of about equal cost.
 
-    The dearest item first, each to where there is least so far.
+    The items are taken by falling cost, each to the list that costs least so far.
 
-    >>> shares([5, 1, 4, 2], 2), shares([3], 2)
+    >>> split_evenly([5, 1, 4, 2], 2), split_evenly([3], 2)
     ([[0, 1], [2, 3]], [[0], []])
     """
-    found, totals = [[] for _ in range(n)], [0] * n
+    lists, totals = [[] for _ in range(n)], [0] * n
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        least = totals.index(min(totals))
-        found[least].append(i)
-        totals[least] += costs[i]
-    return found
+        cheapest = totals.index(min(totals))
+        lists[cheapest].append(i)
+        totals[cheapest] += costs[i]
+    return lists
 
 
 def shared_micro_batches(rows, micro_tokens, device):
     """`micro_batches` of this process's share of the rows, which all processes have.
 
-    Sharded models need the same number of passes everywhere: empty groups, passes over a token of
-    padding without any loss, make up for it.
+    Sharded models need the same number of passes everywhere, so that shorter lists are filled up
+    with empty groups: passes over one token of padding, without any loss.
     """
-    if world_size() == 1:
-        return micro_batches(rows, micro_tokens, device)
-    every = []
-    for share in shares([len(r.prompt) + len(r.tokens) for r in rows], world_size()):
+    per_process = []
+    for share in split_evenly([len(r.prompt) + len(r.tokens) for r in rows], world_size()):
+        share.sort()
         groups = micro_batches([rows[i] for i in share], micro_tokens, device)
-        every.append([[share[i] for i in group] for group in groups])
-    mine = every[rank()]
-    return mine + [[]] * (max(map(len, every)) - len(mine))
+        per_process.append([[share[i] for i in group] for group in groups])
+    mine = per_process[rank()]
+    return mine + [[]] * (max(map(len, per_process)) - len(mine))
 
 
-def sample_shared(lm, prompts, k, *, gather="full", done=lambda i, rollouts: None, **settings):
-    """`sample`, its prompts divided among the processes, the rollouts given to all of them.
+def sample_shared(lm, prompts, k, cfg, seed, done=lambda i, rollouts: None):
+    """`sample` with cfg's settings; the prompts are divided among the processes.
 
-    The k rollouts of a prompt stay together. They are those of one process: the random numbers
-    depend on (seed, prompt, index) alone. done(i, rollouts) is called everywhere, at the end.
-    gather: of a sharded lm, the "full" weights for as long as it takes, or "layer" by layer.
+    All processes return all rollouts. These are the rollouts of a single process: the random
+    numbers depend on (seed, prompt, index) alone. Several processes call done(i, rollouts) at the
+    end.
     """
+    settings = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, seed=seed,
+                    sample_rows=cfg.sample_rows, kv_gib=cfg.kv_gib)
     if world_size() == 1:
         return sample(lm, prompts, k, done=done, **settings)
-    mine = shares([len(p) + k * settings["max_new_tokens"] for p in prompts], world_size())[rank()]
-    with gathered(lm) if gather == "full" else contextlib.nullcontext(lm) as everything:
-        rows = sample(everything, [prompts[i] for i in mine], k, **settings)
-    groups = merged({i: rows[j * k : (j + 1) * k] for j, i in enumerate(mine)})
+    costs = [len(p) + k * cfg.max_new_tokens for p in prompts]
+    mine = split_evenly(costs, world_size())[rank()]
+    with gathered(lm) as full:
+        rows = sample(full, [prompts[i] for i in mine], k, **settings)
+    groups = all_gather_dict({i: rows[j * k : (j + 1) * k] for j, i in enumerate(mine)})
     for i in range(len(prompts)):
         done(i, groups[i])
     return [row for i in range(len(prompts)) for row in groups[i]]
 
 
-def sample_and_write(lm, prompts, k, write, *, sample_rows, **settings):
-    """`sample_shared` for more prompts than one keeps in memory; write(i, rollouts) takes them.
+def sample_and_write(lm, prompts, k, cfg, seed, write):
+    """`sample_shared` for more prompts than memory holds; write(i, rollouts) takes them.
 
-    One process writes a prompt as soon as it has ended, and takes so many at once that the long
-    tail is a small part; several hand theirs over together, and so take fewer.
+    A single process writes a prompt as soon as its rollouts have ended, and takes many prompts at
+    once, so that few rows are left alone at the end. Several write when all have ended, and so take
+    fewer.
     """
-    size = max(1, (8 if world_size() == 1 else world_size()) * sample_rows // k)
+    size = max(1, (8 if world_size() == 1 else world_size()) * cfg.sample_rows // k)
     for start in range(0, len(prompts), size):
-        sample_shared(lm, prompts[start : start + size], k, sample_rows=sample_rows, **settings,
+        sample_shared(lm, prompts[start : start + size], k, cfg, seed,
                       done=lambda i, rollouts: write(start + i, rollouts))
 
 
-def shard_model(lm, source, device, cpu_offload):
+def shard_model(lm, source, device):
     """Shard lm.model, which has shapes only, and fill it from `source`, which only rank 0 has.
 
-    Each layer is a group of parameters that is gathered when its turn comes. Embedding, head (often
-    tied to it) and last norm are one more: gathered by `body`, it stays so, the losses needing the
-    head, until the backward pass or `reshard`.
+    Each layer is a group of parameters that is gathered for its own computation only. Embedding,
+    head (often the same matrix) and last norm are one more group: it stays gathered after the
+    forward pass, because the losses need the head, until the backward pass or `reshard`.
     """
     model, mesh = lm.model, init_device_mesh(device.type, (world_size(),))
-    places = {id(p): torch.nn.Parameter(torch.empty(0, device=device), requires_grad=False)
-              for p in model.parameters()}
-    lm.replica = copy.deepcopy(model, places)  # one empty place for tied weights, too
-    offload = CPUOffloadPolicy(device.type == "cuda") if cpu_offload else OffloadPolicy()
+    empty = {id(p): torch.nn.Parameter(torch.empty(0, device=device), requires_grad=False)
+             for p in model.parameters()}
+    lm.replica = copy.deepcopy(model, empty)  # tied weights stay one parameter
     for module in (*model.base_model.layers, model):
         # as in one process under autocast, embedding and residual stream keep the masters' fp32
         inner = torch.bfloat16 if lm.bf16 and module is not model else None
         precision = MixedPrecisionPolicy(inner, torch.float32, cast_forward_inputs=False)
         fully_shard(module, mesh=mesh, reshard_after_forward=module is not model,
-                    mp_policy=precision, offload_policy=offload)
+                    mp_policy=precision)
         module.set_gradient_divide_factor(1.0)  # gradients add up
         module.set_force_sum_reduction_for_comms(True)
-    model.to_empty(device="cpu" if cpu_offload else device)
+    model.to_empty(device=device)
     model.tie_weights()
-    for name, shard in model.named_parameters():
-        with torch.no_grad():
-            shard.copy_(scattered(source and source.get_parameter(name), shard))
-    for path, buffer in list(model.named_buffers()):
+    set_model_state_dict(model, source.state_dict() if source else {}, options=StateDictOptions(
+        full_state_dict=True, broadcast_from_rank0=True))
+    for path, buffer in list(model.named_buffers()):  # angles, which no state_dict has
         value = torch.empty_like(buffer, device=device)
         dist.broadcast(value.copy_(source.get_buffer(path)) if source else value, 0)
         owner, _, name = path.rpartition(".")
-        for copied in (model, lm.replica):
-            setattr(copied.get_submodule(owner), name, value)
-    model.body = lambda **inputs: model.base_model(**inputs)[:1]
-    register_fsdp_forward_method(model, "body")
-
-
-def scattered(value, like):
-    """A tensor that rank 0 has (the others None), sharded as the DTensor `like` is."""
-    mesh, device = like.device_mesh, like.device_mesh.device_type
-    value = torch.empty(like.shape) if value is None else value.detach()
-    value = distribute_tensor(value.to(device, like.dtype), mesh, like.placements)
-    return value.to(like.device)
-
-
-def is_sharded(lm):
-    return isinstance(lm.model, FSDPModule)
-
-
-def unshard(lm):
-    """Gather embedding, head and last norm of a sharded model, as a pass through `body` does."""
-    if is_sharded(lm):
-        lm.model.unshard()
+        for module in (model, lm.replica):
+            setattr(module.get_submodule(owner), name, value)
+    model.sharded_body = lambda **inputs: model.base_model(**inputs)[:1]
+    register_fsdp_forward_method(model, "sharded_body")
 
 
 def reshard(lm):
     """Drop the gathered embedding and head of a sharded model, before its weights change."""
-    if is_sharded(lm):
+    if isinstance(lm.model, FSDPModule):
         lm.model.reshard()
 
 
-def most(n, lm):
-    """The largest n of all processes where lm is sharded: a pass through it takes them all."""
-    if not is_sharded(lm):
-        return n
-    largest = torch.tensor(n)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return largest.item()
-
-
-def whole(tensor, dtype=None):
-    """A sharded tensor put together (by all processes); any other thing as it is."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    return tensor.detach().to(tensor.device_mesh.device_type, dtype or tensor.dtype).full_tensor()
-
-
-def kept(tensor):
-    """A sharded tensor put together in rank 0's memory, None elsewhere; others as they are."""
-    full = whole(tensor)
-    return full if full is tensor else full.cpu() if rank() == 0 else None
-
-
-def whole_state(lm):
-    """lm's state_dict, of a sharded model as `kept` has it."""
-    if not is_sharded(lm):
-        return lm.model.state_dict()
-    reshard(lm)
-    found, state = {}, lm.model.state_dict(keep_vars=True)  # keeps tied tensors one object
-    for shard in state.values():
-        if id(shard) not in found:
-            found[id(shard)] = kept(shard.detach())
-    return {name: found[id(shard)] for name, shard in state.items()}
-
-
-def load_shared(read, lm):
-    """What read() gives on rank 0, a checkpoint or None, with its tensors sharded as lm's are."""
-    if not is_sharded(lm):
-        return read()
-    state = None
-
-    def shapes():  # the others get all but the tensors, and of these the shapes
-        nonlocal state
-        state = read()
-        return tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) and x.dim() else x,
-                        state)
-
-    known = from_rank_0(shapes)
-    if known is None:
-        return None
-    reshard(lm)
-    weights, shards = lm.model.state_dict(), list(lm.model.parameters())
-    for name in known["model"]:
-        known["model"][name] = scattered(state and state["model"][name], weights[name])
-    for i, values in known["optimizer"]["state"].items():
-        for name in [name for name, value in values.items() if value.is_meta]:
-            value = state and state["optimizer"]["state"][i][name]
-            values[name] = scattered(value, shards[i])
-    return known
+def full_tensor(tensor):
+    """A sharded tensor put together, which all processes must call; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextlib.contextmanager
 def gathered(lm):
-    """lm with all its weights, in the dtype of the forward pass, where it is sharded; else lm."""
+    """Inside, lm with all its weights in the dtype of the forward pass, if it is sharded; else lm."""
     if lm.replica is None:
         yield lm
         return
-    for place, (name, shard) in zip(lm.replica.parameters(), lm.model.named_parameters()):
+    for parameter, (name, shard) in zip(lm.replica.parameters(), lm.model.named_parameters()):
         inner = torch.bfloat16 if lm.bf16 and ".layers." in name else shard.dtype
-        place.data = whole(shard, inner)
+        parameter.data = full_tensor(shard.detach().to(inner))
     try:
         yield dataclasses.replace(lm, model=lm.replica, replica=None)
     finally:
-        for place in lm.replica.parameters():
-            place.data = place.data.new_empty(0)
-
-
-# --------------------------------------------------------------------------------------------------
-# 10 sizes: memory per GPU and rough seconds a step, from a model's shape alone: --dry-run
-#
-# All of it is arithmetic; nothing is loaded or measured. Bytes, for P parameters, of which P_in are
-# in the layers and P_out are embedding, head and last norm, on n GPUs:
-#
-#     masters, AdamW           4 P / n and 8 P / n; with --cpu-offload none
-#     gradients                4 P / n, in the update; with --cpu-offload none
-#     frozen models            2 P / n each, and for n > 1 their P_out gathered: 2 P_out
-#     weights of the update    n = 1: bf16 copies, 2 P; else two layers, and P_out in fp32: 2 * 2
-#                              P_in / L + 4 P_out, and as much again for their gradients
-#     weights of the sampler   n = 1: bf16 copies, 2 P; else a copy of 2 P_in + 4 P_out (of a
-#                              frozen model nothing, or 2 P); with --gather layer two layers and
-#                              P_out in fp32: 2 * 2 P_in / L + 4 P_out (of a frozen one layers)
-#     head and chunk           8 V D: head in bf16, its gradient in bf16 and fp32; 6 blocks of
-#                              logits
-#     activations              tokens of a micro-batch (or of the longest row) times: with
-#                              --gradient-checkpointing 4 L D and one layer, else L layers; a layer
-#                              keeps 24 D + 14 (H + H_kv) d + 8 F
-#     keys and values          4 L H_kv d a token; rows * longest at the very most (where they do
-#                              not fit, the youngest rows wait)
-#
-# Seconds, for responses that are all as long as --max-new-tokens: 2 P operations a token for a
-# forward pass, 4 for a backward (2 more if recomputed), 4 L H d * length / 2 of attention as often;
-# sampling reads weights, and half of the keys and values of its rows, once a token; a micro-batch
-# moves 8 P bytes between the GPUs, of a node or of several, and with --gather layer each token of
-# the sampler 2 P_in. A GPU reaches 40 % of an H100's 989e12 operations and of 3.35e12 bytes a
-# second, and 200e9 bytes to its neighbours, 25e9 across nodes of 8.
-# --------------------------------------------------------------------------------------------------
-
-GB = 1e9
-OPERATIONS, MEMORY, NODE, NETWORK = 0.4 * 989e12, 0.4 * 3.35e12, 200e9, 25e9  # a second
-
-
-@dataclass
-class Shape:
-    """What the sizes of a Qwen or Llama model follow from."""
-
-    hidden: int  # D
-    layers: int  # L
-    heads: int  # H
-    kv_heads: int  # H_kv
-    ffn: int  # F
-    vocab: int  # V, rows of the embedding
-    tied: bool  # one matrix is embedding and head
-    head_dim: int = 128  # d
-    qk_norm: bool = False
-
-    @property
-    def layer(self):
-        """Parameters of a layer."""
-        D, d = self.hidden, self.head_dim
-        attention = 2 * D * d * (self.heads + self.kv_heads) + 2 * d * self.qk_norm
-        return attention + 3 * D * self.ffn + 2 * D
-
-    @property
-    def outer(self):
-        """Parameters of embedding, head and last norm."""
-        return (1 if self.tied else 2) * self.vocab * self.hidden + self.hidden
-
-    @property
-    def params(self):
-        return self.layers * self.layer + self.outer
-
-    @property
-    def cache(self):
-        """Bytes of keys and values a token."""
-        return 4 * self.layers * self.kv_heads * self.head_dim
-
-    @property
-    def activation(self):
-        """Bytes that a layer keeps for the backward pass, a token."""
-        heads = (self.heads + self.kv_heads) * self.head_dim
-        return 24 * self.hidden + 14 * heads + 8 * self.ffn
-
-
-def read_shape(name):
-    """Shape of a model folder or hub name; its config is read. Raises as `describe_lm` does."""
-    describe_lm(name)
-    with explained(name):
-        c = AutoConfig.from_pretrained(name)
-    dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    return Shape(c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads,
-                 c.intermediate_size, c.vocab_size, c.tie_word_embeddings, dim,
-                 "qwen3" in c.model_type)
-
-
-def step_bytes(trained, frozen, sampler, *, gpus, rows, longest, micro_tokens, checkpointing,
-               cpu_offload=False, gather="full", chunk=256 << 20):
-    """{part: bytes} on one of `gpus` GPUs; trained: a Shape or None, frozen: Shapes.
-
-    sampler: that one of them which samples. rows: that one GPU decodes at once; longest: tokens of
-    prompt and response. The parts up to "frozen models" are always there, then come those of the
-    update, then those of sampling.
-    """
-    tokens, on_gpu, t = max(micro_tokens, longest), 0 if cpu_offload else 1, trained
-    # with whole weights every process evaluates with a model of its own
-    n = gpus if trained or gather == "layer" else 1
-    many = n > 1
-    copy = 2 * sampler.params if many or sampler is trained else 0
-    if many and sampler is trained:
-        copy += 2 * sampler.outer
-    if many and gather == "layer":
-        copy = 4 * sampler.layer + 4 * sampler.outer * (sampler is trained)
-    parts = {"masters": 4 * t.params / n * on_gpu if t else 0,
-             "AdamW": 8 * t.params / n * on_gpu if t else 0,
-             "frozen models": sum(2 * f.params / n + 2 * f.outer * many for f in frozen)}
-    update = {}
-    if t:
-        gathered = 2 * (4 * t.layer + 4 * t.outer) if many else 2 * t.params
-        kept = 4 * t.layers * t.hidden + t.activation
-        update = {"gradients": 4 * t.params / n * on_gpu, "weights of the update": gathered,
-                  "head and chunk": 8 * t.vocab * t.hidden + 6 * chunk,
-                  "activations": tokens * (kept if checkpointing else t.layers * t.activation)}
-    sampling = {"weights of the sampler": copy, "keys and values": rows * longest * sampler.cache}
-    total = sum(parts.values())
-    return {**parts, **update, "in the update": (total + sum(update.values())) * bool(t),
-            **sampling, "while sampling": total + sum(sampling.values())}
-
-
-def step_seconds(trained, frozen, sampler, *, gpus, rows, share, prompt, response, micro_tokens,
-                 checkpointing, sample_rows, gather="full"):
-    """{part: seconds} of a step of `rows` rows in all, each of prompt + response tokens; share:
-    rows that the process with most prompts samples."""
-    length, mine, at_once = prompt + response, rows / gpus, min(share, sample_rows)
-    read = 2 * sampler.params + at_once * (prompt + response / 2) * sampler.cache
-    wire = NODE if gpus <= 8 else NETWORK
-    moved = 2 * sampler.layers * sampler.layer if gpus > 1 and gather == "layer" else 0
-    found = {"sampling": -(-share // at_once) * response * (read / MEMORY + moved / wire)}
-
-    def passes(model, n):
-        per_token = 2 * model.params + 4 * model.layers * model.heads * model.head_dim * length / 2
-        return n * per_token * mine * length / OPERATIONS
-
-    if trained:
-        found["frozen models"] = sum(passes(model, 1) for model in frozen)
-        found["update"] = passes(trained, 4 if checkpointing else 3)
-        groups = max(1, mine * length / max(micro_tokens, length))
-        found["between GPUs"] = groups * 8 * trained.params / wire if gpus > 1 else 0.0
-    return {**found, "a step": sum(found.values())}
-
-
-def sizes(cfg, trained, frozen, sampler):
-    """Memory and seconds for the settings of a stage, or of evaluate.py, on cfg.dry_run GPUs."""
-    k = getattr(cfg, "rollouts", 0) or cfg.samples
-    prompts = getattr(cfg, "prompts", 0) or max(1, cfg.sample_rows // k) * cfg.dry_run
-    prompt = getattr(cfg, "max_prompt_tokens", 2048)
-    share = -(-prompts // cfg.dry_run) * k  # rows of the process that has most
-    both = dict(gpus=cfg.dry_run, gather=getattr(cfg, "gather", "full"),
-                micro_tokens=getattr(cfg, "micro_tokens", 0) or 32768,
-                checkpointing=getattr(cfg, "gradient_checkpointing", False))
-    return (step_bytes(trained, frozen, sampler, **both, rows=min(cfg.sample_rows, share),
-                       longest=prompt + cfg.max_new_tokens,
-                       cpu_offload=getattr(cfg, "cpu_offload", False)),
-            step_seconds(trained, frozen, sampler, **both, rows=prompts * k, share=share,
-                         prompt=prompt, response=cfg.max_new_tokens, sample_rows=cfg.sample_rows))
-
-
-def dry_run(cfg, trained, frozen, sampler=None):
-    """Print the sizes; trained: a model's name or "", frozen: names; sampler: a frozen model's
-    name, if it samples and not the trained one. Raises UserError as `read_shape` does."""
-    shapes = {name: read_shape(name) for name in frozen}
-    train = read_shape(trained) if trained else None
-    found, times = sizes(cfg, train, list(shapes.values()), shapes[sampler] if sampler else train)
-    print(f"computed, not measured: {cfg.dry_run} GPU(s), bf16 compute, responses as long as they "
-          "may be")
-    for name, size in found.items():
-        print(f"{name:>24}  {size / GB:8.1f} GB")
-    for name, value in times.items():
-        print(f"{name:>24}  {value:8.0f} s")
+        for parameter in lm.replica.parameters():
+            parameter.data = parameter.data.new_empty(0)

@@ -30,20 +30,16 @@ from typing import Literal
 
 import torch
 
-from common import (Run, Timer, batch_indices, check, count_steps, describe_lm, dry_run, flat,
-                    load_lm, load_problems, make_optimizer, merged, optimizer_step, over_chunks,
-                    pick, reward_groups, rollout_stats, run_cli, sample_shared,
-                    shared_micro_batches, summed, tokenize_problems)
+from common import (Run, StageConfig, all_gather_dict, all_reduce_sum, batch_indices, check,
+                    count_steps, describe_lm, flat, load_lm, load_problems, make_optimizer,
+                    optimizer_step, over_chunks, pick, reward_groups, rollout_stats, run_cli,
+                    sample_shared, shared_micro_batches, tokenize_problems)
 
 
 @dataclass
-class Config:
+class Config(StageConfig):  # whose flags all three stages have
     # --- models and data
     model: str = None  # ours: any; policy to train, model folder or hub name; also the KL reference
-    data: str = "dapo"  # problems, DAPO-Math-17K (Table 1): file, folder, hub name or alias
-    half: Literal["1", "2", "all"] = "all"  # which half of the deduplicated problems (Table 1)
-    exclude: str = "math500,aime24,aime25"  # ours: sets whose problems are dropped, or none
-    split_seed: int = 0  # ours: seed of the halves; keep it over a whole recipe
     out: str = "ckpt/grpo"  # ours: output folder
     # --- the paper's
     lr: float = 1e-6  # learning rate of AdamW (Table 9)
@@ -64,25 +60,6 @@ class Config:
     mask_truncated: bool = False  # ours: leave responses cut at the limit out of the loss
     kl_loss: Literal["k2", "k3"] = "k2"  # ours: KL estimator in the loss; k2 has the right gradient
     steps: int = 0  # ours: number of steps (rollout batches); 0 means --epochs
-    seed: int = 0  # ours: of prompt order and sampling
-    thinking: bool = False  # ours: Qwen3's thinking mode
-    weight_decay: float = 0.0  # ours: AdamW's decoupled decay
-    adam_beta2: float = 0.999  # ours: AdamW's beta2
-    lr_schedule: Literal["constant", "linear"] = "constant"  # ours: linear decays to 0
-    warmup_steps: int = 0  # ours: updates of linear learning-rate warmup
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto: bf16 on CUDA, else fp32
-    # --- memory, speed and display only: they change no result beyond rounding
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    micro_tokens: int = 0  # padded tokens of a micro-batch; 0: 32,768 on a GPU, 1,024 on a CPU
-    vocab_chunk: int = 0  # tokens whose (n, V) log-probs exist at once; 0: 256 MiB, on a CPU 16
-    sample_rows: int = 256  # rows decoded at once
-    kv_gib: float = 0.0  # GiB of the sampler's keys and values; 0: what the device can spare
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass
-    save_every: int = 50  # steps between checkpoints; 0: only one when it is told to stop
-    cpu_offload: bool = False  # several processes: masters and AdamW in host memory
-    gather: Literal["full", "layer"] = "full"  # several processes: weights at hand while sampling
-    dry_run: int = 0  # only print the computed memory and time on so many GPUs
-    show_every: int = 10  # steps between printed rollouts; 0 is never
 
 
 def advantages(rewards, adv_std=True, eps=1e-4):
@@ -111,73 +88,63 @@ def kl_penalty(logp, logp_ref, estimator):
     return log_ratio.square() / 2 if estimator == "k2" else log_ratio.exp() - 1 - log_ratio
 
 
-def row_weights(lengths, keep, aggregation, max_new_tokens):
-    """Weight of the tokens of each row; the loss is sum(weight * token loss): (B,), (B,) -> (B,).
+def row_weights(rows, mask_truncated, aggregation, max_new_tokens):
+    """Weight of each row's tokens, (B,); the loss of an update is sum(weight * token loss).
 
     token: one mean over all tokens of the update. sequence: the mean over rows of each row's mean.
-    constant: the sum over rows * max_new_tokens (Dr. GRPO). Rows with keep 0 count nowhere.
+    constant: the sum over rows * max_new_tokens (Dr. GRPO). Truncated rows may count nowhere.
     """
-    lengths, keep = torch.tensor(lengths).double(), torch.tensor(keep).double()
+    lengths = torch.tensor([len(r.tokens) for r in rows]).double()
+    counts = torch.tensor([r.finished or not mask_truncated for r in rows]).double()
     if aggregation == "token":
-        return keep / (lengths * keep).sum().clamp(min=1)
+        return counts / (lengths * counts).sum().clamp(min=1)
     per_row = lengths if aggregation == "sequence" else max_new_tokens
-    return keep / keep.sum().clamp(min=1) / per_row
+    return counts / counts.sum().clamp(min=1) / per_row
 
 
 @torch.no_grad()
 def score(cfg, lm, rows):
-    """log pi(y_t|s_t) as constants, one (len,) tensor a row."""
+    """log pi(y_t|s_t) as constants: a list of floats for each row."""
     logps = {}
     for group in shared_micro_batches(rows, cfg.micro_tokens, lm.device):
         hidden, tokens = lm.states([rows[i] for i in group])
         logp = lm.token_logp(hidden, tokens, cfg.temperature, cfg.vocab_chunk)
         for i, row_logp in zip(group, logp.split([len(rows[i].tokens) for i in group])):
-            logps[i] = row_logp
-    logps = merged(logps)
+            logps[i] = row_logp.tolist()
+    logps = all_gather_dict(logps)
     return [logps[i] for i in range(len(rows))]
 
 
-def accumulate(cfg, policy, rows, adv, logp_old, logp_ref):
-    """Add the gradient of one mini-batch of B rows; adv (B,); logp_old, logp_ref per row or None.
+def accumulate(cfg, policy, rows, adv, weights, old, ref):
+    """Add the gradient of a micro-batch to the policy's.
 
-    Without logp_old, pi_old is the policy as it is: the ratio is 1, its gradient is not 0.
-    Returns sums over tokens: clipped, entropy, k3 to the reference, |log pi_old - the sampler's|.
+    adv, weights: A_i and `row_weights` of its rows, (B,). old, ref: log pi_old and log pi_ref of
+    its rows, lists of floats, or None. Without old, pi_old is the policy as it is: the ratio is 1,
+    but its gradient is not 0. Returns sums over its tokens: of clipped, entropy, k3 to the
+    reference, and |log pi_old - the sampler's log-prob|.
     """
-    keep = [r.finished or not cfg.mask_truncated for r in rows]
-    weights = row_weights([len(r.tokens) for r in rows], keep, cfg.aggregation, cfg.max_new_tokens)
-    teaches = (weights != 0) & ((adv != 0) | bool(logp_ref))  # (B,)
-    teaches[:1] |= ~teaches.any()  # a gradient of zeros is still one: AdamW has its momentum
-    sums, clip_high = torch.zeros(4, dtype=torch.float64), cfg.clip_high or cfg.clip
+    hidden, tokens = policy.states(rows)  # (N, D), (N,)
+    clip_high = cfg.clip_high or cfg.clip
 
-    def chunk(head, h, y, old, ref, sampled, A, weight):
+    def per_token(lists):  # (N,)
+        return lists and torch.tensor([x for row in lists for x in row], device=tokens.device)
+
+    def chunk(head, h, y, sampled, A, weight, old=None, ref=None):
         all_logp = policy.log_probs(h, head, cfg.temperature)  # (n, V)
         entropy = -(all_logp.detach().exp() * all_logp.detach()).sum(-1)
         logp = pick(all_logp, y)  # (n,)
-        old = old if logp_old else logp.detach()
+        old = logp.detach() if old is None else old
+        ref = logp.detach() if ref is None else ref
         loss = policy_loss(logp, old, A, cfg.clip, clip_high)
-        if logp_ref:
-            loss = loss + cfg.kl_coef * kl_penalty(logp, ref, cfg.kl_loss)
+        loss = loss + cfg.kl_coef * kl_penalty(logp, ref, cfg.kl_loss)
         ratio = (logp - old).exp()
         clipped = torch.where(A > 0, ratio > 1 + clip_high, ratio < 1 - cfg.clip) & (A != 0)
-        k3 = kl_penalty(logp, ref if logp_ref else logp, "k3")
+        k3 = kl_penalty(logp, ref, "k3")
         return (weight * loss).sum(), (clipped, entropy, k3, (old - sampled).abs())
 
-    # rows without a gradient are only looked at, for the log
-    for some, teach in ((teaches, True), (~teaches, False)):
-        indices = some.nonzero().squeeze(-1).tolist()
-        for group in shared_micro_batches([rows[i] for i in indices], cfg.micro_tokens,
-                                          policy.device):
-            group = [indices[i] for i in group]
-            part = [rows[i] for i in group]
-            with torch.set_grad_enabled(teach):
-                hidden, y = policy.states(part)  # (N, D), (N,)
-                sampled = torch.tensor([x for r in part for x in r.logp], device=y.device)
-                old, ref = (torch.cat([sampled[:0], *(logps[i].to(y.device) for i in group)])
-                            if logps else sampled for logps in (logp_old, logp_ref))
-                A, weight = (flat(x[group], part).to(y.device) for x in (adv, weights))
-                sums += over_chunks(chunk, cfg.vocab_chunk, policy, hidden, y, old, ref, sampled, A,
-                                    weight).cpu()
-    return sums
+    return over_chunks(chunk, cfg.vocab_chunk, policy, hidden, y=tokens,
+                       sampled=per_token([r.logp for r in rows]), A=flat(adv, rows),
+                       weight=flat(weights, rows), old=per_token(old), ref=per_token(ref))
 
 
 def main(cfg):
@@ -185,59 +152,55 @@ def main(cfg):
     check(cfg.temperature > 0, "--temperature must be positive")
     check(cfg.prompts % cfg.mini_batch == 0,
           f"--prompts {cfg.prompts} is not a multiple of --mini-batch {cfg.mini_batch}")
-    if cfg.dry_run:
-        return dry_run(cfg, cfg.model, [cfg.model] if cfg.kl_coef else [])
     describe_lm(cfg.model)  # a wrong name should not wait for the data
     run = Run(cfg, parents=[cfg.model])
-    problems = load_problems(cfg.data, half=cfg.half, exclude=cfg.exclude,
-                             split_seed=cfg.split_seed)
+    problems = load_problems(cfg)
     run.use_labels(problems)
-    policy = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype, train=True,
-                     gradient_checkpointing=cfg.gradient_checkpointing,
-                     cpu_offload=cfg.cpu_offload)
-    reference = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype) if cfg.kl_coef else None
-    problems = tokenize_problems(problems, policy.tokenizer, thinking=cfg.thinking,
-                                 max_prompt_tokens=cfg.max_prompt_tokens)
-    steps = count_steps(cfg.steps, cfg.epochs, len(problems), cfg.prompts)
+    policy = load_lm(cfg.model, cfg, train=True)
+    reference = load_lm(cfg.model, cfg) if cfg.kl_coef else None
+    problems = tokenize_problems(problems, policy.tokenizer, cfg)
+    steps = count_steps(cfg, len(problems))
     updates = cfg.prompts // cfg.mini_batch  # per step
     optimizer, scheduler = make_optimizer(policy, cfg, steps * updates)
     start = run.resume(policy, optimizer, scheduler)
 
     for step in run.steps(start, steps):
-        timer = Timer()
         indices = batch_indices(len(problems), cfg.prompts, step, cfg.seed)
 
         # states: fresh rollouts of the policy
-        timer("sampling")
-        rows = sample_shared(policy, [problems[i].prompt for i in indices], cfg.rollouts,
-                             max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-                             seed=(cfg.seed, step), sample_rows=cfg.sample_rows,
-                             kv_gib=cfg.kv_gib, gather=cfg.gather)
+        run.time("sampling")
+        rows = sample_shared(policy, [problems[i].prompt for i in indices], cfg.rollouts, cfg,
+                             seed=(cfg.seed, step))
 
         # reward: one verdict a response; advantage: inside the group of one prompt
-        timer("verifying")
+        run.time("verifying")
         answers = [problems[i].answer for i in indices]
         rewards, rewarded = reward_groups(policy, rows, answers)  # (P, K)
-        adv = advantages(rewards, cfg.adv_std)  # (P, K)
+        adv = advantages(rewards, cfg.adv_std).flatten()  # (B,)
 
         # constants: pi_old only if a later update will see a moved policy, pi_ref only if it counts
-        timer("scoring")
-        logp_old = score(cfg, policy, rows) if updates > 1 else None
-        logp_ref = score(cfg, reference, rows) if reference else None
+        run.time("scoring")
+        old = score(cfg, policy, rows) if updates > 1 else None
+        ref = score(cfg, reference, rows) if reference else None
 
         # loss: each mini-batch of prompts has its own update, whatever the micro-batches
-        timer("updating")
-        sums, grad_norms = torch.zeros(4, dtype=torch.float64), []
-        for i in range(updates):
-            mini = slice(i * len(rows) // updates, (i + 1) * len(rows) // updates)
-            sums += accumulate(cfg, policy, rows[mini], adv.flatten()[mini],
-                               logp_old and logp_old[mini], logp_ref and logp_ref[mini])
+        run.time("updating")
+        sums, grad_norms, size = torch.zeros(4, dtype=torch.float64), [], len(rows) // updates
+        for first in range(0, len(rows), size):
+            mini = rows[first : first + size]
+            weights = row_weights(mini, cfg.mask_truncated, cfg.aggregation, cfg.max_new_tokens)
+            for group in shared_micro_batches(mini, cfg.micro_tokens, policy.device):
+                which = [first + i for i in group]
+                sums += accumulate(cfg, policy, [rows[i] for i in which], adv[which],
+                                   weights[group], old and [old[i] for i in which],
+                                   ref and [ref[i] for i in which])
             grad_norms.append(optimizer_step(policy, optimizer, scheduler, cfg.grad_clip))
 
-        clipped, entropy, kl, gap = (summed(sums) / sum(len(r.tokens) for r in rows)).tolist()
-        run.log(step, "reward", "zero_variance", "length", **rewarded, entropy=entropy, k3_ref=kl,
+        n_tokens = sum(len(r.tokens) for r in rows)
+        clipped, entropy, k3, gap = (all_reduce_sum(sums) / n_tokens).tolist()
+        run.log(step, "reward", "zero_variance", "length", **rewarded, entropy=entropy, k3_ref=k3,
                 clip_fraction=clipped, sampler_gap=gap, grad_norms=grad_norms,
-                **rollout_stats(rows), **timer.stop())
+                **rollout_stats(rows))
         run.show(step, policy, rows[0], f"answer {answers[0]}, reward {rewards[0, 0]:.0f}")
         run.save_state(step, policy, optimizer, scheduler)
     run.finish(policy)

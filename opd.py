@@ -41,21 +41,17 @@ from typing import Literal
 
 import torch
 
-from common import (Run, Timer, batch_indices, check, check_pair, count_steps, describe_lm, dry_run,
-                    flat, load_lm, load_problems, make_optimizer, optimizer_step, over_chunks, pick,
-                    reward_groups, rollout_stats, run_cli, sample_shared, shared_micro_batches,
-                    summed, tokenize_problems)
+from common import (Run, StageConfig, all_reduce_sum, batch_indices, check, check_pair, count_steps,
+                    describe_lm, flat, load_lm, load_problems, make_optimizer, optimizer_step,
+                    over_chunks, pick, reward_groups, rollout_stats, run_cli, sample_shared,
+                    shared_micro_batches, tokenize_problems)
 
 
 @dataclass
-class Config:
+class Config(StageConfig):  # whose flags all three stages have
     # --- models and data
     teacher: str = None  # ours: any; frozen teacher, model folder or hub name
     student: str = None  # ours: any; student to train, model folder or hub name
-    data: str = "dapo"  # problems, DAPO-Math-17K (Table 1): file, folder, hub name or alias
-    half: Literal["1", "2", "all"] = "all"  # which half of the deduplicated problems (Table 1)
-    exclude: str = "math500,aime24,aime25"  # ours: sets whose problems are dropped, or none
-    split_seed: int = 0  # ours: seed of the halves; keep it over a whole recipe
     out: str = "ckpt/opd"  # ours: output folder
     # --- the paper's
     lr: float = 1e-6  # learning rate of AdamW (Table 10)
@@ -69,26 +65,7 @@ class Config:
     estimator: Literal["full", "token", "return"] = "full"  # ours: Eq. 4 exact or sampled, Eq. 2
     sparse_weight: float = 0.0  # ours: lambda of Eq. 3; 0 is OPD, 1 sparse RL (above 0: labels)
     steps: int = 0  # ours: number of updates; 0 means --epochs
-    seed: int = 0  # ours: of prompt order and sampling
-    thinking: bool = False  # ours: Qwen3's thinking mode
     grad_clip: float = 1.0  # ours: gradient norm limit, as in Table 9
-    weight_decay: float = 0.0  # ours: AdamW's decoupled decay
-    adam_beta2: float = 0.999  # ours: AdamW's beta2
-    lr_schedule: Literal["constant", "linear"] = "constant"  # ours: linear decays to 0
-    warmup_steps: int = 0  # ours: updates of linear learning-rate warmup
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto: bf16 on CUDA, else fp32
-    # --- memory, speed and display only: they change no result beyond rounding
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    micro_tokens: int = 0  # padded tokens of a micro-batch; 0: 32,768 on a GPU, 1,024 on a CPU
-    vocab_chunk: int = 0  # tokens whose (n, V) log-probs exist at once; 0: 256 MiB, on a CPU 16
-    sample_rows: int = 256  # rows decoded at once
-    kv_gib: float = 0.0  # GiB of the sampler's keys and values; 0: what the device can spare
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass
-    save_every: int = 50  # steps between checkpoints; 0: only one when it is told to stop
-    cpu_offload: bool = False  # several processes: masters and AdamW in host memory
-    gather: Literal["full", "layer"] = "full"  # several processes: weights at hand while sampling
-    dry_run: int = 0  # only print the computed memory and time on so many GPUs
-    show_every: int = 10  # steps between printed rollouts; 0 is never
 
 
 def reverse_kl(logp, logq):
@@ -103,7 +80,7 @@ def dense_advantages(logp, logq, lengths, returns):
     returns=True sums it over u >= t inside each row of these lengths: the gradient of Eq. 2.
     """
     advantages = (logq - logp).detach()
-    if returns:
+    if returns and lengths:
         rows = advantages.split(lengths)
         advantages = torch.cat([row.flip(0).cumsum(0).flip(0) for row in rows])
     return advantages
@@ -122,25 +99,24 @@ def mixed_loss(dense, logp, adv, sparse_weight):
     return (1 - sparse_weight) * dense - sparse_weight * adv * logp
 
 
-def accumulate(cfg, student, teacher, rows, n_tokens, sparse=None):
+def accumulate(cfg, student, teacher, rows, n_tokens, sparse):
     """Add the gradient of a micro-batch to the student's, for an update of n_tokens tokens.
 
-    sparse: A_i of its rows, (B,); None is 0, as without --sparse-weight. Returns sums over its
+    sparse: A_i of its rows, (B,), which counts with --sparse-weight only. Returns sums over its
     tokens: of the exact KL, of its square, of the student's entropy.
     """
     hidden, tokens = student.states(rows)  # (N, D), (N,)
     with torch.no_grad():
         hidden_teacher, _ = teacher.states(rows)
     head_teacher = teacher.head()  # (V, D)
-    adv = torch.zeros(len(tokens), device=tokens.device)
+    dense = None
     if cfg.estimator != "full":  # constants, of all tokens before the first has its loss
         logp, logq = (lm.token_logp(h, tokens, cfg.temperature, cfg.vocab_chunk)
                       for lm, h in ((student, hidden), (teacher, hidden_teacher)))
-        adv = dense_advantages(logp, logq, [len(r.tokens) for r in rows] or [0],
-                               returns=cfg.estimator == "return")
-    sparse = flat(torch.zeros(len(rows)) if sparse is None else sparse, rows).to(tokens.device)
+        dense = dense_advantages(logp, logq, [len(r.tokens) for r in rows],
+                                 returns=cfg.estimator == "return")
 
-    def chunk(head, h, h_teacher, y, A, A_sparse):
+    def chunk(head, h, h_teacher, y, A_sparse, A=None):
         logp = student.log_probs(h, head, cfg.temperature)  # (n, V)
         logq = teacher.log_probs(h_teacher, head_teacher, cfg.temperature)
         kl = reverse_kl(logp, logq)  # (n,)
@@ -150,8 +126,8 @@ def accumulate(cfg, student, teacher, rows, n_tokens, sparse=None):
             loss = mixed_loss(loss, pick(logp, y), A_sparse, cfg.sparse_weight)
         return loss.sum() / n_tokens, (kl, kl**2, entropy)
 
-    return over_chunks(chunk, cfg.vocab_chunk, student, hidden, hidden_teacher, tokens, adv,
-                       sparse)
+    return over_chunks(chunk, cfg.vocab_chunk, student, hidden, h_teacher=hidden_teacher, y=tokens,
+                       A_sparse=flat(sparse, rows), A=dense)
 
 
 def main(cfg):
@@ -160,54 +136,45 @@ def main(cfg):
     check(cfg.rollouts > 1 or not cfg.sparse_weight,
           "--rollouts 1: a group of one has no advantage for --sparse-weight; take at least 2")
     check_pair(describe_lm(cfg.teacher), describe_lm(cfg.student))
-    if cfg.dry_run:
-        return dry_run(cfg, cfg.student, [cfg.teacher])
     run = Run(cfg, parents=[cfg.teacher, cfg.student])
-    problems = load_problems(cfg.data, half=cfg.half, exclude=cfg.exclude,
-                             split_seed=cfg.split_seed)
+    problems = load_problems(cfg)
     if cfg.sparse_weight:
         run.use_labels(problems)
-    teacher = load_lm(cfg.teacher, device=cfg.device, dtype=cfg.dtype)
-    student = load_lm(cfg.student, device=cfg.device, dtype=cfg.dtype, train=True,
-                      gradient_checkpointing=cfg.gradient_checkpointing,
-                      cpu_offload=cfg.cpu_offload)
-    problems = tokenize_problems(problems, student.tokenizer, thinking=cfg.thinking,
-                                 max_prompt_tokens=cfg.max_prompt_tokens)
-    steps = count_steps(cfg.steps, cfg.epochs, len(problems), cfg.prompts)
+    teacher = load_lm(cfg.teacher, cfg)
+    student = load_lm(cfg.student, cfg, train=True)
+    problems = tokenize_problems(problems, student.tokenizer, cfg)
+    steps = count_steps(cfg, len(problems))
     optimizer, scheduler = make_optimizer(student, cfg, steps)
     start = run.resume(student, optimizer, scheduler, teacher)
 
     for step in run.steps(start, steps):
-        timer = Timer()
         indices = batch_indices(len(problems), cfg.prompts, step, cfg.seed)
 
         # states: fresh rollouts of the student, d_theta
-        timer("sampling")
-        rows = sample_shared(student, [problems[i].prompt for i in indices], cfg.rollouts,
-                             max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-                             seed=(cfg.seed, step), sample_rows=cfg.sample_rows,
-                             kv_gib=cfg.kv_gib, gather=cfg.gather)
+        run.time("sampling")
+        rows = sample_shared(student, [problems[i].prompt for i in indices], cfg.rollouts, cfg,
+                             seed=(cfg.seed, step))
 
         # reward: the verifier's, where Eq. 3 wants it; the teacher's is a part of the loss
         sparse, rewarded = torch.zeros(len(rows)), {}
         if cfg.sparse_weight:
-            timer("verifying")
+            run.time("verifying")
             rewards, rewarded = reward_groups(student, rows, [problems[i].answer for i in indices])
             sparse = sparse_advantages(rewards).flatten()  # (B,)
 
         # loss: the mean over all response tokens of the update, whatever the micro-batches
-        timer("updating")
+        run.time("updating")
         n_tokens = sum(len(r.tokens) for r in rows)
         sums = torch.zeros(3, dtype=torch.float64)  # of kl, kl^2, entropy
         for group in shared_micro_batches(rows, cfg.micro_tokens, student.device):
             sums += accumulate(cfg, student, teacher, [rows[i] for i in group], n_tokens,
-                               sparse[group]).cpu()
+                               sparse[group])
         grad_norm = optimizer_step(student, optimizer, scheduler, cfg.grad_clip)
 
-        kl, square, entropy = (summed(sums) / n_tokens).tolist()
+        kl, square, entropy = (all_reduce_sum(sums) / n_tokens).tolist()
         kl_std = max(0.0, square - kl**2) ** 0.5
         run.log(step, "kl", "entropy", "length", **rewarded, kl=kl, kl_std=kl_std, entropy=entropy,
-                grad_norms=[grad_norm], **rollout_stats(rows), **timer.stop())
+                grad_norms=[grad_norm], **rollout_stats(rows))
         run.show(step, student, rows[0], f"KL to the teacher {kl:.3f} nats a token")
         run.save_state(step, student, optimizer, scheduler)
     run.finish(student)
