@@ -267,16 +267,13 @@ class LM:
             logits = F.linear(hidden, head).float()
         return logits if temperature == 1 else logits / temperature
 
-    def log_probs(self, hidden, head, temperature):
-        """log softmax(logits / temperature) in fp32: (n, D), (V, D) -> (n, V)."""
-        return self.logits(hidden, head, temperature).log_softmax(-1)
-
     @torch.no_grad()
     def token_logp(self, hidden, tokens, temperature, chunk):
         """log pi(y_t|s_t) as a constant: (N, D), (N,) -> (N,), `chunk` tokens at once (0: auto)."""
         head, chunk = self.head(), self.chunk_size(chunk)
         blocks = zip(hidden.split(chunk), tokens.split(chunk))
-        return torch.cat([pick(self.log_probs(h, head, temperature), y) for h, y in blocks])
+        return torch.cat([pick(self.logits(h, head, temperature).log_softmax(-1), y)
+                          for h, y in blocks])
 
 
 def pick(logp, tokens):
@@ -443,7 +440,8 @@ def save_lm(lm, out, run_record):
     processes call this; rank 0 writes.
     """
     beside, weights = Path(out) / "saving", {}
-    for name, tensor in full_weights(lm):
+    for name, parameter in lm.model.named_parameters():  # a tied matrix comes once
+        tensor = full_tensor(parameter.detach())
         if rank() == 0:
             weights[name] = tensor.to("cpu", getattr(torch, lm.saved_dtype))
     if rank():
@@ -462,16 +460,11 @@ def save_lm(lm, out, run_record):
     write_json(Path(out) / "config.json", {**config, "dtype": lm.saved_dtype, "run": run_record})
 
 
-def full_weights(lm):
-    """(name, tensor) of each parameter; a tied matrix comes once. All processes must call this."""
-    for name, parameter in lm.model.named_parameters():
-        yield name, full_tensor(parameter.detach())
-
-
 def fingerprint(lm):
     """A short hash that names a policy: up to 8,191 evenly spaced entries of every tensor."""
     digest = hashlib.sha256()
-    for name, tensor in full_weights(lm):
+    for name, parameter in lm.model.named_parameters():
+        tensor = full_tensor(parameter.detach())
         entries = tensor.flatten()[:: max(1, tensor.numel() // 4096)].float().cpu().numpy()
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + entries.tobytes())
     return digest.hexdigest()[:16]
@@ -1669,19 +1662,11 @@ def flat(values, rows):
     return values.float().repeat_interleave(lengths)
 
 
-def rollout_stats(rows):
-    """What every stage logs of its rows: mean length, share cut at the limit, tokens in all."""
-    n = sum(len(r.tokens) for r in rows)
-    cut = sum(not r.finished for r in rows)
-    return {"length": n / len(rows), "truncated": cut / len(rows), "tokens": n}
-
-
 # ---------- 7 optimizer ---------------------------------------------------------------------------
 
 
-def make_optimizer(lm, cfg, updates):
-    """AdamW on the fp32 masters (tied weights once), and its schedule over so many updates:
-    --warmup-steps of linear warmup, then constant or linear decay to 0."""
+def make_optimizer(lm, cfg):
+    """AdamW on the fp32 masters (tied weights once)."""
     parameters = list(lm.model.parameters())
     assert all(p.dtype == torch.float32 for p in parameters), "masters must be fp32"
     fused = parameters[0].device.type == "cuda"
@@ -1690,25 +1675,24 @@ def make_optimizer(lm, cfg, updates):
     for p in parameters:  # AdamW would make these at its first step; `resume` fills them in place
         optimizer.state[p] = {"step": torch.zeros((), device=p.device if fused else "cpu"),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-
-    def factor(update):  # of the learning rate at this update, from 0
-        decay = max(0.0, 1 - update / updates) if cfg.lr_schedule == "linear" else 1.0
-        return min(1.0, (update + 1) / max(1, cfg.warmup_steps)) * decay
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return optimizer
 
 
-def optimizer_step(lm, optimizer, scheduler, grad_clip):
+def optimizer_step(lm, optimizer, cfg, updates):
     """Clip the gradient's norm, update, drop the gradients. Returns the norm before clipping.
 
-    Where the norm is not finite the update is skipped: weights, optimizer and schedule stay as they
-    were. `Run.log` counts these, and ends a run that skips too many in a row.
+    The learning rate follows from the number of updates made: linear warmup, then constant or, over
+    `updates` of them, linear decay to 0. An update whose norm is not finite is skipped and does not
+    count; `Run.log` ends a run that skips too many in a row.
     """
     reshard(lm)
-    norm = full_tensor(torch.nn.utils.clip_grad_norm_(lm.model.parameters(), grad_clip))
+    norm = full_tensor(torch.nn.utils.clip_grad_norm_(lm.model.parameters(), cfg.grad_clip))
     if norm.isfinite():
+        group, = optimizer.param_groups
+        made = optimizer.state[group["params"][0]]["step"].item()  # AdamW counts them
+        decay = max(0.0, 1 - made / updates) if cfg.lr_schedule == "linear" else 1.0
+        group["lr"] = cfg.lr * (min(1.0, (made + 1) / max(1, cfg.warmup_steps)) * decay)
         optimizer.step()
-        scheduler.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
 
@@ -1866,34 +1850,37 @@ class Run:
         """Put into the record how many labelled problems of which data the run learns from."""
         self.record["labels"] = {f"{self.cfg.data}:{self.cfg.half}": len(problems)}
 
-    def resume(self, lm, optimizer, scheduler, teacher=None):
-        """Load the newest checkpoint, if there is one; UserError if it is made from other models,
-        though their names are the same. Returns the step to start with."""
-        self.made_with = {"weights": fingerprint(lm), "teacher": teacher and fingerprint(teacher)}
-        path = on_rank_0(lambda: max(self.out.glob("state-????????"), default=None))
-        saved = on_rank_0(read_json, path / "run.json") if path else {"steps": 0}
-        if path:
-            differ = differences(saved["made_with"], self.made_with)
-            check(not differ, f"{self.out} holds checkpoints of another model ({differ}); choose "
-                              "another --out or delete it")
-            dcp.load(checkpoint_tensors(lm, optimizer), checkpoint_id=path)
-            scheduler.load_state_dict(saved["scheduler"])
-            for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr()):
-                group["lr"] = lr
-            print(f"{self.out}: continuing after {saved['steps']} steps")
-        (self.out / "metrics.jsonl").touch()
-        self.metrics = on_rank_0(read_json_lines, self.out / "metrics.jsonl", saved["steps"])
-        return saved["steps"]
+    def steps(self, total, lm, optimizer, teacher=None):
+        """The numbers of the steps still to make, of `total`, behind a progress bar.
 
-    def steps(self, start, total):
-        """Step numbers start..total-1 behind a progress bar; see `save_state` for signals."""
-        self.total = total
+        Loads the newest checkpoint, if there is one; UserError if it is made from other models,
+        though their names are the same. After each step it may write one: see `save_state`.
+        """
+        self.lm, self.optimizer = lm, optimizer
+        self.made_with = {"weights": fingerprint(lm), "teacher": teacher and fingerprint(teacher)}
+        path, start, self.metrics = on_rank_0(self.newest_checkpoint)
+        if path:
+            dcp.load(self.checkpoint_tensors(), checkpoint_id=path)
+            print(f"{self.out}: continuing after {start} steps")
         self.bar = progress(range(start, total), initial=start, total=total, desc=self.out.name)
         on_stop(self.stop_after_step)
-        for step in self.bar:
+        for self.step in self.bar:
             self.started, self.seconds = time.perf_counter(), {}
-            yield step
+            yield self.step
+            if self.step + 1 < total:  # after the last step comes the model
+                self.save_state(self.step + 1)
         on_stop(stop_at_once)
+
+    def newest_checkpoint(self):
+        """Its folder, or None, its steps and their metrics; later metrics are cut off."""
+        path = max(self.out.glob("state-????????"), default=None)
+        if path:
+            differ = differences(read_json(path / "made_with.json"), self.made_with)
+            check(not differ, f"{self.out} holds checkpoints of another model ({differ}); choose "
+                              "another --out or delete it")
+        (self.out / "metrics.jsonl").touch()
+        steps = int(path.name.removeprefix("state-")) if path else 0
+        return path, steps, read_json_lines(self.out / "metrics.jsonl", steps)
 
     def stop_after_step(self, number, _frame):
         """Signal handler: the current step ends and is saved; a second signal does not wait."""
@@ -1914,42 +1901,44 @@ class Run:
         if name:
             self.seconds[f"seconds_{name}"], self.part_started = 0.0, now
 
-    def log(self, step, *shown, grad_norms, **metrics):
-        """Append {"step", metrics, "seconds"} to metrics.jsonl; the bar shows the metrics named.
+    def log(self, *shown, rows, grad_norms, **metrics):
+        """Append a line of metrics to metrics.jsonl; the bar shows those named.
 
-        grad_norms: of the step's updates; those not finite were skipped. Raises UserError when the
-        last MAX_SKIPPED updates all were.
+        rows: the step's Rollouts. grad_norms: of its updates; those not finite were skipped. Raises
+        UserError when the last MAX_SKIPPED updates all were.
         """
         self.time()
         seconds = time.perf_counter() - self.started
+        tokens, cut = sum(len(r.tokens) for r in rows), sum(not r.finished for r in rows)
         finite = [norm for norm in grad_norms if math.isfinite(norm)]
         for norm in grad_norms:
             self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
-        metrics |= {"grad_norm": sum(finite) / len(finite) if finite else math.nan,
+        metrics |= {"length": tokens / len(rows), "truncated": cut / len(rows), "tokens": tokens,
+                    "grad_norm": sum(finite) / len(finite) if finite else math.nan,
                     "skipped": len(grad_norms) - len(finite), **self.seconds,
-                    "tokens_per_second": metrics["tokens"] / seconds, "seconds": seconds}
-        line = {"step": step, **{k: rounded(v) for k, v in metrics.items()}}
+                    "tokens_per_second": tokens / seconds, "seconds": seconds}
+        line = {"step": self.step, **{k: rounded(v) for k, v in metrics.items()}}
         append_json_line(self.out / "metrics.jsonl", line)
         self.metrics.append(line)
         self.bar.set_postfix({k: line[k] for k in shown}, refresh=False)
-        if step == 0 and metrics["truncated"] > 0.5:
+        if self.step == 0 and metrics["truncated"] > 0.5:
             self.bar.write(f"warning: {metrics['truncated']:.0%} of the responses were cut: is "
                            "--max-new-tokens too small, or does the model not know when to stop?")
         if metrics["skipped"]:
-            self.bar.write(f"warning: step {step}: {metrics['skipped']} of {len(grad_norms)} "
+            self.bar.write(f"warning: step {self.step}: {metrics['skipped']} of {len(grad_norms)} "
                            "updates skipped, their loss or gradient is not finite")
         check(self.skipped_in_a_row < MAX_SKIPPED, f"the last {self.skipped_in_a_row} updates had "
               "a loss or gradient that is not finite: the run diverged (is --lr too high?)")
 
-    def show(self, step, lm, rollout, note):
+    def show(self, rollout, note):
         """Print one decoded rollout every show_every steps, above the progress bar."""
-        if self.cfg.show_every and step % self.cfg.show_every == 0:
-            text = lm.tokenizer.decode(rollout.prompt) + " → " + lm.tokenizer.decode(rollout.tokens)
+        if self.cfg.show_every and self.step % self.cfg.show_every == 0:
+            text = " → ".join(map(self.lm.tokenizer.decode, (rollout.prompt, rollout.tokens)))
             text = text.replace("\n", "⏎")
             text = text if len(text) <= 600 else f"{text[:300]} […] {text[-300:]}"
-            self.bar.write(f"[{self.out.name}, step {step}, {note}] {text}")
+            self.bar.write(f"[{self.out.name}, step {self.step}, {note}] {text}")
 
-    def save_state(self, step, lm, optimizer, scheduler):
+    def save_state(self, steps):
         """Write a checkpoint every save_every steps, and when SIGTERM or Ctrl-C asked for the end.
 
         Every process writes its shards beside; then the folder is renamed, and only then the older
@@ -1958,49 +1947,48 @@ class Run:
         """
         signals = all_gather_dict({rank(): self.stop_signal})
         self.stop_signal = max(signals.values())  # all stop if one process has heard a signal
-        due = self.cfg.save_every and (step + 1) % self.cfg.save_every == 0
-        if step + 1 == self.total or not (due or self.stop_signal):
-            return  # the last step needs none
-        path = self.out / f"state-{step + 1:08d}"
+        due = self.cfg.save_every and steps % self.cfg.save_every == 0
+        if not (due or self.stop_signal):
+            return
+        path = self.out / f"state-{steps:08d}"
         beside = path.with_suffix(".tmp")
         on_rank_0(shutil.rmtree, beside, True)  # a killed run may have left it
         try:
-            dcp.save(checkpoint_tensors(lm, optimizer), checkpoint_id=beside)
+            dcp.save(self.checkpoint_tensors(), checkpoint_id=beside)
         except dcp.api.CheckpointException as failed:
             on_rank_0(shutil.rmtree, beside, True)  # a full disk needs the room
             error = next(iter(failed.failures.values()))[0]
             raise error if isinstance(error, KeyboardInterrupt) else UserError(
                 f"cannot write {path}: {first_line(error)}") from failed
-        write_json(beside / "run.json", {"steps": step + 1, "made_with": self.made_with,
-                                         "scheduler": scheduler.state_dict()})
+        write_json(beside / "made_with.json", self.made_with)
         if rank() == 0:
             os.rename(beside, path)
             self.delete_checkpoints(but=path)
         if self.stop_signal:
-            stop_at_once(self.stop_signal, note=f" after {step + 1} steps, all saved")
+            stop_at_once(self.stop_signal, note=f" after {steps} steps, all saved")
+
+    def checkpoint_tensors(self):
+        """The tensors of a checkpoint themselves: loading fills them in place."""
+        reshard(self.lm)
+        return {"model": dict(self.lm.model.named_parameters()),
+                "optimizer": self.optimizer.state_dict()["state"]}
 
     def delete_checkpoints(self, but=None):
         for path in set(self.out.glob("state-*")) - {but}:
             shutil.rmtree(path)
 
-    def finish(self, lm):
+    def finish(self):
         """Write the model folder; the record tells the steps and seconds that it took.
 
         Raises UserError, and keeps the checkpoint, when the model cannot be written.
         """
         seconds = self.seconds_before + sum(line["seconds"] for line in self.metrics)
         self.record |= {"finished": True, "steps": len(self.metrics), "seconds": rounded(seconds)}
-        save_lm(lm, self.out, self.record)
+        save_lm(self.lm, self.out, self.record)
         if rank() == 0:
             self.delete_checkpoints()
             self.lock.close()
         print(f"{self.out}: {len(self.metrics)} steps in {seconds:.0f} s, model saved")
-
-
-def checkpoint_tensors(lm, optimizer):
-    """The tensors of a checkpoint themselves: loading fills them in place."""
-    reshard(lm)
-    return {"model": dict(lm.model.named_parameters()), "optimizer": optimizer.state_dict()["state"]}
 
 
 # ---------- 9 processes: torchrun starts them, FSDP2 shards the models ----------------------------

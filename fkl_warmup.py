@@ -35,7 +35,7 @@ from common import (Rollout, Run, StageConfig, all_reduce_sum, append_json_line,
                     build_prompt, check, check_pair, count_steps, describe_lm, differences,
                     find_question, fingerprint, load_lm, load_problems, lock, make_optimizer,
                     on_rank_0, optimizer_step, over_chunks, pick, progress, read_json_lines,
-                    read_rows, rollout_stats, run_cli, sample_and_write, shared_micro_batches,
+                    read_rows, run_cli, sample_and_write, shared_micro_batches,
                     skip_long_prompts, tokenize_problems, verify)
 
 
@@ -177,9 +177,9 @@ def accumulate(cfg, student, teacher, rows, n_tokens):
         head_teacher = teacher.head()  # (V, D)
 
     def chunk(head, h, y, h_teacher=None):
-        logp = student.log_probs(h, head, cfg.temperature)  # (n, V)
+        logp = student.logits(h, head, cfg.temperature).log_softmax(-1)  # (n, V)
         if cfg.targets == "soft":
-            logq = teacher.log_probs(h_teacher, head_teacher, cfg.temperature)
+            logq = teacher.logits(h_teacher, head_teacher, cfg.temperature).log_softmax(-1)
             loss = forward_kl(logp, logq)  # (n,)
         else:
             loss = -pick(logp, y)
@@ -202,10 +202,9 @@ def main(cfg):
     student = load_lm(cfg.student, cfg, train=True)
     teacher, groups = load_states(cfg, run, student)
     steps = count_steps(cfg, len(groups))
-    optimizer, scheduler = make_optimizer(student, cfg, steps)
-    start = run.resume(student, optimizer, scheduler, teacher)
+    optimizer = make_optimizer(student, cfg)
 
-    for step in run.steps(start, steps):
+    for step in run.steps(steps, student, optimizer, teacher):
         indices = batch_indices(len(groups), cfg.prompts, step, cfg.seed)
 
         # states: cached rollouts of the teacher, d_T
@@ -217,15 +216,14 @@ def main(cfg):
         sums = torch.zeros(2, dtype=torch.float64)  # of loss, entropy
         for group in shared_micro_batches(rows, cfg.micro_tokens, student.device):
             sums += accumulate(cfg, student, teacher, [rows[i] for i in group], n_tokens)
-        grad_norm = optimizer_step(student, optimizer, scheduler, cfg.grad_clip)
+        grad_norm = optimizer_step(student, optimizer, cfg, steps)
 
         loss, entropy = (all_reduce_sum(sums) / n_tokens).tolist()
         name = "kl" if cfg.targets == "soft" else "nll"
-        run.log(step, name, "entropy", "length", **{name: loss}, entropy=entropy,
-                grad_norms=[grad_norm], **rollout_stats(rows))
-        run.show(step, student, rows[0], f"{name} {loss:.3f} nats a token")
-        run.save_state(step, student, optimizer, scheduler)
-    run.finish(student)
+        run.log(name, "entropy", "length", **{name: loss}, entropy=entropy, rows=rows,
+                grad_norms=[grad_norm])
+        run.show(rows[0], f"{name} {loss:.3f} nats a token")
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import torch
 
 from common import (Run, StageConfig, all_gather_dict, all_reduce_sum, batch_indices, check,
                     count_steps, describe_lm, flat, load_lm, load_problems, make_optimizer,
-                    optimizer_step, over_chunks, pick, reward_groups, rollout_stats, run_cli,
+                    optimizer_step, over_chunks, pick, reward_groups, run_cli,
                     sample_shared, shared_micro_batches, tokenize_problems)
 
 
@@ -130,7 +130,7 @@ def accumulate(cfg, policy, rows, adv, weights, old, ref):
         return lists and torch.tensor([x for row in lists for x in row], device=tokens.device)
 
     def chunk(head, h, y, sampled, A, weight, old=None, ref=None):
-        all_logp = policy.log_probs(h, head, cfg.temperature)  # (n, V)
+        all_logp = policy.logits(h, head, cfg.temperature).log_softmax(-1)  # (n, V)
         entropy = -(all_logp.detach().exp() * all_logp.detach()).sum(-1)
         logp = pick(all_logp, y)  # (n,)
         old = logp.detach() if old is None else old
@@ -161,10 +161,9 @@ def main(cfg):
     problems = tokenize_problems(problems, policy.tokenizer, cfg)
     steps = count_steps(cfg, len(problems))
     updates = cfg.prompts // cfg.mini_batch  # per step
-    optimizer, scheduler = make_optimizer(policy, cfg, steps * updates)
-    start = run.resume(policy, optimizer, scheduler)
+    optimizer = make_optimizer(policy, cfg)
 
-    for step in run.steps(start, steps):
+    for step in run.steps(steps, policy, optimizer):
         indices = batch_indices(len(problems), cfg.prompts, step, cfg.seed)
 
         # states: fresh rollouts of the policy
@@ -194,16 +193,14 @@ def main(cfg):
                 sums += accumulate(cfg, policy, [rows[i] for i in which], adv[which],
                                    weights[group], old and [old[i] for i in which],
                                    ref and [ref[i] for i in which])
-            grad_norms.append(optimizer_step(policy, optimizer, scheduler, cfg.grad_clip))
+            grad_norms.append(optimizer_step(policy, optimizer, cfg, steps * updates))
 
         n_tokens = sum(len(r.tokens) for r in rows)
         clipped, entropy, k3, gap = (all_reduce_sum(sums) / n_tokens).tolist()
-        run.log(step, "reward", "zero_variance", "length", **rewarded, entropy=entropy, k3_ref=k3,
-                clip_fraction=clipped, sampler_gap=gap, grad_norms=grad_norms,
-                **rollout_stats(rows))
-        run.show(step, policy, rows[0], f"answer {answers[0]}, reward {rewards[0, 0]:.0f}")
-        run.save_state(step, policy, optimizer, scheduler)
-    run.finish(policy)
+        run.log("reward", "zero_variance", "length", **rewarded, entropy=entropy, k3_ref=k3,
+                clip_fraction=clipped, sampler_gap=gap, rows=rows, grad_norms=grad_norms)
+        run.show(rows[0], f"answer {answers[0]}, reward {rewards[0, 0]:.0f}")
+    run.finish()
 
 
 if __name__ == "__main__":

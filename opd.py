@@ -43,7 +43,7 @@ import torch
 
 from common import (Run, StageConfig, all_reduce_sum, batch_indices, check, check_pair, count_steps,
                     describe_lm, flat, load_lm, load_problems, make_optimizer, optimizer_step,
-                    over_chunks, pick, reward_groups, rollout_stats, run_cli, sample_shared,
+                    over_chunks, pick, reward_groups, run_cli, sample_shared,
                     shared_micro_batches, tokenize_problems)
 
 
@@ -117,8 +117,8 @@ def accumulate(cfg, student, teacher, rows, n_tokens, sparse):
                                  returns=cfg.estimator == "return")
 
     def chunk(head, h, h_teacher, y, A_sparse, A=None):
-        logp = student.log_probs(h, head, cfg.temperature)  # (n, V)
-        logq = teacher.log_probs(h_teacher, head_teacher, cfg.temperature)
+        logp = student.logits(h, head, cfg.temperature).log_softmax(-1)  # (n, V)
+        logq = teacher.logits(h_teacher, head_teacher, cfg.temperature).log_softmax(-1)
         kl = reverse_kl(logp, logq)  # (n,)
         entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
         loss = kl if cfg.estimator == "full" else -A * pick(logp, y)
@@ -144,10 +144,9 @@ def main(cfg):
     student = load_lm(cfg.student, cfg, train=True)
     problems = tokenize_problems(problems, student.tokenizer, cfg)
     steps = count_steps(cfg, len(problems))
-    optimizer, scheduler = make_optimizer(student, cfg, steps)
-    start = run.resume(student, optimizer, scheduler, teacher)
+    optimizer = make_optimizer(student, cfg)
 
-    for step in run.steps(start, steps):
+    for step in run.steps(steps, student, optimizer, teacher):
         indices = batch_indices(len(problems), cfg.prompts, step, cfg.seed)
 
         # states: fresh rollouts of the student, d_theta
@@ -169,15 +168,14 @@ def main(cfg):
         for group in shared_micro_batches(rows, cfg.micro_tokens, student.device):
             sums += accumulate(cfg, student, teacher, [rows[i] for i in group], n_tokens,
                                sparse[group])
-        grad_norm = optimizer_step(student, optimizer, scheduler, cfg.grad_clip)
+        grad_norm = optimizer_step(student, optimizer, cfg, steps)
 
         kl, square, entropy = (all_reduce_sum(sums) / n_tokens).tolist()
         kl_std = max(0.0, square - kl**2) ** 0.5
-        run.log(step, "kl", "entropy", "length", **rewarded, kl=kl, kl_std=kl_std, entropy=entropy,
-                grad_norms=[grad_norm], **rollout_stats(rows))
-        run.show(step, student, rows[0], f"KL to the teacher {kl:.3f} nats a token")
-        run.save_state(step, student, optimizer, scheduler)
-    run.finish(student)
+        run.log("kl", "entropy", "length", **rewarded, kl=kl, kl_std=kl_std, entropy=entropy,
+                rows=rows, grad_norms=[grad_norm])
+        run.show(rows[0], f"KL to the teacher {kl:.3f} nats a token")
+    run.finish()
 
 
 if __name__ == "__main__":
