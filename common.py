@@ -126,11 +126,8 @@ def field_comments(config_class):
 
 
 def parse_args(config_class, doc, argv=None):
-    """Command line -> Config. Every field is a flag: `max_new_tokens` is `--max-new-tokens`.
-
-    A field with the default None is required. Raises UserError for an unknown flag or a value that
-    the flag does not take.
-    """
+    """Command line -> Config. Every field is a flag: `max_new_tokens` is `--max-new-tokens`; the
+    default None makes it required. Raises UserError for an unknown flag or a refused value."""
     def refuse(message):
         raise UserError(f"{message} (--help lists the flags)")
 
@@ -147,8 +144,7 @@ def parse_args(config_class, doc, argv=None):
         if field.type is bool:
             options |= {"action": argparse.BooleanOptionalAction}
         elif get_origin(field.type) is Literal:
-            choices = get_args(field.type)
-            options |= {"choices": choices, "metavar": "|".join(choices)}
+            options |= {"choices": get_args(field.type)}
         else:
             options |= {"type": field.type, "metavar": field.type.__name__.upper()}
         group.add_argument("--" + field.name.replace("_", "-"), required=default is None, **options)
@@ -193,7 +189,7 @@ def run_cli(main, config_class, doc):
         message = ("error: out of GPU memory: lower --micro-tokens, --vocab-chunk or --kv-gib, or "
                    "add --gradient-checkpointing (no result changes beyond rounding)")
     except KeyboardInterrupt as stop:
-        number, note = stop.args or (signal.SIGINT, "")
+        number, note = stop.args
         status, message = 128 + number, (f"stopped by {signal.Signals(number).name}{note}; the "
                                          "same command goes on from what is saved")
     except Exception:  # a defect; or another process has ended, whose message comes first
@@ -243,9 +239,13 @@ class LM:
         """Last hidden states that predict the response tokens, and those tokens: (N, D), (N,).
 
         rows: B Rollouts; N = sum of their response lengths, row after row. Padding is on the right,
-        where no real position sees it; lengths decide what counts (pad is often eos).
+        where no real position sees it. No rows are one token of padding: `shared_micro_batches`.
         """
-        ids, b, t = (x.to(self.device) for x in pad_rows(rows))
+        ids = [torch.tensor(r.prompt + r.tokens) for r in rows] or [torch.zeros(1, dtype=torch.long)]
+        ids = pad_sequence(ids, batch_first=True).to(self.device)  # (B, T)
+        states = [(i, len(r.prompt) - 1 + j)  # position t predicts token t + 1
+                  for i, r in enumerate(rows) for j in range(len(r.tokens))]
+        b, t = torch.tensor(states, dtype=torch.long, device=self.device).view(-1, 2).T
         with self.autocast():
             hidden = self.body(input_ids=ids, use_cache=False)[0]  # (B, T, D)
         return hidden[b, t], ids[b, t + 1]
@@ -256,8 +256,7 @@ class LM:
         return weight.bfloat16() if self.bf16 else weight
 
     def chunk_size(self, chunk):
-        """Tokens of a vocabulary chunk; 0 stands for 16 MiB of fp32 logits on a CPU, whose caches
-        and allocator like small tensors, and 256 MiB on a GPU, which needs much work at once."""
+        """Tokens of a vocabulary chunk; 0 is 256 MiB of fp32 logits, on a CPU 16 (its caches)."""
         mib = 16 if self.device.type == "cpu" else 256
         return chunk or max(1, (mib << 20) // (4 * self.vocab))
 
@@ -281,28 +280,14 @@ def pick(logp, tokens):
     return logp.gather(-1, tokens[:, None]).squeeze(-1)
 
 
-def pad_rows(rows):
-    """Rollouts -> right-padded ids (B, T); row and time (N,) of the state before each token.
-
-    No rows give one token of padding: see `shared_micro_batches`.
-    """
-    ids = [torch.tensor(r.prompt + r.tokens) for r in rows] or [torch.zeros(1, dtype=torch.long)]
-    states = [(i, len(row.prompt) - 1 + j)  # position t predicts token t + 1
-              for i, row in enumerate(rows) for j in range(len(row.tokens))]
-    b, t = torch.tensor(states, dtype=torch.long).view(-1, 2).T
-    return pad_sequence(ids, batch_first=True), b, t
-
-
 def describe_lm(name):
     """An LM of a Hugging Face folder or hub name without its weights (model is None).
 
     Raises UserError if it cannot be found, is an unfinished run, or has no chat template or stop
     token. A pad token is not needed: nothing here looks at one.
     """
-    hub_like = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".")
-    check(Path(name).is_dir() or hub_like, f"no such model folder: {name!r}")
-    finished = read_record(name).get("finished", True)
-    check(finished, f"{name} is an unfinished run: it has no weights yet")
+    check(read_record(name).get("finished", True),
+          f"{name} is an unfinished run: it has no weights yet")
     with load_errors_as_one_line(name):
         tokenizer, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
     try:
@@ -339,9 +324,7 @@ def load_lm(name, cfg, train=False, shard=True):
     lm, device = describe_lm(name), cfg.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and world_size() > 1:  # torchrun gives each process its own
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
+    try:  # "cuda" is the device that `process_group` chose
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {first_line(error)}") from error
@@ -357,8 +340,7 @@ def load_lm(name, cfg, train=False, shard=True):
         lm.model = read_weights(name, dtype).to(device)
     lm.model.eval().requires_grad_(train)
     if train and cfg.gradient_checkpointing:  # works in train mode only; there is no dropout
-        old_name = getattr(lm.model, "gradient_checkpointing_enable", None)
-        getattr(lm.model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+        lm.model.gradient_checkpointing_enable({"use_reentrant": False})
         lm.model.train()
     if shard:
         shard_model(lm, source, device)
@@ -397,10 +379,11 @@ def check_architecture(lm, sampled):
     reshard(lm)
 
 
-def check_pair(teacher, student):
+def check_pair(teacher, student, thinking):
     """Raise UserError, saying what differs, for a teacher and a student of different tokens.
 
     Both KLs compare the models id by id. Padded embeddings of one tokenizer are fine (see LM).
+    thinking: the mode whose prompts are compared.
     """
     t, s = teacher.tokenizer, student.tokenizer
     differ = []
@@ -409,10 +392,9 @@ def check_pair(teacher, student):
                       f"{min(unlike)[0]!r})")
     if t.eos_token != s.eos_token:
         differ.append(f"eos_token ({t.eos_token!r} and {s.eos_token!r})")
-    for thinking in (False, True):
-        a, b = (build_prompt(x, "1+1=?", thinking, tokenize=False) for x in (t, s))
-        if a != b:
-            differ.append(f"chat template{' with --thinking' * thinking} ({a!r} and {b!r})")
+    a, b = (build_prompt(x, "1+1=?", thinking, tokenize=False) for x in (t, s))
+    if a != b:
+        differ.append(f"chat template ({a!r} and {b!r})")
     if not set(teacher.stop_ids) & set(student.stop_ids):
         differ.append(f"stop tokens ({teacher.stop_ids} and {student.stop_ids})")
     check(not differ, f"teacher {teacher.name} and student {student.name} cannot be compared token "
@@ -1306,7 +1288,7 @@ class Row:
 
 @torch.inference_mode()
 def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256, kv_gib=0.0,
-           done=lambda i, rollouts: None):
+           done=None):
     """Sample k rollouts of each prompt from softmax(logits / temperature); temperature 0 is greedy.
 
     prompts: P lists of token ids; seed: a tuple of ints. Returns P*k Rollouts, prompt by prompt;
@@ -1328,17 +1310,15 @@ def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256
         cache = PagedCache(lm, min(sample_rows, len(rows)), longest, kv_gib)
         step = Step(lm, cache, temperature)
         while waiting or live:
-            live, preempted = cache.reserve(live)
-            waiting.extendleft(reversed(preempted))
-            started = cache.admit(waiting, len(live), sample_rows)
+            batch, started = cache.reserve(live, waiting, sample_rows)
             cache.prefill(lm, started)
-            sampled, live = list(zip(live + started, *step.run_block(live + started))), []
-            for row, tokens, logp in sampled:
+            live = []
+            for row, tokens, logp in zip(batch, *step.run_block(batch)):
                 if not row.add(tokens, logp, stops):
                     live.append(row)
                     continue
                 i, left[row.index] = row.index, left[row.index] - 1
-                if left[i] == 0:
+                if left[i] == 0 and done:
                     done(i, rollouts[i * k : (i + 1) * k])
     return rollouts
 
@@ -1377,18 +1357,20 @@ class PagedCache:
         """Pages of a row of so many tokens and its next BLOCK (the last token has no keys yet)."""
         return -(-(tokens - 1 + BLOCK) // self.page)
 
-    def reserve(self, live):
-        """Give the live rows the pages of their next BLOCK tokens, the oldest first.
+    def reserve(self, live, waiting, sample_rows):
+        """Give rows the pages of their next BLOCK tokens: the live ones, the oldest first, and then
+        those of `waiting` for which there is room. Returns all of them, and the latter.
 
-        Pages that ended rows left are filled with the last ones. Returns the rows that have their
-        pages, and those that must wait because the pool is full: they lose theirs.
+        When the pool is full, the youngest live rows lose their pages and wait. Pages that ended
+        rows left are filled with the last ones.
         """
         total = np.cumsum([self.pages_for(len(row)) for row in live])
         n = int((total <= self.capacity).sum())
-        live, preempted = live[:n], live[n:]
-        for row in preempted:
+        for row in reversed(live[n:]):
             row.pages = []
-        owners = {page: (row, i) for row in live for i, page in enumerate(row.pages)}
+            waiting.appendleft(row)
+        rows = live[:n]
+        owners = {page: (row, i) for row in rows for i, page in enumerate(row.pages)}
         gaps = [page for page in range(1, len(owners) + 1) if page not in owners]
         moved = [page for page in owners if page > len(owners)]
         if gaps:
@@ -1397,27 +1379,21 @@ class PagedCache:
             row, i = owners[page]
             row.pages[i] = gap
         self.used = len(owners)
-        for row in live:
+        for row in rows:
             self.extend(row)
-        return live, preempted
+        while waiting and len(rows) < sample_rows:
+            spare = self.capacity - self.used - len(rows)  # each may soon need one more page
+            if rows and self.pages_for(len(waiting[0])) > spare:
+                break
+            rows.append(waiting.popleft())
+            self.extend(rows[-1])
+        return rows, rows[n:]
 
     def extend(self, row):
         """Give a row the pages of its next BLOCK tokens; there is room."""
         n = self.pages_for(len(row)) - len(row.pages)
         row.pages += range(self.used + 1, self.used + 1 + n)
         self.used += n
-
-    def admit(self, waiting, n_live, sample_rows):
-        """Take rows from `waiting` while there is room, and give them pages. Returns them."""
-        started = []
-        while waiting and n_live + len(started) < sample_rows:
-            n = n_live + len(started)
-            spare = self.capacity - self.used - n  # each of them may soon need one more page
-            if n and self.pages_for(len(waiting[0])) > spare:
-                break
-            started.append(waiting.popleft())
-            self.extend(started[-1])
-        return started
 
     def prefill(self, lm, rows):
         """Store keys and values of all known tokens but the last, once for rows with the same."""
@@ -1464,24 +1440,29 @@ class Step:
 
     def __init__(self, lm, cache, temperature):
         self.lm, self.cache, self.temperature = lm, cache, temperature
-        self.head, self.graphs, self.memory = lm.head(), {}, None  # shape: (graph, its state)
+        self.head, self.graphs = lm.head(), {}  # shape: (graph, its state)
+        self.on_cuda = lm.device.type == "cuda"
+        self.memory = torch.cuda.graph_pool_handle() if self.on_cuda else None  # of all graphs
 
     def run_block(self, live):
         """BLOCK tokens of every live row and their log-probs, two lists of lists."""
         shape, pages = (len(live), max(len(row.pages) for row in live)), self.cache.used
-        records = self.lm.device.type == "cuda"
-        if records:  # few shapes: powers of two
+        if self.on_cuda:  # few shapes: powers of two
             shape, pages = tuple(1 << (n - 1).bit_length() for n in shape), self.cache.capacity
         state = self.make_state(live, *shape, pages)
-        if records and shape in self.graphs:
-            graph, recorded = self.graphs[shape] or self.record(shape, state)
+        if self.on_cuda and shape in self.graphs:  # its kernels are loaded since the first time
+            if not self.graphs[shape]:
+                self.graphs[shape] = torch.cuda.CUDAGraph(), state
+                with torch.cuda.graph(self.graphs[shape][0], pool=self.memory):
+                    self(state)  # is recorded, not run
+            graph, recorded = self.graphs[shape]
             for name, tensor in state.items():
                 recorded[name].copy_(tensor)
             for _ in range(BLOCK):
                 graph.replay()
             state = recorded
         else:
-            self.graphs[shape] = None  # recorded next time, when its kernels are loaded
+            self.graphs[shape] = None
             for _ in range(BLOCK):
                 self(state)
         return [state[name][: len(live)].tolist() for name in ("tokens", "logps")]
@@ -1502,15 +1483,6 @@ class Step:
                  "tokens": np.zeros((B, BLOCK), np.int64),
                  "logps": np.zeros((B, BLOCK), np.float32)}
         return {k: torch.from_numpy(v).to(self.lm.device) for k, v in state.items()}
-
-    def record(self, shape, state):
-        """Record one step as a CUDA graph. Returns (graph, the tensors that it works on)."""
-        graph = torch.cuda.CUDAGraph()
-        self.memory = self.memory or torch.cuda.graph_pool_handle()  # one for all graphs
-        with torch.cuda.graph(graph, pool=self.memory):
-            self(state)
-        self.graphs[shape] = graph, state
-        return self.graphs[shape]
 
     def __call__(self, state):
         """Feed each row's last token, draw the next."""
@@ -1613,16 +1585,16 @@ transformers.AttentionInterface.register("paged", paged_attention)
 # ---------- 6 log-probs: rollouts -> micro-batches -> chunks of (n, V) ----------------------------
 
 
-def micro_batches(rows, micro_tokens, device):
-    """Row indices in groups of at most micro_tokens padded tokens (or one row), alike in length.
+def micro_batches(rows, micro_tokens, device, share=None):
+    """Row indices, all or those of a share, in groups of at most micro_tokens padded tokens (or one
+    row), alike in length. No split moves a gradient: losses divide by counts of the whole update.
 
-    0 stands for 1,024 on a CPU, where what fits its caches is twice as fast, else for 32,768. No
-    split moves a gradient: losses divide by counts of the whole update.
+    0 stands for 1,024 on a CPU, where what fits its caches is twice as fast, else for 32,768.
     """
     micro_tokens = micro_tokens or (1024 if device.type == "cpu" else 32768)
     lengths = [len(r.prompt) + len(r.tokens) for r in rows]
     groups = []
-    for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
+    for i in sorted(range(len(rows)) if share is None else share, key=lambda i: -lengths[i]):
         if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= micro_tokens:
             groups[-1].append(i)
         else:
@@ -2058,13 +2030,13 @@ def all_reduce_sum(tensor):
 
 
 def split_evenly(costs, n):
-    """Indices of items of these costs, divided among n: a list each, of about equal cost."""
+    """Indices of items of these costs, divided among n: a sorted list each, of about equal cost."""
     lists, totals = [[] for _ in range(n)], [0] * n
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         cheapest = totals.index(min(totals))
         lists[cheapest].append(i)
         totals[cheapest] += costs[i]
-    return lists
+    return [sorted(share) for share in lists]
 
 
 def shared_micro_batches(rows, micro_tokens, device):
@@ -2073,29 +2045,23 @@ def shared_micro_batches(rows, micro_tokens, device):
     Sharded models need the same number of passes everywhere, so that shorter lists are filled up
     with empty groups: passes over one token of padding, without any loss.
     """
-    per_process = []
-    for share in split_evenly([len(r.prompt) + len(r.tokens) for r in rows], world_size()):
-        share.sort()
-        groups = micro_batches([rows[i] for i in share], micro_tokens, device)
-        per_process.append([[share[i] for i in group] for group in groups])
-    mine = per_process[rank()]
-    return mine + [[]] * (max(map(len, per_process)) - len(mine))
+    shares = split_evenly([len(r.prompt) + len(r.tokens) for r in rows], world_size())
+    groups = [micro_batches(rows, micro_tokens, device, share) for share in shares]
+    return groups[rank()] + [[]] * (max(map(len, groups)) - len(groups[rank()]))
 
 
-def sample_shared(lm, prompts, k, cfg, seed, done=lambda i, rollouts: None):
+def sample_shared(lm, prompts, k, cfg, seed, done=None):
     """`sample` with cfg's settings; the prompts are divided among the processes, and all return all
     rollouts: those of a single process. Several processes call done(i, rollouts) at the end."""
-    settings = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, seed=seed,
-                    sample_rows=cfg.sample_rows, kv_gib=cfg.kv_gib)
-    if world_size() == 1:
-        return sample(lm, prompts, k, done=done, **settings)
-    costs = [len(p) + k * cfg.max_new_tokens for p in prompts]
-    mine = split_evenly(costs, world_size())[rank()]
+    several, mine = world_size() > 1, range(rank(), len(prompts), world_size())
     with gathered(lm) as full:
-        rows = sample(full, [prompts[i] for i in mine], k, **settings)
+        rows = sample(full, [prompts[i] for i in mine], k, max_new_tokens=cfg.max_new_tokens,
+                      temperature=cfg.temperature, seed=seed, sample_rows=cfg.sample_rows,
+                      kv_gib=cfg.kv_gib, done=None if several else done)
     groups = all_gather_dict({i: rows[j * k : (j + 1) * k] for j, i in enumerate(mine)})
-    for i in range(len(prompts)):
-        done(i, groups[i])
+    if several and done:
+        for i in range(len(prompts)):
+            done(i, groups[i])
     return [row for i in range(len(prompts)) for row in groups[i]]
 
 

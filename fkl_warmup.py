@@ -197,7 +197,7 @@ def main(cfg):
         check(cfg.half == "all" and not cfg.teacher and not cfg.only_correct,
               "--targets data takes all rows as they are: no --half, --teacher, --only-correct")
     else:
-        check_pair(describe_lm(cfg.teacher), describe_lm(cfg.student))
+        check_pair(describe_lm(cfg.teacher), describe_lm(cfg.student), cfg.thinking)
     run = Run(cfg, parents=[name for name in (cfg.teacher, cfg.student) if name])
     student = load_lm(cfg.student, cfg, train=True)
     teacher, groups = load_states(cfg, run, student)

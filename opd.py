@@ -135,7 +135,7 @@ def main(cfg):
     check(0 <= cfg.sparse_weight <= 1, f"--sparse-weight {cfg.sparse_weight} is not in [0, 1]")
     check(cfg.rollouts > 1 or not cfg.sparse_weight,
           "--rollouts 1: a group of one has no advantage for --sparse-weight; take at least 2")
-    check_pair(describe_lm(cfg.teacher), describe_lm(cfg.student))
+    check_pair(describe_lm(cfg.teacher), describe_lm(cfg.student), cfg.thinking)
     run = Run(cfg, parents=[cfg.teacher, cfg.student])
     problems = load_problems(cfg)
     if cfg.sparse_weight:
