@@ -1739,15 +1739,11 @@ def lock(path, name):
     return file
 
 
-def result_settings(cfg):
-    """The fields of a Config that can change a result: not those of memory, speed and place."""
-    comments = field_comments(type(cfg))
-    return {name: value for name, value in vars(cfg).items()
-            if not comments[name][0].startswith("memory") and name not in ("out", "cache")}
-
-
 def describe_run(cfg):
-    """How a folder came to be: command line, settings, versions, git revision."""
+    """How a folder came to be: command line, settings that can change a result, versions, git."""
+    comments = field_comments(type(cfg))
+    settings = {name: value for name, value in vars(cfg).items()
+                if not comments[name][0].startswith("memory") and name not in ("out", "cache")}
     command = "git describe --always --abbrev=12 --exclude=* --dirty=+changes".split()
     try:
         git = subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True,
@@ -1755,7 +1751,7 @@ def describe_run(cfg):
     except OSError:  # no git
         git = ""
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
-    return {"command": shlex.join(sys.argv), "settings": result_settings(cfg),
+    return {"command": shlex.join(sys.argv), "settings": settings,
             "versions": {"python": sys.version.split()[0], **versions}, "git": git or "unknown"}
 
 
@@ -1765,11 +1761,11 @@ def differences(old, new):
                      for k in sorted(old | new) if old.get(k) != new.get(k))
 
 
-def progress(*args, **kwargs):
+def progress(*args, disable=False, **kwargs):
     """tqdm; into a log file it writes a line every ten seconds only."""
-    interval = 0.2 if sys.stderr.isatty() else 10
-    kwargs["disable"] = kwargs.get("disable", False) or rank() > 0
-    return tqdm(*args, dynamic_ncols=True, mininterval=interval, maxinterval=60, **kwargs)
+    interval = 0.2 if sys.stderr.isatty() else 10  # seconds
+    return tqdm(*args, disable=disable or rank() > 0, dynamic_ncols=True, mininterval=interval,
+                maxinterval=60, **kwargs)
 
 
 def rounded(value):
@@ -1798,23 +1794,22 @@ class Run:
             sys.exit(0)
 
     def open(self, parents):
-        """Take the folder and write the run's record. Returns it, None if the run has finished."""
+        """Lock the folder and write the run's record. Returns it, None if the run has finished."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.out / ".lock", self.out)
+        parents = [str(Path(p).resolve()) if Path(p).is_dir() else p for p in parents]
+        record = {**describe_run(self.cfg), "parents": parents, "labels": {}, "finished": False}
         old = read_record(self.out)
         foreign = (self.out / "config.json").exists() and not old
         check(not foreign, f"{self.out} holds a model of another program; choose another --out")
         if old and (old["finished"] or (self.out / "metrics.jsonl").exists()):
-            differ = differences(old["settings"], result_settings(self.cfg))
+            differ = differences(old["settings"], record["settings"])
             check(not differ, f"{self.out} holds a run with other settings ({differ}); choose "
                               "another --out or delete it")
         if old and old["finished"]:
             self.delete_checkpoints()  # a kill at the very end leaves them
             print(f"{self.out}: already finished with these settings")
             return None
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.out / ".lock", self.out)
-        check(read_record(self.out) == old, f"{self.out} was in use until now; try again")
-        parents = [str(Path(p).resolve()) if Path(p).is_dir() else p for p in parents]
-        record = {**describe_run(self.cfg), "parents": parents, "labels": {}, "finished": False}
         write_json(self.out / "config.json", {"run": record})
         return record
 
@@ -1837,7 +1832,7 @@ class Run:
         self.bar = progress(range(start, total), initial=start, total=total, desc=self.out.name)
         on_stop(self.stop_after_step)
         for self.step in self.bar:
-            self.started, self.seconds = time.perf_counter(), {}
+            self.times = {"seconds": time.perf_counter()}  # when which part began
             yield self.step
             if self.step + 1 < total:  # after the last step comes the model
                 self.save_state(self.step + 1)
@@ -1862,16 +1857,11 @@ class Run:
         if rank() == 0:  # os.write, because print fails inside another print
             os.write(2, b"\nstopping after this step; the same signal again stops at once\n")
 
-    def time(self, name=None):
-        """End the part of the step before this call and begin the part `name`, of which the metrics
-        tell the seconds as seconds_<name>."""
+    def time(self, name):
+        """The part `name` of the step begins; the metrics tell its seconds as seconds_<name>."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        now = time.perf_counter()
-        if self.seconds:
-            self.seconds[next(reversed(self.seconds))] += now - self.part_started
-        if name:
-            self.seconds[f"seconds_{name}"], self.part_started = 0.0, now
+        self.times[f"seconds_{name}"] = time.perf_counter()
 
     def log(self, *shown, rows, grad_norms, **metrics):
         """Append a line of metrics to metrics.jsonl; the bar shows those named.
@@ -1879,15 +1869,17 @@ class Run:
         rows: the step's Rollouts. grad_norms: of its updates; those not finite were skipped. Raises
         UserError when the last MAX_SKIPPED updates all were.
         """
-        self.time()
-        seconds = time.perf_counter() - self.started
+        self.time("end")
+        names, begins = list(self.times), list(self.times.values())
+        parts = {name: end - begin for name, begin, end in zip(names[1:], begins[1:], begins[2:])}
+        seconds = begins[-1] - begins[0]
         tokens, cut = sum(len(r.tokens) for r in rows), sum(not r.finished for r in rows)
         finite = [norm for norm in grad_norms if math.isfinite(norm)]
         for norm in grad_norms:
             self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
         metrics |= {"length": tokens / len(rows), "truncated": cut / len(rows), "tokens": tokens,
                     "grad_norm": sum(finite) / len(finite) if finite else math.nan,
-                    "skipped": len(grad_norms) - len(finite), **self.seconds,
+                    "skipped": len(grad_norms) - len(finite), **parts,
                     "tokens_per_second": tokens / seconds, "seconds": seconds}
         line = {"step": self.step, **{k: rounded(v) for k, v in metrics.items()}}
         append_json_line(self.out / "metrics.jsonl", line)
@@ -2029,24 +2021,16 @@ def all_reduce_sum(tensor):
     return tensor
 
 
-def split_evenly(costs, n):
-    """Indices of items of these costs, divided among n: a sorted list each, of about equal cost."""
-    lists, totals = [[] for _ in range(n)], [0] * n
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        cheapest = totals.index(min(totals))
-        lists[cheapest].append(i)
-        totals[cheapest] += costs[i]
-    return [sorted(share) for share in lists]
-
-
 def shared_micro_batches(rows, micro_tokens, device):
     """`micro_batches` of this process's share of the rows, which all processes have.
 
-    Sharded models need the same number of passes everywhere, so that shorter lists are filled up
-    with empty groups: passes over one token of padding, without any loss.
+    The rows are dealt out by length, so that the passes of all processes take alike. Sharded models
+    need the same number of passes everywhere: shorter lists are filled up with empty groups, which
+    are passes over one token of padding, without any loss.
     """
-    shares = split_evenly([len(r.prompt) + len(r.tokens) for r in rows], world_size())
-    groups = [micro_batches(rows, micro_tokens, device, share) for share in shares]
+    n = world_size()
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt + rows[i].tokens))
+    groups = [micro_batches(rows, micro_tokens, device, order[i::n]) for i in range(n)]
     return groups[rank()] + [[]] * (max(map(len, groups)) - len(groups[rank()]))
 
 
