@@ -221,6 +221,7 @@ class LM:
     stop_ids: list  # sorted ids that end a response
     saved_dtype: str  # of the folder that it came from, and of those that we write
     bf16: bool = False  # compute in bfloat16 (masters stay fp32)
+    recompute: bool = False  # gradient checkpointing
     replica: torch.nn.Module = None  # of a sharded model: the same modules without weights
 
     @property
@@ -246,6 +247,7 @@ class LM:
         states = [(i, len(r.prompt) - 1 + j)  # position t predicts token t + 1
                   for i, r in enumerate(rows) for j in range(len(r.tokens))]
         b, t = torch.tensor(states, dtype=torch.long, device=self.device).view(-1, 2).T
+        self.model.train(self.recompute and torch.is_grad_enabled())  # see `load_lm`
         with self.autocast():
             hidden = self.body(input_ids=ids, use_cache=False)[0]  # (B, T, D)
         return hidden[b, t], ids[b, t + 1]
@@ -335,13 +337,13 @@ def load_lm(name, cfg, train=False, shard=True):
         source = read_weights(name, "auto") if rank() == 0 else None
         with torch.device("meta"):
             lm.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name),
-                                                        dtype=dtype, attn_implementation="sdpa")
+                                                        dtype=dtype, attn_implementation="ours")
     else:
         lm.model = read_weights(name, dtype).to(device)
     lm.model.eval().requires_grad_(train)
-    if train and cfg.gradient_checkpointing:  # works in train mode only; there is no dropout
-        lm.model.gradient_checkpointing_enable({"use_reentrant": False})
-        lm.model.train()
+    if train and cfg.gradient_checkpointing:  # it works in train mode only; there is no dropout
+        lm.recompute, old_name = True, getattr(lm.model, "gradient_checkpointing_enable", None)
+        getattr(lm.model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
     if shard:
         shard_model(lm, source, device)
     check_architecture(lm, sampled=train or not shard)
@@ -352,7 +354,7 @@ def read_weights(name, dtype):
     """The model itself, on the CPU. Raises UserError as `load_lm` does."""
     with load_errors_as_one_line(name):
         model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+            name, dtype=dtype, attn_implementation="ours", output_loading_info=True)
     # transformers would put random numbers in their place and go on
     check(not info["missing_keys"], f"{name}: its weights files lack {len(info['missing_keys'])} "
           f"tensors of the model, e.g. {min(info['missing_keys'], default='')}")
@@ -395,8 +397,6 @@ def check_pair(teacher, student, thinking):
     a, b = (build_prompt(x, "1+1=?", thinking, tokenize=False) for x in (t, s))
     if a != b:
         differ.append(f"chat template ({a!r} and {b!r})")
-    if not set(teacher.stop_ids) & set(student.stop_ids):
-        differ.append(f"stop tokens ({teacher.stop_ids} and {student.stop_ids})")
     check(not differ, f"teacher {teacher.name} and student {student.name} cannot be compared token "
                       f"by token; they differ in: {'; '.join(differ)}")
 
@@ -1306,7 +1306,8 @@ def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256
     rollouts, left = [row.rollout for row in rows], [k] * len(prompts)
     waiting, live, stops = deque(rows), [], set(lm.stop_ids)  # live: the oldest first
     longest = max(map(len, rows)) + max_new_tokens
-    with paged_attention_in(lm), lm.autocast():  # autocast makes bf16 copies of the weights once
+    lm.model.eval()  # without gradient checkpointing
+    with lm.autocast():  # it makes bf16 copies of the weights once
         cache = PagedCache(lm, min(sample_rows, len(rows)), longest, kv_gib)
         step = Step(lm, cache, temperature)
         while waiting or live:
@@ -1369,7 +1370,12 @@ class PagedCache:
         for row in reversed(live[n:]):
             row.pages = []
             waiting.appendleft(row)
-        rows = live[:n]
+        rows, used = live[:n], sum(self.pages_for(len(row)) for row in live[:n])
+        while waiting and len(rows) < sample_rows:
+            used += self.pages_for(len(waiting[0]))
+            if rows and used + len(rows) > self.capacity:  # each may soon need one more page
+                break
+            rows.append(waiting.popleft())
         owners = {page: (row, i) for row in rows for i, page in enumerate(row.pages)}
         gaps = [page for page in range(1, len(owners) + 1) if page not in owners]
         moved = [page for page in owners if page > len(owners)]
@@ -1380,20 +1386,9 @@ class PagedCache:
             row.pages[i] = gap
         self.used = len(owners)
         for row in rows:
-            self.extend(row)
-        while waiting and len(rows) < sample_rows:
-            spare = self.capacity - self.used - len(rows)  # each may soon need one more page
-            if rows and self.pages_for(len(waiting[0])) > spare:
-                break
-            rows.append(waiting.popleft())
-            self.extend(rows[-1])
+            first, self.used = self.used, self.used + self.pages_for(len(row)) - len(row.pages)
+            row.pages += range(first + 1, self.used + 1)
         return rows, rows[n:]
-
-    def extend(self, row):
-        """Give a row the pages of its next BLOCK tokens; there is room."""
-        n = self.pages_for(len(row)) - len(row.pages)
-        row.pages += range(self.used + 1, self.used + 1 + n)
-        self.used += n
 
     def prefill(self, lm, rows):
         """Store keys and values of all known tokens but the last, once for rows with the same."""
@@ -1561,25 +1556,17 @@ def inverse_cdf(weights, uniform):
     return block * 64 + torch.searchsorted(inner, rest, right=True)
 
 
-@contextlib.contextmanager
-def paged_attention_in(lm):
-    """Inside, the model is in eval mode and its attention layers call `paged_attention`."""
-    training, before = lm.model.training, lm.model.config._attn_implementation
-    lm.model.eval().set_attn_implementation("paged")
-    try:
-        yield
-    finally:
-        lm.model.train(training).set_attn_implementation(before)
-
-
-def paged_attention(module, query, key, value, attention_mask, scaling, attend, **kwargs):
-    """What attention layers call while we sample: query (B, H, T, dim) -> (B, T, H, dim)."""
+def attention(module, query, key, value, attention_mask, scaling, attend=None, **kwargs):
+    """What attention layers call, query (B, H, T, dim) -> (B, T, H, dim): PyTorch's own, causal,
+    where the caller of the model has not given another, `attend`."""
     odd = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
     check(not odd, f"unsupported architecture: its attention has {', '.join(odd)}")
+    if attend is None:
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
     return attend(module, query, key, value, scaling), None
 
 
-transformers.AttentionInterface.register("paged", paged_attention)
+transformers.AttentionInterface.register("ours", attention)
 
 
 # ---------- 6 log-probs: rollouts -> micro-batches -> chunks of (n, V) ----------------------------
@@ -1671,7 +1658,8 @@ def optimizer_step(lm, optimizer, cfg, updates):
 
 # ---------- 8 run folder: settings, metrics, checkpoints, resume ----------------------------------
 
-# So many skipped updates in a row end a run: they saw different data, so the weights are at fault.
+# So many steps in a row without an update end a run: they saw different data, so the weights are at
+# fault.
 MAX_SKIPPED = 5
 
 
@@ -1788,7 +1776,7 @@ class Run:
         another program, of a run with other settings, or in use by another process."""
         self.cfg, self.out, self.metrics = cfg, Path(cfg.out), []
         self.seconds_before = 0.0  # of work outside the steps: sampling a teacher's rollouts
-        self.skipped_in_a_row, self.stop_signal = 0, 0
+        self.stop_signal = 0
         self.record = on_rank_0(self.open, parents)
         if not self.record:
             sys.exit(0)
@@ -1867,7 +1855,7 @@ class Run:
         """Append a line of metrics to metrics.jsonl; the bar shows those named.
 
         rows: the step's Rollouts. grad_norms: of its updates; those not finite were skipped. Raises
-        UserError when the last MAX_SKIPPED updates all were.
+        UserError when those of the last MAX_SKIPPED steps all were.
         """
         self.time("end")
         names, begins = list(self.times), list(self.times.values())
@@ -1875,8 +1863,6 @@ class Run:
         seconds = begins[-1] - begins[0]
         tokens, cut = sum(len(r.tokens) for r in rows), sum(not r.finished for r in rows)
         finite = [norm for norm in grad_norms if math.isfinite(norm)]
-        for norm in grad_norms:
-            self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
         metrics |= {"length": tokens / len(rows), "truncated": cut / len(rows), "tokens": tokens,
                     "grad_norm": sum(finite) / len(finite) if finite else math.nan,
                     "skipped": len(grad_norms) - len(finite), **parts,
@@ -1891,8 +1877,9 @@ class Run:
         if metrics["skipped"]:
             self.bar.write(f"warning: step {self.step}: {metrics['skipped']} of {len(grad_norms)} "
                            "updates skipped, their loss or gradient is not finite")
-        check(self.skipped_in_a_row < MAX_SKIPPED, f"the last {self.skipped_in_a_row} updates had "
-              "a loss or gradient that is not finite: the run diverged (is --lr too high?)")
+        last = [line["grad_norm"] for line in self.metrics[-MAX_SKIPPED:]]
+        check(last != [None] * MAX_SKIPPED, f"the last {MAX_SKIPPED} steps had a loss or gradient "
+              "that is not finite: the run diverged (is --lr too high?)")
 
     def show(self, rollout, note):
         """Print one decoded rollout every show_every steps, above the progress bar."""
