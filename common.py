@@ -112,9 +112,7 @@ AT_LEAST_1 = {"epochs", "mini_batch", "prompts", "rollouts", "samples", "sample_
 
 def field_comments(config_class):
     """{field name: (group title, trailing comment)}, read from the source of a Config dataclass.
-
-    A comment line `# --- title` opens a group. There are no help texts but these comments.
-    """
+    A comment line `# --- title` opens a group."""
     comments, title = {}, "options"
     for base in config_class.__mro__[-2::-1]:  # all but object, the oldest first
         for line in inspect.getsource(base).splitlines():
@@ -131,10 +129,10 @@ def parse_args(config_class, doc, argv=None):
     def refuse(message):
         raise UserError(f"{message} (--help lists the flags)")
 
+    comments, groups = field_comments(config_class), {}
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
-    comments, groups = field_comments(config_class), {}
     own = config_class.__annotations__  # the script's own flags come before those of all stages
     for field in sorted(dataclasses.fields(config_class), key=lambda field: field.name not in own):
         (title, comment), default = comments[field.name], field.default
@@ -208,16 +206,12 @@ INSTRUCTION = "Please reason step by step, and put your final answer within \\bo
 
 @dataclass
 class LM:
-    """A causal language model with what every script needs beside its weights.
-
-    `vocab` is the number of ids that the tokenizer can produce. Embeddings are often padded beyond
-    it (Qwen3: 151,936 rows for 151,669 tokens), so every softmax is over the first `vocab` logits.
-    """
+    """A causal language model with what every script needs beside its weights."""
 
     name: str
     model: torch.nn.Module
     tokenizer: object
-    vocab: int
+    vocab: int  # ids of the tokenizer; embeddings beyond it are padding, which no softmax sees
     stop_ids: list  # sorted ids that end a response
     saved_dtype: str  # of the folder that it came from, and of those that we write
     bf16: bool = False  # compute in bfloat16 (masters stay fp32)
@@ -242,7 +236,7 @@ class LM:
         rows: B Rollouts; N = sum of their response lengths, row after row. Padding is on the right,
         where no real position sees it. No rows are one token of padding: `shared_micro_batches`.
         """
-        ids = [torch.tensor(r.prompt + r.tokens) for r in rows] or [torch.zeros(1, dtype=torch.long)]
+        ids = [torch.tensor(r.prompt + r.tokens) for r in rows] or [torch.tensor([0])]
         ids = pad_sequence(ids, batch_first=True).to(self.device)  # (B, T)
         states = [(i, len(r.prompt) - 1 + j)  # position t predicts token t + 1
                   for i, r in enumerate(rows) for j in range(len(r.tokens))]
@@ -285,8 +279,7 @@ def pick(logp, tokens):
 def describe_lm(name):
     """An LM of a Hugging Face folder or hub name without its weights (model is None).
 
-    Raises UserError if it cannot be found, is an unfinished run, or has no chat template or stop
-    token. A pad token is not needed: nothing here looks at one.
+    Raises UserError if it cannot be found, is unfinished, or has no chat template or stop token.
     """
     check(read_record(name).get("finished", True),
           f"{name} is an unfinished run: it has no weights yet")
@@ -320,8 +313,7 @@ def load_lm(name, cfg, train=False, shard=True):
     """Load a Hugging Face folder or hub name as an LM, with shard=True sharded over all processes.
 
     train=True gives fp32 masters, because in bf16 an update of 1e-6 mostly rounds to nothing; a
-    frozen model has the compute dtype. Raises UserError as `describe_lm` does, and for a device
-    that is not there, incomplete weights and what `check_architecture` refuses.
+    frozen model has the compute dtype. Raises UserError for what cannot be loaded or used.
     """
     lm, device = describe_lm(name), cfg.device
     if device == "auto":
@@ -351,7 +343,7 @@ def load_lm(name, cfg, train=False, shard=True):
 
 
 def read_weights(name, dtype):
-    """The model itself, on the CPU. Raises UserError as `load_lm` does."""
+    """The model itself, on the CPU. Raises UserError, too, if it is incomplete."""
     with load_errors_as_one_line(name):
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation="ours", output_loading_info=True)
@@ -382,13 +374,9 @@ def check_architecture(lm, sampled):
 
 
 def check_pair(teacher, student, thinking):
-    """Raise UserError, saying what differs, for a teacher and a student of different tokens.
-
-    Both KLs compare the models id by id. Padded embeddings of one tokenizer are fine (see LM).
-    thinking: the mode whose prompts are compared.
-    """
-    t, s = teacher.tokenizer, student.tokenizer
-    differ = []
+    """Raise UserError, saying what differs, for a teacher and a student of different tokens or
+    prompts (of this mode): both KLs compare them id by id."""
+    t, s, differ = teacher.tokenizer, student.tokenizer, []
     if unlike := set(t.get_vocab().items()) ^ set(s.get_vocab().items()):
         differ.append(f"vocabulary ({teacher.vocab} and {student.vocab} tokens; e.g. "
                       f"{min(unlike)[0]!r})")
@@ -404,9 +392,8 @@ def check_pair(teacher, student, thinking):
 def build_prompt(tokenizer, problem, thinking, tokenize=True):
     """Problem text -> prompt token ids (with tokenize=False, text): the one format of all scripts.
 
-    ours: one user message, no system prompt; the paper states none. `enable_thinking` must be given:
-    undefined means on for Qwen3. `date_string` fixes Llama 3's date line, which otherwise changes
-    from day to day. The template writes its own BOS.
+    ours: one user message, no system prompt; the paper states none. Qwen3 thinks unless it is told
+    not to; Llama 3 would write today's date. The template writes its own BOS.
     """
     messages = [{"role": "user", "content": f"{problem}\n{INSTRUCTION}"}]
     return tokenizer.apply_chat_template(
@@ -417,9 +404,8 @@ def build_prompt(tokenizer, problem, thinking, tokenize=True):
 def save_lm(lm, out, run_record):
     """Write a Hugging Face folder that any tool can load, in the dtype that the model came in.
 
-    The files are written to a folder beside and then moved. config.json comes last and carries
-    `run_record`: a folder holds a finished model exactly when its config.json says so. All
-    processes call this; rank 0 writes.
+    The files are written beside and then moved, config.json with `run_record` as the last: a model
+    is finished exactly when that says so. All processes call this; rank 0 writes.
     """
     beside, weights = Path(out) / "saving", {}
     for name, parameter in lm.model.named_parameters():  # a tied matrix comes once
@@ -434,12 +420,11 @@ def save_lm(lm, out, run_record):
         (lm.replica or lm.model).save_pretrained(beside, state_dict=weights)
     except Exception as error:  # on a full disk the libraries raise many kinds
         raise UserError(f"cannot write the model to {out}: {first_line(error)}") from error
-    config = read_json(beside / "config.json")
-    (beside / "config.json").unlink()
-    for path in beside.iterdir():
+    config = {**read_json(beside / "config.json"), "dtype": lm.saved_dtype, "run": run_record}
+    write_json(beside / "config.json", config)
+    for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, Path(out) / path.name)
     beside.rmdir()
-    write_json(Path(out) / "config.json", {**config, "dtype": lm.saved_dtype, "run": run_record})
 
 
 def fingerprint(lm):
@@ -475,9 +460,8 @@ class Problem:
 def read_rows(source):
     """Rows (dicts) of a data source. Raises UserError if it cannot be found or read.
 
-    source: a .json, .jsonl, .csv or .parquet file, a `save_to_disk` folder, a folder of such files,
-    an alias (dapo, math500, aime24, aime25) or a hub name: `owner/name`, `owner/name:split` or
-    `owner/name:config:split`; without a split the only one, else train.
+    source: a .json, .jsonl, .csv or .parquet file, a folder of them or of `save_to_disk`, an alias
+    (see above) or `owner/name[[:config]:split]` of the hub; without a split the only one, or train.
     """
     import datasets  # takes a second, which --help and mistakes in the flags should not wait for
 
@@ -517,8 +501,7 @@ def find_question(row):
 def to_problem(row, source):
     """One row of any schema that we know -> Problem; UserError without a question or an answer.
 
-    Answer: `answer`, `reward_model.ground_truth` or `solution`; of a worked solution what follows
-    `####`, else what its last box holds. Field names in any case.
+    Of a worked solution the answer is what follows `####`, else what its last box holds.
     """
     row = {name.lower(): value for name, value in row.items()}
     question, answer = find_question(row), row.get("answer")
@@ -538,7 +521,7 @@ def to_problem(row, source):
 
 
 def problem_key(text):
-    """Text reduced to what makes two problems the same: no case, spaces, dollars, \\left, \\right."""
+    """Text reduced to what makes two problems the same: no case, space, dollar, \\left, \\right."""
     text = unicodedata.normalize("NFKC", text).lower()
     return re.sub(r"\\left|\\right|\\[,;!: ]|[\s$]", "", text)
 
@@ -561,9 +544,8 @@ def deduplicate(problems, counts):
 def load_problems(cfg):
     """Problems of cfg.data: deduplicated, without contradictions, decontaminated, then halved.
 
-    The halves depend on the remaining problems' texts and cfg.split_seed alone (rank of a hash), not
-    on row order or copies: keep data, exclude and split_seed over a recipe. Returns a list in that
-    order and prints one line of counts. Raises UserError if nothing is left.
+    Their order, and so the halves, depend on the remaining problems' texts and cfg.split_seed alone
+    (rank of a hash): keep data, exclude and split_seed over a recipe. UserError if nothing is left.
     """
     counts, rows = Counter(), read_rows(cfg.data)
     rows = progress(rows, desc=f"reading {cfg.data}", leave=False, disable=len(rows) < 50_000)
@@ -604,8 +586,7 @@ def skip_long_prompts(items, cfg):
 def batch_indices(n_items, per_step, step, seed):
     """Which items step number `step` (from 0) uses: a pure function, so no iterator need be saved.
 
-    Every epoch is a new permutation; what does not fill its last batch waits for the next epoch, so
-    that no batch holds an item twice.
+    Every epoch is a new permutation, without what does not fill its last batch.
 
     >>> batch_indices(4, 2, 0, seed=0) + batch_indices(4, 2, 1, seed=0)
     [2, 0, 1, 3]
@@ -616,7 +597,7 @@ def batch_indices(n_items, per_step, step, seed):
 
 
 def count_steps(cfg, n_items):
-    """Number of steps: --steps, or if that is 0 --epochs of the items; UserError without a batch."""
+    """Steps: --steps, or if that is 0 --epochs of the items. UserError without a batch."""
     check(n_items >= cfg.prompts, f"--prompts {cfg.prompts} a step, but only {n_items} problems")
     return cfg.steps or max(1, cfg.epochs * (n_items // cfg.prompts))
 
@@ -1276,8 +1257,7 @@ class Row:
         return len(self.rollout.prompt) + len(self.rollout.tokens)
 
     def add(self, tokens, logp, stops):
-        """Append what a block has sampled, up to the first stop token or the limit. Returns whether
-        the row has ended."""
+        """Append what a block has sampled, up to the end. Returns whether the row has ended."""
         stop = next((i + 1 for i, token in enumerate(tokens) if token in stops), BLOCK + 1)
         n = min(stop, BLOCK, self.limit - len(self.rollout.tokens))
         self.rollout.tokens += tokens[:n]
@@ -1293,11 +1273,10 @@ def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256
 
     prompts: P lists of token ids; seed: a tuple of ints. Returns P*k Rollouts, prompt by prompt;
     done(i, rollouts) is called for prompts[i] as soon as its last one has ended. This is the policy
-    that the losses differentiate: no top-k, no top-p, and only the stop tokens are taken from
-    generation_config. The random numbers of a rollout are a function of (seed, prompt, sample
-    index), so its neighbours in the batch do not matter. At most sample_rows rows are decoded at
-    once, fewer while kv_gib GiB of keys and values (0: what is free) do not hold more. Raises
-    UserError when they do not hold one row.
+    that the losses differentiate: no top-k, no top-p. The random numbers of a rollout depend on
+    (seed, prompt, sample index) alone, so its neighbours in the batch do not matter. At most
+    sample_rows rows are decoded at once, fewer where kv_gib GiB of keys and values (0: what is
+    free) hold fewer. Raises UserError when they do not hold one.
     """
     if not prompts:
         return []
@@ -1418,8 +1397,8 @@ class PagedCache:
 
 
 def cache_bytes(lm, kv_gib):
-    """Bytes for keys and values: kv_gib GiB; if that is 0, half of a CPU's memory, or 80 % of what
-    is free on a GPU after autocast's bf16 copies of the weights."""
+    """Bytes for keys and values. kv_gib 0: half of a CPU's memory, or 80 % of what is free on a GPU
+    after autocast's bf16 copies of the weights."""
     if kv_gib:
         return kv_gib * 2**30
     if lm.device.type == "cuda":
@@ -1514,9 +1493,8 @@ class Step:
 def attend_pages(q, keys, values, used, scaling):
     """Attention inside each page, of one query over the page's first `used` keys.
 
-    q: (m, H, D), keys, values: (m, page, kv heads, D), used: (m,). Returns (m, H, D) and the log of
-    each softmax's denominator, (m, H), -1e30 for an empty page: with it the pages of a row are put
-    together.
+    q: (m, H, D), keys, values: (m, page, kv heads, D), used: (m,). Returns (m, H, D) and, to put
+    pages together, the log of each softmax's denominator, (m, H); -1e30 for an empty page.
     """
     m, page, heads, dim = keys.shape
     if q.is_cuda and q.dtype == torch.bfloat16:  # each page is a sequence of its own
@@ -1538,11 +1516,10 @@ def attend_pages(q, keys, values, used, scaling):
 
 def inverse_cdf(weights, uniform):
     """Draw from (rows, V) weights with a uniform per row (rows, 1): the first id whose CDF exceeds
-    it, (rows, 1).
+    it, (rows, 1), never one of weight 0.
 
     Summed in two levels, blocks of 64 and then inside one block, in float64: one running sum in
-    fp32 would swallow rare tokens, of which a large vocabulary has many. A token of weight 0 is
-    never drawn.
+    fp32 would swallow rare tokens, of which a large vocabulary has many.
     """
     spare = -weights.shape[-1] % 64
     blocks = (F.pad(weights, (0, spare)) if spare else weights).unflatten(-1, (-1, 64))
@@ -1595,8 +1572,7 @@ def over_chunks(fn, chunk, lm, hidden, **constants):
     hidden: (N, D), from lm's graph; constants: (N, ...) tensors or None. fn takes lm's head (V, D),
     a block of hidden and, by name, of each constant that is not None. It returns the block's part
     of the loss, a scalar, and a tuple of (n,) tensors to log. A block's gradient is taken before
-    the next block begins: (N, V) never exists, and nothing is computed twice. The gradients of
-    hidden states and head (summed in fp32) then go through the model at once.
+    the next block begins, so that (N, V) never exists; then all go through the model at once.
     """
     grads, sums, chunk = [], 0.0, lm.chunk_size(chunk)
     constants = {k: v.to(hidden.device) for k, v in constants.items() if v is not None}
@@ -1641,8 +1617,7 @@ def optimizer_step(lm, optimizer, cfg, updates):
     """Clip the gradient's norm, update, drop the gradients. Returns the norm before clipping.
 
     The learning rate follows from the number of updates made: linear warmup, then constant or, over
-    `updates` of them, linear decay to 0. An update whose norm is not finite is skipped and does not
-    count; `Run.log` ends a run that skips too many in a row.
+    `updates` of them, linear decay to 0. An update whose norm is not finite is skipped, uncounted.
     """
     reshard(lm)
     norm = full_tensor(torch.nn.utils.clip_grad_norm_(lm.model.parameters(), cfg.grad_clip))
@@ -1658,9 +1633,7 @@ def optimizer_step(lm, optimizer, cfg, updates):
 
 # ---------- 8 run folder: settings, metrics, checkpoints, resume ----------------------------------
 
-# So many steps in a row without an update end a run: they saw different data, so the weights are at
-# fault.
-MAX_SKIPPED = 5
+MAX_SKIPPED = 5  # steps in a row without an update end a run: the weights are at fault, not data
 
 
 def write_text(path, text):
@@ -1686,10 +1659,8 @@ def append_json_line(path, value):
 
 
 def read_json_lines(path, limit=None):
-    """The first `limit` objects of a .jsonl file, [] if there is no file.
-
-    What follows them is cut off: a line whose writer was killed, steps that will be made again.
-    """
+    """The first `limit` objects of a .jsonl file, [] without one. What follows is cut off: a line
+    whose writer was killed, steps that will be made again."""
     data = Path(path).read_bytes() if Path(path).exists() else b""
     lines = [line for line in data.splitlines(True)[:limit] if line.endswith(b"\n")]
     if len(data) > sum(map(len, lines)):
@@ -1712,10 +1683,8 @@ def read_record(folder):
 
 
 def lock(path, name):
-    """Open and lock a file until it is closed; the kernel unlocks it however the process ends.
-
-    Raises UserError if another process has locked it: `name` is in use. Rank 0 does it for all.
-    """
+    """Lock a file until it is closed or the process ends. UserError if another process has locked
+    it: `name` is in use. Rank 0 does it for all."""
     file = open(os.devnull if rank() else path, "a")
     try:
         if rank() == 0:
@@ -1768,12 +1737,11 @@ class Run:
 
     config.json holds the run's record, beside the model's own keys once there is a model;
     metrics.jsonl has one line a step; state-<steps>, until the end, is the newest checkpoint.
-    Opening the folder of a finished run of the same settings ends the program.
     """
 
     def __init__(self, cfg, parents):
-        """parents: the models that the run starts from. Raises UserError for a folder of a model of
-        another program, of a run with other settings, or in use by another process."""
+        """parents: the models that the run starts from. Ends the program if the run has finished;
+        UserError for a folder that is another program's or run's, or in use."""
         self.cfg, self.out, self.metrics = cfg, Path(cfg.out), []
         self.seconds_before = 0.0  # of work outside the steps: sampling a teacher's rollouts
         self.stop_signal = 0
@@ -1808,8 +1776,7 @@ class Run:
     def steps(self, total, lm, optimizer, teacher=None):
         """The numbers of the steps still to make, of `total`, behind a progress bar.
 
-        Loads the newest checkpoint, if there is one; UserError if it is made from other models,
-        though their names are the same. After each step it may write one: see `save_state`.
+        Loads the newest checkpoint, if there is one; after each step it may write one.
         """
         self.lm, self.optimizer = lm, optimizer
         self.made_with = {"weights": fingerprint(lm), "teacher": teacher and fingerprint(teacher)}
@@ -1827,7 +1794,8 @@ class Run:
         on_stop(stop_at_once)
 
     def newest_checkpoint(self):
-        """Its folder, or None, its steps and their metrics; later metrics are cut off."""
+        """Its folder, or None, its steps and their metrics. UserError if it is made from other
+        models, though their names are the same."""
         path = max(self.out.glob("state-????????"), default=None)
         if path:
             differ = differences(read_json(path / "made_with.json"), self.made_with)
@@ -1893,11 +1861,10 @@ class Run:
         """Write a checkpoint every save_every steps, and when SIGTERM or Ctrl-C asked for the end.
 
         Every process writes its shards beside; then the folder is renamed, and only then the older
-        one is deleted. Any number of processes can load it. Raises UserError if it cannot be
-        written, KeyboardInterrupt after one that a signal asked for.
+        one is deleted. Any number of processes can load it. UserError if it cannot be written.
         """
-        signals = all_gather_dict({rank(): self.stop_signal})
-        self.stop_signal = max(signals.values())  # all stop if one process has heard a signal
+        # all stop if one process has heard a signal
+        self.stop_signal = max(all_gather_dict({rank(): self.stop_signal}).values())
         due = self.cfg.save_every and steps % self.cfg.save_every == 0
         if not (due or self.stop_signal):
             return
@@ -1929,10 +1896,8 @@ class Run:
             shutil.rmtree(path)
 
     def finish(self):
-        """Write the model folder; the record tells the steps and seconds that it took.
-
-        Raises UserError, and keeps the checkpoint, when the model cannot be written.
-        """
+        """Write the model; the record tells the steps and seconds that it took. When it cannot be
+        written, the checkpoint stays."""
         seconds = self.seconds_before + sum(line["seconds"] for line in self.metrics)
         self.record |= {"finished": True, "steps": len(self.metrics), "seconds": rounded(seconds)}
         save_lm(self.lm, self.out, self.record)
@@ -1946,7 +1911,7 @@ class Run:
 #
 # Each process runs the same script and knows all rollouts of a step. The work is divided:
 #   sampling   each takes its share of the prompts, with a copy of all weights that exists meanwhile
-#   training   each takes its share of the rows; a loss is divided by the counts of the whole update,
+#   training   each takes its share of the rows; losses are divided by counts of the whole update,
 #              so that the gradients of all processes add up to that of a single one
 #   writing    rank 0 only; but of a checkpoint each process writes its shards
 
@@ -1978,7 +1943,7 @@ def process_group(device):
 
 
 def on_rank_0(fn, *args):
-    """Call fn(*args) on rank 0 only. All processes return its result, or raise its UserError."""
+    """fn(*args), called on rank 0 only. All processes return its result, or raise its UserError."""
     result = [None, None]
     if rank() == 0:
         try:
@@ -2011,9 +1976,8 @@ def all_reduce_sum(tensor):
 def shared_micro_batches(rows, micro_tokens, device):
     """`micro_batches` of this process's share of the rows, which all processes have.
 
-    The rows are dealt out by length, so that the passes of all processes take alike. Sharded models
-    need the same number of passes everywhere: shorter lists are filled up with empty groups, which
-    are passes over one token of padding, without any loss.
+    The rows are dealt out by length. Sharded models need the same number of passes everywhere:
+    shorter lists are filled up with empty groups, passes over one token of padding without a loss.
     """
     n = world_size()
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt + rows[i].tokens))
@@ -2037,11 +2001,8 @@ def sample_shared(lm, prompts, k, cfg, seed, done=None):
 
 
 def sample_and_write(lm, prompts, k, cfg, seed, write):
-    """`sample_shared` for more prompts than memory holds; write(i, rollouts) takes them.
-
-    A single process writes a prompt as soon as its rollouts have ended, and so takes many at once;
-    several write at the end.
-    """
+    """`sample_shared` for more prompts than memory holds; write(i, rollouts) takes them: of a
+    single process as soon as they have ended, of several at the end of fewer at once."""
     size = max(1, (8 if world_size() == 1 else world_size()) * cfg.sample_rows // k)
     for start in range(0, len(prompts), size):
         sample_shared(lm, prompts[start : start + size], k, cfg, seed,
@@ -2093,7 +2054,7 @@ def full_tensor(tensor):
 
 @contextlib.contextmanager
 def gathered(lm):
-    """Inside, lm with all its weights in the dtype of the forward pass, if it is sharded; else lm."""
+    """Inside, lm with all its weights, in the dtype of the forward pass if it is sharded."""
     if lm.replica is None:
         yield lm
         return

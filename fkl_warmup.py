@@ -132,10 +132,7 @@ def correct_only(groups, problems, tokenizer):
 
 
 def worked_examples(cfg, lm):
-    """Rows of --data with a question and a `response` (else `solution`), all of them, as [[Rollout]].
-
-    The response ends with the eos token.
-    """
+    """All rows of --data, a question and a `response` (or `solution`) and eos, as [[Rollout]]."""
     rows = []
     for row in read_rows(cfg.data):
         row = {name.lower(): value for name, value in row.items()}
