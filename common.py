@@ -15,6 +15,7 @@ import fcntl
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -1443,19 +1444,17 @@ class Step:
 
     def make_state(self, live, B, W, pages):
         """Tensors of B rows of at most W pages each; rows beyond the live ones are padding."""
-        table, owner = np.zeros((B, W), np.int64), np.zeros(pages + 1, np.int64)
-        first, position = np.full(pages + 1, FAR), np.zeros(B, np.int64)
-        token, uniforms = np.zeros(B, np.int64), np.zeros((B, BLOCK))
+        state = {"table": np.zeros((B, W), int), "owner": np.zeros(pages + 1, int),
+                 "first": np.full(pages + 1, FAR), "position": np.zeros(B, int),
+                 "token": np.zeros(B, int), "uniforms": np.zeros((B, BLOCK)), "t": np.zeros(1, int),
+                 "tokens": np.zeros((B, BLOCK), int), "logps": np.zeros((B, BLOCK), np.float32)}
         for i, row in enumerate(live):
-            table[i, : len(row.pages)] = row.pages
-            owner[row.pages] = i
-            first[row.pages] = np.arange(len(row.pages)) * self.cache.page
-            token[i] = (row.rollout.tokens or row.rollout.prompt)[-1]
-            position[i], uniforms[i] = len(row) - 1, row.stream.random(BLOCK)
-        state = {"table": table, "owner": owner, "first": first, "position": position,
-                 "token": token, "uniforms": uniforms, "t": np.zeros(1, np.int64),
-                 "tokens": np.zeros((B, BLOCK), np.int64),
-                 "logps": np.zeros((B, BLOCK), np.float32)}
+            state["table"][i, : len(row.pages)] = row.pages
+            state["owner"][row.pages] = i
+            state["first"][row.pages] = np.arange(len(row.pages)) * self.cache.page
+            state["position"][i] = len(row) - 1
+            state["token"][i] = (row.rollout.tokens or row.rollout.prompt)[-1]
+            state["uniforms"][i] = row.stream.random(BLOCK)
         return {k: torch.from_numpy(v).to(self.lm.device) for k, v in state.items()}
 
     def __call__(self, state):
@@ -1701,12 +1700,9 @@ def describe_run(cfg):
     comments = field_comments(type(cfg))
     settings = {name: value for name, value in vars(cfg).items()
                 if not comments[name][0].startswith("memory") and name not in ("out", "cache")}
-    command = "git describe --always --abbrev=12 --exclude=* --dirty=+changes".split()
-    try:
-        git = subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True,
-                             text=True).stdout.strip()
-    except OSError:  # no git
-        git = ""
+    git = subprocess.run("git describe --always --abbrev=12 --exclude='*' --dirty=+changes",
+                         shell=True, cwd=Path(__file__).resolve().parent, capture_output=True,
+                         text=True).stdout.strip()
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
     return {"command": shlex.join(sys.argv), "settings": settings,
             "versions": {"python": sys.version.split()[0], **versions}, "git": git or "unknown"}
@@ -1787,7 +1783,7 @@ class Run:
         self.bar = progress(range(start, total), initial=start, total=total, desc=self.out.name)
         on_stop(self.stop_after_step)
         for self.step in self.bar:
-            self.times = {"seconds": time.perf_counter()}  # when which part began
+            self.started, self.parts = time.perf_counter(), []
             yield self.step
             if self.step + 1 < total:  # after the last step comes the model
                 self.save_state(self.step + 1)
@@ -1817,7 +1813,7 @@ class Run:
         """The part `name` of the step begins; the metrics tell its seconds as seconds_<name>."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.times[f"seconds_{name}"] = time.perf_counter()
+        self.parts.append((f"seconds_{name}", time.perf_counter()))
 
     def log(self, *shown, rows, grad_norms, **metrics):
         """Append a line of metrics to metrics.jsonl; the bar shows those named.
@@ -1826,9 +1822,8 @@ class Run:
         UserError when those of the last MAX_SKIPPED steps all were.
         """
         self.time("end")
-        names, begins = list(self.times), list(self.times.values())
-        parts = {name: end - begin for name, begin, end in zip(names[1:], begins[1:], begins[2:])}
-        seconds = begins[-1] - begins[0]
+        parts = {part: end - begin for (part, begin), (_, end) in itertools.pairwise(self.parts)}
+        seconds = self.parts[-1][1] - self.started
         tokens, cut = sum(len(r.tokens) for r in rows), sum(not r.finished for r in rows)
         finite = [norm for norm in grad_norms if math.isfinite(norm)]
         metrics |= {"length": tokens / len(rows), "truncated": cut / len(rows), "tokens": tokens,
@@ -1959,9 +1954,8 @@ def on_rank_0(fn, *args):
 
 def all_gather_dict(part):
     """A dict on each process -> all of them put together, on every process."""
-    parts = [part]
+    parts = [part] * world_size()
     if world_size() > 1:
-        parts = [None] * world_size()
         dist.all_gather_object(parts, part)
     return {key: value for part in parts for key, value in part.items()}
 
