@@ -471,7 +471,6 @@ def read_rows(source):
     path, kind, split = Path(source), Path(source).suffix.lstrip("."), ""
     try:
         if kind in ("json", "jsonl", "csv", "parquet"):
-            check(path.is_file(), f"no such data file: {source}")
             data = datasets.load_dataset(kind.rstrip("l"), data_files=str(path), split="train")
         elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             data = datasets.load_from_disk(source)
@@ -480,7 +479,7 @@ def read_rows(source):
             *config, split = rest or [""]
             data = datasets.load_dataset(name, *config)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        where = "" if path.exists() else " (no such file or folder here, and not on the hub)"
+        where = "" if path.exists() else " (no such file or folder here, nor on the hub)"
         raise UserError(f"cannot load data {source!r}{where}: "
                         f"{first_line(error.__cause__ or error)}") from error
     if isinstance(data, dict):
@@ -1774,11 +1773,13 @@ class Run:
 
         Loads the newest checkpoint, if there is one; after each step it may write one.
         """
-        self.lm, self.optimizer = lm, optimizer
+        self.lm = lm
+        self.tensors = {"model": dict(lm.model.named_parameters()),  # of a checkpoint, whatever
+                        "optimizer": optimizer.state_dict()["state"]}  # they will hold
         self.made_with = {"weights": fingerprint(lm), "teacher": teacher and fingerprint(teacher)}
         path, start, self.metrics = on_rank_0(self.newest_checkpoint)
         if path:
-            dcp.load(self.checkpoint_tensors(), checkpoint_id=path)
+            dcp.load(self.tensors, checkpoint_id=path)  # fills them in place
             print(f"{self.out}: continuing after {start} steps")
         self.bar = progress(range(start, total), initial=start, total=total, desc=self.out.name)
         on_stop(self.stop_after_step)
@@ -1815,11 +1816,12 @@ class Run:
             torch.cuda.synchronize()
         self.parts.append((f"seconds_{name}", time.perf_counter()))
 
-    def log(self, *shown, rows, grad_norms, **metrics):
-        """Append a line of metrics to metrics.jsonl; the bar shows those named.
+    def log(self, *shown, rows, note, grad_norms, **metrics):
+        """Append a line of metrics to metrics.jsonl; the bar shows those named. Every show_every
+        steps the first of the step's Rollouts is printed, decoded, with a note.
 
-        rows: the step's Rollouts. grad_norms: of its updates; those not finite were skipped. Raises
-        UserError when those of the last MAX_SKIPPED steps all were.
+        grad_norms: of the step's updates; those not finite were skipped. UserError when those of
+        the last MAX_SKIPPED steps all were.
         """
         self.time("end")
         parts = {part: end - begin for (part, begin), (_, end) in itertools.pairwise(self.parts)}
@@ -1834,6 +1836,11 @@ class Run:
         append_json_line(self.out / "metrics.jsonl", line)
         self.metrics.append(line)
         self.bar.set_postfix({k: line[k] for k in shown}, refresh=False)
+        if self.cfg.show_every and self.step % self.cfg.show_every == 0:
+            text = " → ".join(map(self.lm.tokenizer.decode, (rows[0].prompt, rows[0].tokens)))
+            text = text.replace("\n", "⏎")
+            text = text if len(text) <= 600 else f"{text[:300]} […] {text[-300:]}"
+            self.bar.write(f"[{self.out.name}, step {self.step}, {note}] {text}")
         if self.step == 0 and metrics["truncated"] > 0.5:
             self.bar.write(f"warning: {metrics['truncated']:.0%} of the responses were cut: is "
                            "--max-new-tokens too small, or does the model not know when to stop?")
@@ -1843,14 +1850,6 @@ class Run:
         last = [line["grad_norm"] for line in self.metrics[-MAX_SKIPPED:]]
         check(last != [None] * MAX_SKIPPED, f"the last {MAX_SKIPPED} steps had a loss or gradient "
               "that is not finite: the run diverged (is --lr too high?)")
-
-    def show(self, rollout, note):
-        """Print one decoded rollout every show_every steps, above the progress bar."""
-        if self.cfg.show_every and self.step % self.cfg.show_every == 0:
-            text = " → ".join(map(self.lm.tokenizer.decode, (rollout.prompt, rollout.tokens)))
-            text = text.replace("\n", "⏎")
-            text = text if len(text) <= 600 else f"{text[:300]} […] {text[-300:]}"
-            self.bar.write(f"[{self.out.name}, step {self.step}, {note}] {text}")
 
     def save_state(self, steps):
         """Write a checkpoint every save_every steps, and when SIGTERM or Ctrl-C asked for the end.
@@ -1867,7 +1866,7 @@ class Run:
         beside = path.with_suffix(".tmp")
         on_rank_0(shutil.rmtree, beside, True)  # a killed run may have left it
         try:
-            dcp.save(self.checkpoint_tensors(), checkpoint_id=beside)
+            dcp.save(self.tensors, checkpoint_id=beside)
         except dcp.api.CheckpointException as failed:
             on_rank_0(shutil.rmtree, beside, True)  # a full disk needs the room
             error = next(iter(failed.failures.values()))[0]
@@ -1879,12 +1878,6 @@ class Run:
             self.delete_checkpoints(but=path)
         if self.stop_signal:
             stop_at_once(self.stop_signal, note=f" after {steps} steps, all saved")
-
-    def checkpoint_tensors(self):
-        """The tensors of a checkpoint themselves: loading fills them in place."""
-        reshard(self.lm)
-        return {"model": dict(self.lm.model.named_parameters()),
-                "optimizer": self.optimizer.state_dict()["state"]}
 
     def delete_checkpoints(self, but=None):
         for path in set(self.out.glob("state-*")) - {but}:
@@ -1925,11 +1918,12 @@ def process_group(device):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    cuda = device != "cpu" and torch.cuda.is_available()
-    if cuda:
+    backend = "gloo"
+    if device != "cpu" and torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # a process may wait for the longest response of another
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=6))
+    dist.init_process_group(backend, timeout=timedelta(hours=6))
     if rank():
         sys.stdout = open(os.devnull, "w")
     yield

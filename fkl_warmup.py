@@ -217,9 +217,8 @@ def main(cfg):
 
         loss, entropy = (all_reduce_sum(sums) / n_tokens).tolist()
         name = "kl" if cfg.targets == "soft" else "nll"
-        run.log(name, "entropy", "length", **{name: loss}, entropy=entropy, rows=rows,
-                grad_norms=[grad_norm])
-        run.show(rows[0], f"{name} {loss:.3f} nats a token")
+        run.log(name, "entropy", "length", **{name: loss}, entropy=entropy,
+                grad_norms=[grad_norm], rows=rows, note=f"{name} {loss:.3f} nats a token")
     run.finish()
 
 

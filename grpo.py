@@ -198,8 +198,8 @@ def main(cfg):
         n_tokens = sum(len(r.tokens) for r in rows)
         clipped, entropy, k3, gap = (all_reduce_sum(sums) / n_tokens).tolist()
         run.log("reward", "zero_variance", "length", **rewarded, entropy=entropy, k3_ref=k3,
-                clip_fraction=clipped, sampler_gap=gap, rows=rows, grad_norms=grad_norms)
-        run.show(rows[0], f"answer {answers[0]}, reward {rewards[0, 0]:.0f}")
+                clip_fraction=clipped, sampler_gap=gap, grad_norms=grad_norms, rows=rows,
+                note=f"answer {answers[0]}, reward {rewards[0, 0]:.0f}")
     run.finish()
 
 

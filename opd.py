@@ -173,8 +173,8 @@ def main(cfg):
         kl, square, entropy = (all_reduce_sum(sums) / n_tokens).tolist()
         kl_std = max(0.0, square - kl**2) ** 0.5
         run.log("kl", "entropy", "length", **rewarded, kl=kl, kl_std=kl_std, entropy=entropy,
-                rows=rows, grad_norms=[grad_norm])
-        run.show(rows[0], f"KL to the teacher {kl:.3f} nats a token")
+                grad_norms=[grad_norm], rows=rows,
+                note=f"KL to the teacher {kl:.3f} nats a token")
     run.finish()
 
 
