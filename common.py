@@ -371,7 +371,8 @@ def check_architecture(lm, sampled):
         gap = lm.token_logp(*lm.states([row]), 1.0, 4).cpu() - torch.tensor(row.logp)
         check(gap.abs().max() <= 4 * rounding, f"{lm.name}: unsupported architecture, sampling "
               "does not give the log-probs that training sees")
-    reshard(lm)
+    if isinstance(lm.model, FSDPModule):
+        lm.model.reshard()  # before `Run.steps` may load other weights
 
 
 def check_pair(teacher, student, thinking):
@@ -480,8 +481,8 @@ def read_rows(source):
             data = datasets.load_dataset(name, *config)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         where = "" if path.exists() else " (no such file or folder here, nor on the hub)"
-        raise UserError(f"cannot load data {source!r}{where}: "
-                        f"{first_line(error.__cause__ or error)}") from error
+        cause = first_line(error.__cause__ or error)
+        raise UserError(f"cannot load data {source!r}{where}: {cause}") from error
     if isinstance(data, dict):
         split = split or (next(iter(data)) if len(data) == 1 else "train")
         check(split in data, f"data {source!r} has no split {split!r}, but: {', '.join(data)}")
@@ -1223,11 +1224,10 @@ def reward_groups(lm, rows, answers):
 #
 # Sampling is most of a step of RL or OPD. What makes it fast, in reading order:
 #   continuous batching  every BLOCK tokens, waiting rows take the places of ended ones
-#   paged cache          keys and values lie in pages of one pool, so that memory follows the tokens
-#                        that exist, not rows * longest; when it is full, the youngest rows wait
+#   paged cache          keys and values lie in pages of one pool: memory is for tokens that exist,
+#                        not rows * longest; when it is full, the youngest rows wait
 #   shared prefill       a prompt passes through the model once for the rows that start together
-#   no waiting           the host asks once a block which rows have ended; on CUDA a block is BLOCK
-#                        replays of one recorded step, which saves ~1,700 kernel launches a token
+#   recorded steps       on CUDA a block replays one recorded step, ~1,700 launches a token less
 #   one uniform a token  inverse CDF over sums of 64 weights: a V-wide pass, not V random numbers
 
 BLOCK = 8  # tokens between two looks at which rows have ended; an ended row wastes half of them
@@ -1605,7 +1605,7 @@ def make_optimizer(lm, cfg):
     fused = parameters[0].device.type == "cuda"
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, cfg.adam_beta2),
                                   weight_decay=cfg.weight_decay, fused=fused)
-    for p in parameters:  # AdamW would make these at its first step; `resume` fills them in place
+    for p in parameters:  # AdamW would make these at its first step; `Run.steps` may load them
         optimizer.state[p] = {"step": torch.zeros((), device=p.device if fused else "cpu"),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
@@ -1617,7 +1617,8 @@ def optimizer_step(lm, optimizer, cfg, updates):
     The learning rate follows from the number of updates made: linear warmup, then constant or, over
     `updates` of them, linear decay to 0. An update whose norm is not finite is skipped, uncounted.
     """
-    reshard(lm)
+    if isinstance(lm.model, FSDPModule):
+        lm.model.reshard()  # drops what is gathered, before the weights change
     norm = full_tensor(torch.nn.utils.clip_grad_norm_(lm.model.parameters(), cfg.grad_clip))
     if norm.isfinite():
         group, = optimizer.param_groups
@@ -1749,7 +1750,8 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.out / ".lock", self.out)
         parents = [str(Path(p).resolve()) if Path(p).is_dir() else p for p in parents]
-        record = {**describe_run(self.cfg), "parents": parents, "labels": {}, "finished": False}
+        record = {**describe_run(self.cfg), "parents": parents, "finished": False,
+                  "labels": {}}  # data: labelled problems that the run learns from
         old = read_record(self.out)
         foreign = (self.out / "config.json").exists() and not old
         check(not foreign, f"{self.out} holds a model of another program; choose another --out")
@@ -1763,10 +1765,6 @@ class Run:
             return None
         write_json(self.out / "config.json", {"run": record})
         return record
-
-    def use_labels(self, problems):
-        """Put into the record how many labelled problems of which data the run learns from."""
-        self.record["labels"] = {f"{self.cfg.data}:{self.cfg.half}": len(problems)}
 
     def steps(self, total, lm, optimizer, teacher=None):
         """The numbers of the steps still to make, of `total`, behind a progress bar.
@@ -1918,12 +1916,11 @@ def process_group(device):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    backend = "gloo"
-    if device != "cpu" and torch.cuda.is_available():
-        backend = "cpu:gloo,cuda:nccl"
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # a process may wait for the longest response of another
-    dist.init_process_group(backend, timeout=timedelta(hours=6))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=6))
     if rank():
         sys.stdout = open(os.devnull, "w")
     yield
@@ -2001,7 +1998,7 @@ def shard_model(lm, source, device):
     """Shard lm.model, which has shapes only, and fill it from `source`, which only rank 0 has.
 
     Each layer is gathered for its own computation only. Embedding, head and last norm stay gathered
-    after the forward pass, because the losses need the head, until the backward pass or `reshard`.
+    after the forward pass, because the losses need the head, until the backward pass or .reshard().
     """
     model, mesh = lm.model, dist.init_device_mesh(device.type, (world_size(),))
     empty = {id(p): torch.nn.Parameter(torch.empty(0, device=device), requires_grad=False)
@@ -2027,12 +2024,6 @@ def shard_model(lm, source, device):
             setattr(module.get_submodule(owner), name, value)
     model.sharded_body = lambda **inputs: model.base_model(**inputs)[:1]
     register_fsdp_forward_method(model, "sharded_body")
-
-
-def reshard(lm):
-    """Drop the gathered embedding and head of a sharded model, before its weights change."""
-    if isinstance(lm.model, FSDPModule):
-        lm.model.reshard()
 
 
 def full_tensor(tensor):

@@ -152,7 +152,7 @@ def load_states(cfg, run, student):
         return None, worked_examples(cfg, student)
     problems = load_problems(cfg)
     if cfg.only_correct:
-        run.use_labels(problems)
+        run.record["labels"] = {f"{cfg.data}:{cfg.half}": len(problems)}
     teacher = load_lm(cfg.teacher, cfg)
     problems = tokenize_problems(problems, student.tokenizer, cfg)
     groups = teacher_rollouts(cfg, run, teacher, problems)

@@ -155,7 +155,7 @@ def main(cfg):
     describe_lm(cfg.model)  # a wrong name should not wait for the data
     run = Run(cfg, parents=[cfg.model])
     problems = load_problems(cfg)
-    run.use_labels(problems)
+    run.record["labels"] = {f"{cfg.data}:{cfg.half}": len(problems)}
     policy = load_lm(cfg.model, cfg, train=True)
     reference = load_lm(cfg.model, cfg) if cfg.kl_coef else None
     problems = tokenize_problems(problems, policy.tokenizer, cfg)

@@ -139,7 +139,7 @@ def main(cfg):
     run = Run(cfg, parents=[cfg.teacher, cfg.student])
     problems = load_problems(cfg)
     if cfg.sparse_weight:
-        run.use_labels(problems)
+        run.record["labels"] = {f"{cfg.data}:{cfg.half}": len(problems)}
     teacher = load_lm(cfg.teacher, cfg)
     student = load_lm(cfg.student, cfg, train=True)
     problems = tokenize_problems(problems, student.tokenizer, cfg)
