@@ -169,11 +169,9 @@ def stop_at_once(number, _frame=None, note=""):
 
 
 def run_cli(main, config_class, doc):
-    """Run main(cfg); a user's mistake, a full disk, SIGTERM or Ctrl-C ends it with one line.
-
-    The exit status is then 1, or 128 + the signal's number. Rank 0 prints its line at once. The
-    others wait: if they have the same mistake, torchrun ends them before they repeat it.
-    """
+    """Run main(cfg); a user's mistake, a full disk, SIGTERM or Ctrl-C ends it with one line. The
+    exit status is then 1, or 128 + the signal's number. Rank 0 prints its line at once. The others
+    wait: if they have the same mistake, torchrun ends them before they repeat it."""
     status, wait = 1, 5 if "RANK" in os.environ else 0  # seconds
     on_stop(stop_at_once)
     try:
@@ -233,10 +231,8 @@ class LM:
 
     def states(self, rows):
         """Last hidden states that predict the response tokens, and those tokens: (N, D), (N,).
-
         rows: B Rollouts; N = sum of their response lengths, row after row. Padding is on the right,
-        where no real position sees it. No rows are one token of padding: `shared_micro_batches`.
-        """
+        where no real position sees it. No rows are one token of padding: `shared_micro_batches`."""
         ids = [torch.tensor(r.prompt + r.tokens) for r in rows] or [torch.tensor([0])]
         ids = pad_sequence(ids, batch_first=True).to(self.device)  # (B, T)
         states = [(i, len(r.prompt) - 1 + j)  # position t predicts token t + 1
@@ -278,10 +274,8 @@ def pick(logp, tokens):
 
 
 def describe_lm(name):
-    """An LM of a Hugging Face folder or hub name without its weights (model is None).
-
-    Raises UserError if it cannot be found, is unfinished, or has no chat template or stop token.
-    """
+    """An LM of a Hugging Face folder or hub name without its weights (model is None). Raises
+    UserError if it cannot be found, is unfinished, or has no chat template or stop token."""
     check(read_record(name).get("finished", True),
           f"{name} is an unfinished run: it has no weights yet")
     with load_errors_as_one_line(name):
@@ -312,10 +306,8 @@ def load_errors_as_one_line(name):
 
 def load_lm(name, cfg, train=False, shard=True):
     """Load a Hugging Face folder or hub name as an LM, with shard=True sharded over all processes.
-
     train=True gives fp32 masters, because in bf16 an update of 1e-6 mostly rounds to nothing; a
-    frozen model has the compute dtype. Raises UserError for what cannot be loaded or used.
-    """
+    frozen model has the compute dtype. Raises UserError for what cannot be loaded or used."""
     lm, device = describe_lm(name), cfg.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -393,10 +385,8 @@ def check_pair(teacher, student, thinking):
 
 def build_prompt(tokenizer, problem, thinking, tokenize=True):
     """Problem text -> prompt token ids (with tokenize=False, text): the one format of all scripts.
-
     ours: one user message, no system prompt; the paper states none. Qwen3 thinks unless it is told
-    not to; Llama 3 would write today's date. The template writes its own BOS.
-    """
+    not to; Llama 3 would write today's date. The template writes its own BOS."""
     messages = [{"role": "user", "content": f"{problem}\n{INSTRUCTION}"}]
     return tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=tokenize, return_dict=False,
@@ -404,11 +394,9 @@ def build_prompt(tokenizer, problem, thinking, tokenize=True):
 
 
 def save_lm(lm, out, run_record):
-    """Write a Hugging Face folder that any tool can load, in the dtype that the model came in.
-
-    The files are written beside and then moved, config.json with `run_record` as the last: a model
-    is finished exactly when that says so. All processes call this; rank 0 writes.
-    """
+    """Write a Hugging Face folder that any tool can load, in the dtype that the model came in. The
+    files are written beside and then moved, config.json with `run_record` as the last: a model is
+    finished exactly when that says so. All processes call this; rank 0 writes."""
     beside, weights = Path(out) / "saving", {}
     for name, parameter in lm.model.named_parameters():  # a tied matrix comes once
         tensor = full_tensor(parameter.detach())
@@ -460,11 +448,9 @@ class Problem:
 
 
 def read_rows(source):
-    """Rows (dicts) of a data source. Raises UserError if it cannot be found or read.
-
-    source: a .json, .jsonl, .csv or .parquet file, a folder of them or of `save_to_disk`, an alias
-    (see above) or `owner/name[[:config]:split]` of the hub; without a split the only one, or train.
-    """
+    """Rows (dicts) of a data source; UserError if it cannot be found or read. A source is a .json,
+    .jsonl, .csv or .parquet file, a folder of them or of `save_to_disk`, an alias (see above) or
+    `owner/name[[:config]:split]` of the hub; without a split the only one, or train."""
     import datasets  # takes a second, which --help and mistakes in the flags should not wait for
 
     datasets.utils.logging.disable_progress_bar()
@@ -500,10 +486,8 @@ def find_question(row):
 
 
 def to_problem(row, source):
-    """One row of any schema that we know -> Problem; UserError without a question or an answer.
-
-    Of a worked solution the answer is what follows `####`, else what its last box holds.
-    """
+    """One row of any schema that we know -> Problem; UserError without a question or an answer. Of
+    a worked solution the answer is what follows `####`, else what its last box holds."""
     row = {name.lower(): value for name, value in row.items()}
     question, answer = find_question(row), row.get("answer")
     if answer is None and isinstance(row.get("reward_model"), dict):
@@ -544,10 +528,8 @@ def deduplicate(problems, counts):
 
 def load_problems(cfg):
     """Problems of cfg.data: deduplicated, without contradictions, decontaminated, then halved.
-
     Their order, and so the halves, depend on the remaining problems' texts and cfg.split_seed alone
-    (rank of a hash): keep data, exclude and split_seed over a recipe. UserError if nothing is left.
-    """
+    (rank of a hash): keep data, exclude and split_seed over a recipe. UserError without any."""
     counts, rows = Counter(), read_rows(cfg.data)
     rows = progress(rows, desc=f"reading {cfg.data}", leave=False, disable=len(rows) < 50_000)
     unique = deduplicate((to_problem(row, cfg.data) for row in rows), counts)
@@ -1339,11 +1321,8 @@ class PagedCache:
 
     def reserve(self, live, waiting, sample_rows):
         """Give rows the pages of their next BLOCK tokens: the live ones, the oldest first, and then
-        those of `waiting` for which there is room. Returns all of them, and the latter.
-
-        When the pool is full, the youngest live rows lose their pages and wait. Pages that ended
-        rows left are filled with the last ones.
-        """
+        those of `waiting` for which there is room. Returns all of them, and the latter. When the
+        pool is full, the youngest live rows lose their pages and wait."""
         total = np.cumsum([self.pages_for(len(row)) for row in live])
         n = int((total <= self.capacity).sum())
         for row in reversed(live[n:]):
@@ -1356,6 +1335,7 @@ class PagedCache:
                 break
             rows.append(waiting.popleft())
         owners = {page: (row, i) for row in rows for i, page in enumerate(row.pages)}
+        # pages that ended rows left are filled with the last ones
         gaps = [page for page in range(1, len(owners) + 1) if page not in owners]
         moved = [page for page in owners if page > len(owners)]
         if gaps:
@@ -1489,11 +1469,9 @@ class Step:
 
 
 def attend_pages(q, keys, values, used, scaling):
-    """Attention inside each page, of one query over the page's first `used` keys.
-
-    q: (m, H, D), keys, values: (m, page, kv heads, D), used: (m,). Returns (m, H, D) and, to put
-    pages together, the log of each softmax's denominator, (m, H); -1e30 for an empty page.
-    """
+    """Attention inside each page, of one query over the page's first `used` keys. q: (m, H, D),
+    keys, values: (m, page, kv heads, D), used: (m,). Returns (m, H, D) and, to put pages together,
+    the log of each softmax's denominator, (m, H); -1e30 for an empty page."""
     m, page, heads, dim = keys.shape
     if q.is_cuda and q.dtype == torch.bfloat16:  # each page is a sequence of its own
         one = torch.arange(m + 1, dtype=torch.int32, device=q.device)
@@ -1514,11 +1492,8 @@ def attend_pages(q, keys, values, used, scaling):
 
 def inverse_cdf(weights, uniform):
     """Draw from (rows, V) weights with a uniform per row (rows, 1): the first id whose CDF exceeds
-    it, (rows, 1), never one of weight 0.
-
-    Summed in two levels, blocks of 64 and then inside one block, in float64: one running sum in
-    fp32 would swallow rare tokens, of which a large vocabulary has many.
-    """
+    it, (rows, 1), never one of weight 0. Summed in two levels, blocks of 64 and then inside one
+    block, in float64: one running sum in fp32 would swallow the many rare tokens."""
     spare = -weights.shape[-1] % 64
     blocks = (F.pad(weights, (0, spare)) if spare else weights).unflatten(-1, (-1, 64))
     mass = blocks.sum(-1, dtype=torch.float64)
@@ -1549,10 +1524,8 @@ transformers.AttentionInterface.register("ours", attention)
 
 def micro_batches(rows, micro_tokens, device, share=None):
     """Row indices, all or those of a share, in groups of at most micro_tokens padded tokens (or one
-    row), alike in length. No split moves a gradient: losses divide by counts of the whole update.
-
-    0 stands for 1,024 on a CPU, where what fits its caches is twice as fast, else for 32,768.
-    """
+    row), alike in length. 0 stands for 1,024 on a CPU (its caches), else for 32,768. No split moves
+    a gradient: losses divide by counts of the whole update."""
     micro_tokens = micro_tokens or (1024 if device.type == "cpu" else 32768)
     lengths = [len(r.prompt) + len(r.tokens) for r in rows]
     groups = []
@@ -1612,11 +1585,9 @@ def make_optimizer(lm, cfg):
 
 
 def optimizer_step(lm, optimizer, cfg, updates):
-    """Clip the gradient's norm, update, drop the gradients. Returns the norm before clipping.
-
-    The learning rate follows from the number of updates made: linear warmup, then constant or, over
-    `updates` of them, linear decay to 0. An update whose norm is not finite is skipped, uncounted.
-    """
+    """Clip the gradient, update, drop the gradient. Returns its norm before clipping; if that is
+    not finite, the update is skipped. The learning rate follows from the number of updates made:
+    linear warmup, then constant or, over `updates` of them, linear decay to 0."""
     if isinstance(lm.model, FSDPModule):
         lm.model.reshard()  # drops what is gathered, before the weights change
     norm = full_tensor(torch.nn.utils.clip_grad_norm_(lm.model.parameters(), cfg.grad_clip))
@@ -1730,10 +1701,8 @@ def rounded(value):
 
 class Run:
     """An output folder while a stage writes to it, and the stage's progress on the screen.
-
     config.json holds the run's record, beside the model's own keys once there is a model;
-    metrics.jsonl has one line a step; state-<steps>, until the end, is the newest checkpoint.
-    """
+    metrics.jsonl has one line a step; state-<steps>, until the end, is the newest checkpoint."""
 
     def __init__(self, cfg, parents):
         """parents: the models that the run starts from. Ends the program if the run has finished;
@@ -1767,10 +1736,8 @@ class Run:
         return record
 
     def steps(self, total, lm, optimizer, teacher=None):
-        """The numbers of the steps still to make, of `total`, behind a progress bar.
-
-        Loads the newest checkpoint, if there is one; after each step it may write one.
-        """
+        """The numbers of the steps still to make, of `total`, behind a progress bar. Loads the
+        newest checkpoint, if there is one; after each step it may write one."""
         self.lm = lm
         self.tensors = {"model": dict(lm.model.named_parameters()),  # of a checkpoint, whatever
                         "optimizer": optimizer.state_dict()["state"]}  # they will hold
@@ -1816,11 +1783,8 @@ class Run:
 
     def log(self, *shown, rows, note, grad_norms, **metrics):
         """Append a line of metrics to metrics.jsonl; the bar shows those named. Every show_every
-        steps the first of the step's Rollouts is printed, decoded, with a note.
-
-        grad_norms: of the step's updates; those not finite were skipped. UserError when those of
-        the last MAX_SKIPPED steps all were.
-        """
+        steps the first of the step's Rollouts is printed, decoded, with a note. grad_norms: of the
+        step's updates; UserError when those of the last MAX_SKIPPED steps all were not finite."""
         self.time("end")
         parts = {part: end - begin for (part, begin), (_, end) in itertools.pairwise(self.parts)}
         seconds = self.parts[-1][1] - self.started
@@ -1851,10 +1815,8 @@ class Run:
 
     def save_state(self, steps):
         """Write a checkpoint every save_every steps, and when SIGTERM or Ctrl-C asked for the end.
-
         Every process writes its shards beside; then the folder is renamed, and only then the older
-        one is deleted. Any number of processes can load it. UserError if it cannot be written.
-        """
+        one is deleted. Any number of processes can load it. UserError if it cannot be written."""
         # all stop if one process has heard a signal
         self.stop_signal = max(all_gather_dict({rank(): self.stop_signal}).values())
         due = self.cfg.save_every and steps % self.cfg.save_every == 0
@@ -1959,11 +1921,9 @@ def all_reduce_sum(tensor):
 
 
 def shared_micro_batches(rows, micro_tokens, device):
-    """`micro_batches` of this process's share of the rows, which all processes have.
-
-    The rows are dealt out by length. Sharded models need the same number of passes everywhere:
-    shorter lists are filled up with empty groups, passes over one token of padding without a loss.
-    """
+    """`micro_batches` of this process's share of the rows, which all processes have. The rows are
+    dealt out by length. Sharded models need the same number of passes everywhere: shorter lists are
+    filled up with empty groups, passes over one token of padding without a loss."""
     n = world_size()
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt + rows[i].tokens))
     groups = [micro_batches(rows, micro_tokens, device, order[i::n]) for i in range(n)]
@@ -1995,11 +1955,9 @@ def sample_and_write(lm, prompts, k, cfg, seed, write):
 
 
 def shard_model(lm, source, device):
-    """Shard lm.model, which has shapes only, and fill it from `source`, which only rank 0 has.
-
-    Each layer is gathered for its own computation only. Embedding, head and last norm stay gathered
-    after the forward pass, because the losses need the head, until the backward pass or .reshard().
-    """
+    """Shard lm.model, which has shapes only, and fill it from `source`, which only rank 0 has. Each
+    layer is gathered for its own computation. Embedding, head and last norm, which the losses need,
+    stay gathered from the forward pass to the backward pass or model.reshard()."""
     model, mesh = lm.model, dist.init_device_mesh(device.type, (world_size(),))
     empty = {id(p): torch.nn.Parameter(torch.empty(0, device=device), requires_grad=False)
              for p in model.parameters()}
