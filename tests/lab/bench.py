@@ -6,8 +6,8 @@ random weights: on CUDA of Qwen3's shapes in bf16, on a CPU small and in fp32. A
 never stops, so lengths are forced: all equal, or drawn from a log-normal whose 99th percentile is 8
 times its median, as rollouts of a reasoning model are, and cut there.
 
-    python tests/bench.py                                  # all parts
-    python tests/bench.py --parts sampling --size 8b       # on a GPU
+    python tests/lab/bench.py                                  # all parts
+    python tests/lab/bench.py --parts sampling --size 8b       # on a GPU
 """
 
 import argparse
@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
                           StoppingCriteria)
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
 import fkl_warmup
 import grpo

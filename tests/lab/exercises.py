@@ -1,8 +1,8 @@
 """Exercises: bugs that this field really has, each planted alone, to be found by its figures.
 
-    python tests/exercises.py list                 what each of them does to the figures
-    python tests/exercises.py plant 3 /tmp/three   a copy of the project with bug 3 (or: random)
-    python tests/exercises.py answer 3             the edit, why it is wrong, the test that sees it
+    python tests/lab/exercises.py list                 what each of them does to the figures
+    python tests/lab/exercises.py plant 3 /tmp/three   a copy of the project with bug 3 (or: random)
+    python tests/lab/exercises.py answer 3             the edit, why it is wrong, the test that sees it
 
 No run stops at them: the curves look like learning, or like bad luck. Run the command of the list
 here and in the copy (in both: export W=/path/to/runs/world, which `bash run_all.sh` makes).
@@ -15,7 +15,7 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DATA = "--data $W/train.jsonl --exclude none --max-new-tokens 48"
 OPD = (f"opd.py --teacher $W/teacher-rl --student $W/bridge-warmup {DATA} --prompts 16 "
        "--rollouts 4 --lr 1e-3")

@@ -1,7 +1,7 @@
 r"""Fuzzes the verifier, and times it.
 
-    python tests/fuzz_verifier.py --n 200000 --seed 0    # a minute or two on one core, see --budget
-    python tests/fuzz_verifier.py --speed                # the cases of test_verifier.py, one by one
+    python tests/lab/fuzz_verifier.py --n 200000 --seed 0    # a minute or two on one core, see --budget
+    python tests/lab/fuzz_verifier.py --speed                # the cases of test_verifier.py, one by one
 
 A violation is an exception, a call of more than a second, a touched file, a changed environment, a
 new thread, a started process, or a call of eval, exec and their kin; then the exit status is 1. So
@@ -20,7 +20,7 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 
 from common import _equal, answers_equal, extract_answer, grade, verify
 from test_verifier import GOLDS, HOSTILE, INJECTIONS, RESPONSES, RIGHT, WRONG

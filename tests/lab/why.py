@@ -1,8 +1,8 @@
 """Why the recipe works, measured on the models of a finished run_all.sh: three tables, and pictures
 of them where matplotlib is installed.
 
-    python tests/why.py runs/world
-    python tests/why.py runs/world-seed1 --seed 1 --pictures /tmp/pictures
+    python tests/lab/why.py runs/world
+    python tests/lab/why.py runs/world-seed1 --seed 1 --pictures /tmp/pictures
 
 a  KL(student || teacher) in every state that the student itself visits, at the start of on-policy
    distillation: of the base student, and of the same after the forward-KL warmup. "1st" is the
@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import grpo
 import opd
 from common import (load_lm, load_problems, micro_batches, reward_groups, sample,
@@ -270,7 +270,7 @@ def main(argv=None):
     parser.add_argument("--batches", type=int, default=32, help="M [default: 32]")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="[default: 48]")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn [default: 0]")
-    parser.add_argument("--pictures", type=Path, default=Path(__file__).parent / "pictures",
+    parser.add_argument("--pictures", type=Path, default=Path(__file__).parents[1] / "pictures",
                         help="folder of the pictures [default: tests/pictures]")
     args = parser.parse_args(argv)
     if args.batches < 8:
