@@ -81,7 +81,7 @@ def test_every_route_runs_is_evaluated_and_is_matched(setting, run_all):
     assert CORE <= set(found)
     evaluated = {cfg.out.split("/")[-2] for script, cfg in commands
                  if script == "evaluate.py" and cfg.model}
-    assert CORE | {"base-teacher", "base-student"} <= evaluated
+    assert evaluated == {n for n in found if "warmup" not in n} | {"base-teacher", "base-student"}
     fresh, replay = (common.result_settings(found[name][1]) for name in ("fresh-2h", "replay-1h"))
     assert common.differences(fresh, replay) == "half was '2', is now '1'"  # R5 against R7
     warmup, opd = found["bridge-warmup"][1], found["bridge"][1]
@@ -109,8 +109,6 @@ def test_the_full_world_runs_all_of_table_1_and_beyond_matched(run_all):
     assert status == 0, errors
     found = stages(commands)
     assert CORE | OTHERS <= set(found)
-    assert {cfg.out.split("/")[-2] for script, cfg in commands if script == "evaluate.py" and
-            cfg.model} == {n for n in found if "warmup" not in n}
     for name in ("sft", "opd-only", "sft-teacher"):
         assert not difference(found, f"{name}-fresh-2h", "fresh-2h")
     assert not difference(found, "sft-teacher-replay-1h", "replay-1h")
@@ -167,25 +165,17 @@ def test_the_second_run_does_nothing_and_a_failure_stops_with_a_message(run_all)
     assert status == 0 and [script for script, _ in commands] == ["evaluate.py"]
 
 
-def running(session):
-    """States of this session's processes, R or S; zombies do not run."""
-    states = subprocess.run(["ps", "-o", "stat=", "-s", str(session)], capture_output=True,
-                            text=True).stdout.split()
-    return [state for state in states if not state.startswith("Z")]
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_both_lines(number, start, tmp_path):
-    """Also of what runs in the background, where a shell ignores Ctrl-C."""
+    """Also what runs in the background, where a shell ignores Ctrl-C."""
     with start("world", HANG="fkl_warmup.py") as process:
-        begun = time.monotonic()
         while (tmp_path / "commands").read_text().count("fkl_warmup.py") < 2:
             time.sleep(0.02)
         process.send_signal(number)
         assert process.wait(10) != 0
-        while running(process.pid):
-            assert time.monotonic() - begun < 10, "something still runs"
-            time.sleep(0.02)
+    time.sleep(0.2)
+    left = subprocess.run(["ps", "-o", "stat=", "-s", str(process.pid)], capture_output=True)
+    assert all(state.startswith(b"Z") for state in left.stdout.split()), "something still runs"
 
 
 def test_an_unknown_setting_is_refused(run_all):

@@ -11,7 +11,6 @@ fast whole steps are, and where their time goes, is in the metrics.jsonl of ever
 """
 
 import argparse
-import json
 import platform
 import statistics
 import sys
