@@ -88,24 +88,20 @@ def tells(text, exercise):
     return any(x in text for x in (*lines, exercise.why, exercise.test))
 
 
-def test_the_list_has_every_symptom_and_no_answer():
+def test_the_list_has_every_symptom_and_no_answer_and_commands_that_parse():
     text = exercises.main("list")
     for exercise in EXERCISES:
         assert exercise.symptom in text and exercise.measured in text and exercise.line in text
         assert not tells(text, exercise)
+        script, *flags = exercise.line.split()
+        module = importlib.import_module(script.removesuffix(".py"))
+        common.parse_args(module.Config, module.__doc__, flags)
 
 
 @pytest.mark.parametrize("words", ["", "answer 0", "plant 1", "answer 1 there", "show 1"])
 def test_other_words_get_the_usage(words):
     with pytest.raises(SystemExit, match="plant 3 /tmp/three"):
         exercises.main(*words.split())
-
-
-def test_the_commands_parse():
-    for exercise in EXERCISES:
-        script, *flags = exercise.line.split()
-        module = importlib.import_module(script.removesuffix(".py"))
-        common.parse_args(module.Config, module.__doc__, flags)
 
 
 def test_the_readme_has_every_exercise():

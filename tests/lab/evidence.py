@@ -216,9 +216,10 @@ def draw(roots, out):
         return print("pictures left out: matplotlib is not installed")
     out.mkdir(parents=True, exist_ok=True)
     routes = averages(roots)
+    budgets = label_budgets(roots, routes)
     pictures = {"orderings": (draw_orderings, routes), "curves": (draw_curves, roots),
-                "labels": (draw_budgets, routes, label_budgets(roots, routes)),
-                "density": (draw_density, routes)}
+                "labels": (draw_series, routes, budgets, "labelled problems", False),
+                "density": (draw_series, routes, densities(routes), "λ", True)}
     with rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False,
                      "figure.constrained_layout.w_pad": 0.1}):
         for name, (fill, *data) in pictures.items():
@@ -317,42 +318,38 @@ def label_budgets(roots, routes):
     return {name: points for name, points in series.items() if len(points) > 1}
 
 
-def draw_budgets(figure, routes, budgets):
-    """Accuracy over the number of labels, a panel per set: means, 95 %; thin lines are seeds."""
-    for i, s in enumerate(sets_of(routes) if budgets else ()):
-        axes, ends = figure.add_subplot(1, len(sets_of(routes)), i + 1), {}
-        for shift, (colour, (name, points)) in enumerate(zip(COLOURS, budgets.items())):
-            x = np.array([n for n, _ in points]) * 1.04**shift  # so that no bar hides another
-            values = np.array([routes[route][s] for _, route in points])
-            means = [over_seeds(v) for v in values]
-            axes.plot(x, values, color=colour, linewidth=0.6, alpha=0.35)
-            axes.errorbar(x, [m.mean for m in means], yerr=[m.half for m in means], fmt="o-",
-                          color=colour, markersize=4)
-            ends[name] = x[-1], means[-1].mean, colour
-        axes.set_xscale("log", base=2)
-        ticks = sorted({n for points in budgets.values() for n, _ in points})
-        axes.set_xticks(ticks, map(str, ticks))
-        axes.set(xlabel="labelled problems", ylabel=f"accuracy on {s}, %")
-        axes.set_ylim(bottom=0)
-        name_lines(axes, ends)
-
-
-def draw_density(figure, routes):
-    """Accuracy over λ of Eq. 3 (lambda-λ; 0 is `bridge`), a panel per set: means; thin: seeds.
-
-    The bars are of the differences from the first point, inside each seed, 95 %.
-    """
+def densities(routes):
+    """{"lambda": [(λ of Eq. 3, route)]}, of which λ = 0 is `bridge`, if several were tried."""
     series = [(*split_series(route), route) for route in routes]
     points = sorted((number, route) for name, number, route in series if name == "lambda")
     points = [(0.0, "bridge")] * ("bridge" in routes) + points
-    for i, s in enumerate(sets_of(routes) if len(points) > 1 else ()):
-        axes = figure.add_subplot(1, len(sets_of(routes)), i + 1)
-        x, values = [n for n, _ in points], np.array([routes[route][s] for _, route in points])
-        axes.plot(x, values, color=COLOURS[0], linewidth=0.6, alpha=0.35)
-        axes.errorbar(x, [over_seeds(v).mean for v in values], fmt="o-", color=COLOURS[0],
-                      yerr=[over_seeds(v - values[0]).half for v in values], markersize=4)
-        axes.set(xlabel="λ", ylabel=f"accuracy on {s}, % (bars: change from λ = {x[0]:g})")
-        axes.set_xticks(x)
+    return {"lambda": points} if len(points) > 1 else {}
+
+
+def draw_series(figure, routes, series, xlabel, paired):
+    """Accuracy over a number x, a panel per set: means with 95 % intervals; thin lines are seeds.
+
+    series: {name: [(x, route)]}. paired: the intervals are not of the mean, but of the change from
+    the first point inside each seed.
+    """
+    for i, s in enumerate(sets_of(routes) if series else ()):
+        axes, ends = figure.add_subplot(1, len(sets_of(routes)), i + 1), {}
+        for shift, (colour, (name, points)) in enumerate(zip(COLOURS, series.items())):
+            x = np.array([number for number, _ in points]) * 1.04**shift  # bars beside each other
+            values = np.array([routes[route][s] for _, route in points])  # (points, S)
+            means = [over_seeds(v).mean for v in values]
+            halves = [over_seeds(v - values[0] if paired else v).half for v in values]
+            axes.plot(x, values, color=colour, linewidth=0.6, alpha=0.35)
+            axes.errorbar(x, means, yerr=halves, fmt="o-", color=colour, markersize=4)
+            ends[name] = x[-1], means[-1], colour
+        ticks = sorted({number for points in series.values() for number, _ in points})
+        note = f" (bars: change from {ticks[0]:g})" if paired else ""
+        if not paired:
+            axes.set_xscale("log", base=2)
+            axes.set_ylim(bottom=0)
+            name_lines(axes, ends)
+        axes.set_xticks(ticks, [f"{number:g}" for number in ticks])
+        axes.set(xlabel=xlabel, ylabel=f"accuracy on {s}, %{note}")
 
 
 def main(argv=None):
