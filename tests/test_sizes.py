@@ -93,6 +93,9 @@ def test_the_command_reads_no_weights_and_takes_the_defaults_of_the_stage(world,
     out = capsys.readouterr().out
     assert "opd on 4 GPU(s), 8 prompts x 8 responses of 100 tokens" in out
     assert "while sampling" in out
+    assert [Settings(s).max_prompt_tokens for s in sizes.STAGES] == [3072, 2048, 2048, 2048]
+    evaluation = Settings("evaluate", gpus=2)
+    assert (evaluation.rollouts, evaluation.prompts) == (16, 2 * 512 // 16)
     for flags, message in (["Qwen3-1.7B", "--stage", "opd"], "needs a --teacher"), (
             ["nobody-has/this"], "cannot load model"):
         with pytest.raises(SystemExit, match=message):
