@@ -1292,7 +1292,7 @@ class Rollout:
 class Row:
     """A rollout that is being sampled: at most `limit` tokens with the uniforms of `stream`."""
 
-    def __init__(self, prompt, stream, limit, index):
+    def __init__(self, prompt, stream, limit, index=0):
         self.rollout = Rollout(list(prompt), [], [], False)
         self.stream, self.limit, self.index = stream, limit, index
         self.pages = []  # of the cache, in order of positions
@@ -1301,17 +1301,15 @@ class Row:
         return len(self.rollout.prompt) + len(self.rollout.tokens)
 
     def add(self, tokens, logp, stops):
-        """Append what a block has sampled, up to the first stop token or the limit. Returns whether
-        the row has ended."""
+        """Append what a block has sampled, up to the first stop token or the limit."""
         stop = next((i + 1 for i, token in enumerate(tokens) if token in stops), BLOCK + 1)
         n = min(stop, BLOCK, self.limit - len(self.rollout.tokens))
         self.rollout.tokens += tokens[:n]
         self.rollout.logp += logp[:n]
         self.rollout.finished = n == stop
-        return self.rollout.finished or len(self.rollout.tokens) == self.limit
+        self.ended = n == stop or len(self.rollout.tokens) == self.limit
 
 
-@torch.inference_mode()
 def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256, kv_gib=0.0,
            done=lambda i, rollouts: None):
     """Sample k rollouts of each prompt from softmax(logits / temperature); temperature 0 is greedy.
@@ -1329,8 +1327,21 @@ def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256
     rows = [Row(p, random_stream(seed, p, j), max_new_tokens, i)
             for i, p in enumerate(prompts) for j in range(k)]
     rollouts, left = [row.rollout for row in rows], [k] * len(prompts)
+
+    def on_end(row):
+        left[row.index] -= 1
+        if left[row.index] == 0:
+            done(row.index, rollouts[row.index * k : (row.index + 1) * k])
+
+    decode(lm, rows, temperature, sample_rows, kv_gib, on_end)
+    return rollouts
+
+
+@torch.inference_mode()
+def decode(lm, rows, temperature, sample_rows, kv_gib, on_end=lambda row: None):
+    """Fill in the rollouts of the rows; on_end(row) is called when one has ended."""
     waiting, live, stops = deque(rows), [], set(lm.stop_ids)  # live: the oldest first
-    longest = max(map(len, rows)) + max_new_tokens
+    longest = max(len(row) + row.limit for row in rows)
     with paged_attention_in(lm), lm.autocast():  # autocast makes bf16 copies of the weights once
         cache = PagedCache(lm, min(sample_rows, len(rows)), longest, kv_gib)
         step = Step(lm, cache, temperature)
@@ -1339,15 +1350,12 @@ def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256
             waiting.extendleft(reversed(preempted))
             started = cache.admit(waiting, len(live), sample_rows)
             cache.prefill(lm, started)
-            sampled, live = list(zip(live + started, *step.run_block(live + started))), []
-            for row, tokens, logp in sampled:
-                if not row.add(tokens, logp, stops):
-                    live.append(row)
-                    continue
-                i, left[row.index] = row.index, left[row.index] - 1
-                if left[i] == 0:
-                    done(i, rollouts[i * k : (i + 1) * k])
-    return rollouts
+            live += started
+            for row, tokens, logp in zip(live, *step.run_block(live)):
+                row.add(tokens, logp, stops)
+                if row.ended:
+                    on_end(row)
+            live = [row for row in live if not row.ended]
 
 
 def random_stream(seed, prompt, index):

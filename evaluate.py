@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from common import (DATA_ALIASES, append_json_line, build_prompt, check, describe_run, differences,
-                    fingerprint, from_rank_0, grade, json_line, load_lm, lock, progress, rank,
+                    fingerprint, grade, json_line, load_lm, lock, on_rank_0, progress, rank,
                     read_json, read_json_lines, read_record, read_rows, run_cli, sample_and_write,
                     to_problem, write_json, write_text)
 
@@ -114,7 +114,7 @@ def answer_set(cfg, lm, problems, path):
     A problem is written when its last sample has ended, so a stop loses only the problems in
     flight. Raises UserError if the file holds other problems.
     """
-    lines = {e.get("index"): e for e in from_rank_0(read_json_lines, path)}
+    lines = {e.get("index"): e for e in on_rank_0(read_json_lines, path)}
     same = all((lines[i].get("problem"), lines[i].get("answer")) == (p.problem, p.answer)
                for i, p in enumerate(problems) if i in lines) and None not in lines
     check(same, f"{path} holds samples of other problems; choose another --out or delete it")
@@ -134,9 +134,7 @@ def answer_set(cfg, lm, problems, path):
 
     prompts = [build_prompt(lm.tokenizer, problems[i].problem, cfg.thinking) for i in missing]
     with bar:
-        sample_and_write(lm, prompts, cfg.samples, write, max_new_tokens=cfg.max_new_tokens,
-                         temperature=cfg.temperature, seed=(cfg.seed,),
-                         sample_rows=cfg.sample_rows, kv_gib=cfg.kv_gib)
+        sample_and_write(lm, prompts, cfg.samples, cfg, (cfg.seed,), write)
     if missing:  # they were written in the order in which they ended
         write_text(path, "".join(json_line(lines[i]) for i in sorted(lines)))
     return [lines[i] for i in range(len(problems))]
@@ -155,13 +153,13 @@ def evaluate(cfg, out):
     Raises UserError if `out` holds samples of another model or setting.
     """
     sets, summary = read_sets(cfg), {}
-    lm = load_lm(cfg.model, device=cfg.device, dtype=cfg.dtype, shard=False)
+    lm = load_lm(cfg.model, cfg, shard=False)
     names = ("samples", "temperature", "max_new_tokens", "seed", "thinking")
     identity = {"weights": fingerprint(lm), "bf16": lm.bf16, **{n: getattr(cfg, n) for n in names}}
     record = {**describe_run(cfg), "model": cfg.model, "identity": identity, "finished": False}
     out.mkdir(parents=True, exist_ok=True)
     with lock(out / ".lock", out):
-        differ = differences(from_rank_0(read_record, out).get("identity", identity), identity)
+        differ = differences(on_rank_0(read_record, out).get("identity", identity), identity)
         check(not differ, f"{out} holds samples of another model or setting ({differ}); choose "
                           "another --out or delete it")
         write_json(out / "config.json", {"run": record})
@@ -283,7 +281,7 @@ def main(cfg):
         summary = regrade(cfg, out) if cfg.regrade else evaluate(cfg, out)
         print(model_table(cfg.model or out.parent, summary))
     if cfg.table:
-        print(from_rank_0(runs_table, cfg.table))
+        print(on_rank_0(runs_table, cfg.table))
 
 
 if __name__ == "__main__":

@@ -92,10 +92,9 @@ def long_tailed(n, longest):
 def ours(lm, prompts, lengths, slots):
     """prompts: (tokens, rollouts) pairs; lengths: of all rollouts; slots: rows decoded at once."""
     limits = iter(lengths)
-    groups = [[Row(Rollout(p, [], [], False), random_stream((0,), p, s), next(limits))
-               for s in range(k)] for p, k in prompts]
-    decode(lm, groups, 1.0, slots, 0.0)
-    assert [len(r.rollout.tokens) for g in groups for r in g] == lengths
+    rows = [Row(p, random_stream((0,), p, s), next(limits)) for p, k in prompts for s in range(k)]
+    decode(lm, rows, 1.0, slots, 0.0)
+    assert [len(row.rollout.tokens) for row in rows] == lengths
 
 
 class StopAt(StoppingCriteria):
@@ -124,7 +123,7 @@ def bench_sampling(args, device):
     cuda = device == "cuda"
     slots, length, equal, longest = (256, 256, 512, 2048) if cuda else (128, 32, 128, 256)
     model = make_model(args.size, device, torch.bfloat16 if cuda else torch.float32)
-    lm = LM(args.size, model, None, model.config.vocab_size, [], cuda, "bfloat16")
+    lm = LM(args.size, model, None, model.config.vocab_size, [], "bfloat16", cuda)
     rng = np.random.default_rng(1)
     tail, tails = long_tailed(slots, longest), long_tailed(4 * slots, longest)
     for case, k, lengths in (
@@ -179,7 +178,7 @@ class Given(LM):
         embedding = SimpleNamespace(weight=weight)
         model = SimpleNamespace(device=torch.device(device),
                                 get_output_embeddings=lambda: embedding)
-        super().__init__("given", model, None, VOCAB, [], device == "cuda", "float32")
+        super().__init__("given", model, None, VOCAB, [], "float32", device == "cuda")
 
     def states(self, rows):
         return self.hidden, torch.tensor([t for r in rows for t in r.tokens], device=self.device)
@@ -190,7 +189,6 @@ def loss_functions(N, D, device, **chunk):
     student, teacher = Given(N, D, device, True), Given(N, D, device, False)
     tokens = np.random.default_rng(0).integers(0, VOCAB, N).tolist()
     rows = [Rollout([0], tokens, [-10.0] * N, True)]
-    distil = dict(teacher="", student="", **chunk)
 
     def plain(loss):  # of all tokens at once
         def log_probs(lm):
@@ -204,15 +202,15 @@ def loss_functions(N, D, device, **chunk):
         return loss(logp, logp.detach(), torch.ones_like(logp), 0.2, 0.2).mean().backward()
 
     def ours_grpo():
-        cfg = grpo.Config("", kl_coef=0, **chunk)
-        grpo.accumulate(cfg, student, rows, torch.ones(1), None, None)
+        cfg = grpo.Config(kl_coef=0, **chunk)
+        grpo.accumulate(cfg, student, rows, torch.ones(1), grpo.row_weights(rows, cfg), None, None)
 
-    def ours_distil(stage):
-        stage.accumulate(stage.Config(**distil), student, teacher, rows, N)
+    def ours_distil(stage, *sparse):
+        stage.accumulate(stage.Config(**chunk), student, teacher, rows, N, *sparse)
 
     return {"GRPO": (ours_grpo, lambda: plain(grpo.policy_loss)),
             "forward KL": (lambda: ours_distil(fkl_warmup), lambda: plain(fkl_warmup.forward_kl)),
-            "reverse KL": (lambda: ours_distil(opd), lambda: plain(opd.reverse_kl))}
+            "reverse KL": (lambda: ours_distil(opd, torch.zeros(1)), lambda: plain(opd.reverse_kl))}
 
 
 def peak_bytes(function, device):

@@ -77,19 +77,21 @@ def batch_gradients(student, teacher, rows, rewards):
     """{estimator: the gradient of one step's loss on these rollouts, flat, on the CPU}."""
     n_tokens = sum(len(r.tokens) for r in rows)
 
-    def distil(estimator):
-        cfg = opd.Config(teacher="", student="", estimator=estimator)
-        for group in micro_batches(rows, 0, student.device):
-            opd.accumulate(cfg, student, teacher, [rows[i] for i in group], n_tokens)
+    adv, cfg = grpo.advantages(rewards).flatten(), grpo.Config(kl_coef=0)
+    weights = grpo.row_weights(rows, cfg)
 
-    def reward(_):
-        adv = grpo.advantages(rewards).flatten()
-        grpo.accumulate(grpo.Config(model="", kl_coef=0), student, rows, adv, None, None)
+    def distil(estimator, part, _):
+        opd.accumulate(opd.Config(estimator=estimator), student, teacher, part, n_tokens,
+                       torch.zeros(len(part)))
+
+    def reward(_, part, group):
+        grpo.accumulate(cfg, student, part, adv[group], weights[group], None, None)
 
     found = {}
     for name in ESTIMATORS:
         student.model.zero_grad()
-        (reward if name == "reward" else distil)(name)
+        for group in micro_batches(rows, 0, student.device):
+            (reward if name == "reward" else distil)(name, [rows[i] for i in group], group)
         found[name] = torch.cat([p.grad.flatten().cpu() for p in student.model.parameters()])
     return found
 
@@ -155,10 +157,10 @@ def print_table(title, head, *rows):
 
 def measure(args):
     """Print the tables; returns what the pictures show of each."""
-    lms = {name: load_lm(str(args.run / name), dtype="fp32", train=name in STUDENTS)
+    cfg = opd.Config(data=str(args.run / "train.jsonl"), exclude="none", dtype="fp32")
+    lms = {name: load_lm(str(args.run / name), cfg, train=name in STUDENTS)
            for name in dict.fromkeys((*STUDENTS, *GROUPS, TEACHER))}
-    problems = tokenize_problems(load_problems(str(args.run / "train.jsonl")),
-                                 lms[TEACHER].tokenizer, thinking=False, max_prompt_tokens=2048)
+    problems = tokenize_problems(load_problems(cfg), lms[TEACHER].tokenizer, cfg)
 
     found = {when: at_the_start(args, lms[name], lms[TEACHER], problems)
              for name, when in STUDENTS.items()}
