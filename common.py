@@ -17,11 +17,14 @@ of a micro-batch, n tokens of a vocabulary chunk, D hidden size, V vocabulary.
 import argparse
 import contextlib
 import copy
+import csv
 import dataclasses
 import fcntl
 import functools
+import glob
 import hashlib
 import inspect
+import io
 import json
 import logging
 import math
@@ -547,20 +550,39 @@ def read_rows(source):
     datasets.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity(logging.CRITICAL)
     path = Path(source)
-    kind = {".jsonl": "json"}.get(path.suffix, path.suffix.lstrip("."))
     try:
-        if kind in ("json", "csv", "parquet"):
+        if path.suffix in (".json", ".jsonl", ".csv", ".parquet"):
             check(path.is_file(), f"no such data file: {source}")
-            return datasets.load_dataset(kind, data_files=str(path), split="train")
+            if path.suffix != ".parquet":
+                return read_text_rows(path)
+            return datasets.load_dataset("parquet", data_files=glob.escape(source), split="train")
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             return pick_split(datasets.load_from_disk(str(path)), "", source)
         name, *rest = [source] if path.is_dir() else DATA_ALIASES.get(source, source).split(":")
         config, split = {0: (None, ""), 1: (None, *rest)}.get(len(rest), tuple(rest[:2]))
         return pick_split(datasets.load_dataset(name, config), split, source)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, StopIteration, csv.Error,
+            datasets.exceptions.DatasetsError) as error:  # StopIteration: of an empty file
         where = "" if path.exists() else " (no such file or folder here, and not on the hub)"
         raise UserError(f"cannot load data {source!r}{where}: "
                         f"{first_line(error.__cause__ or error)}") from error
+
+
+def read_text_rows(path):
+    """Rows of a .json, .jsonl or .csv file. `datasets` would fit each column to one type, guessed
+    from the first 10 MB: it changes long integers and dates, and fails at a type that comes later.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".csv":
+        rows = list(csv.DictReader(io.StringIO(text)))
+        check(not any(None in row for row in rows), f"{path}: a row has more fields than the first")
+        return rows
+    if path.suffix == ".jsonl":
+        text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
+    rows = json.loads(text)
+    check(isinstance(rows, list) and all(isinstance(row, dict) for row in rows),
+          f"{path} is not a list of JSON objects")
+    return rows
 
 
 def pick_split(dataset, split, source):
@@ -578,7 +600,7 @@ def find_question(row):
     question = next((text for text in fields if text is not None), None)
     if isinstance(question, list):
         question = next((m["content"] for m in reversed(question) if m["role"] == "user"), None)
-    return DAPO_SUFFIX.sub("", DAPO_PREFIX.sub("", question)).strip() if question else question
+    return DAPO_SUFFIX.sub("", DAPO_PREFIX.sub("", str(question))).strip() if question else question
 
 
 def to_problem(row, source):
