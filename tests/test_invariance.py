@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fkl_warmup
 import grpo
 import opd
-from common import LM, Rollout, StageConfig, load_lm, micro_batches, over_chunks, sample
+from common import LM, Rollout, load_lm, micro_batches, over_chunks, sample
 
 MEMORY_KNOBS = [dict(micro_tokens=1), dict(micro_tokens=60), dict(vocab_chunk=1),
                 dict(vocab_chunk=7), dict(micro_tokens=45, vocab_chunk=3),
@@ -87,29 +87,31 @@ def test_memory_knobs_padding_and_row_order_never_move_a_gradient(stage, world, 
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_losses_equal_the_plain_version_with_all_logits(temperature, world, rows, teacher_lm):
+def test_losses_equal_the_plain_version_with_all_logits(temperature, trainable_lm, rows,
+                                                        teacher_lm):
     """Row by row, `model(ids).logits`, torch.distributions and autograd: no head, no chunks, no
     padding. What is logged, and the whole gradient."""
-    lm = load_lm(str(world / "init-student"), StageConfig(), train=True)
-    pi, teacher, tokens = [], [], []
+    lm, lengths = trainable_lm, [len(r.tokens) for r in rows]
+    pi, teacher = [], []
     for row in rows:
         ids, n = torch.tensor([row.prompt + row.tokens]), len(row.prompt)
         for model, found in ((lm, pi), (teacher_lm, teacher)):
             found.append(model.model(ids).logits[0, n - 1 : -1, : model.vocab] / temperature)
-        tokens += row.tokens
+    tokens = torch.tensor([token for row in rows for token in row.tokens])
     pi, teacher = Categorical(logits=torch.cat(pi)), Categorical(logits=torch.cat(teacher).detach())
-    kl, nll = kl_divergence(pi, teacher), -pi.log_prob(torch.tensor(tokens))
-    log_ratio = (teacher.log_prob(torch.tensor(tokens)) + nll).detach()
+    kl, nll = kl_divergence(pi, teacher), -pi.log_prob(tokens)
+    log_ratio = (teacher.log_prob(tokens) + nll).detach()
+    to_go = torch.cat([x.flip(0).cumsum(0).flip(0) for x in log_ratio.split(lengths)])
     sparse = torch.linspace(-2, 1.5, len(rows))  # an advantage of each row
-    A = torch.tensor([a for a, row in zip(sparse, rows) for _ in row.tokens])
-    half = dict(estimator="full", sparse_weight=0.5)
-    for stage, option, loss, logged in (
-            (opd, dict(estimator="full"), kl, (kl, kl**2)),
-            (opd, dict(estimator="token"), log_ratio * nll, (kl, kl**2)),
-            (opd, half, kl / 2 + A * nll / 2, (kl, kl**2)),
-            (opd, {**half, "estimator": "token"}, (log_ratio + A) * nll / 2, (kl, kl**2)),
-            (fkl_warmup, dict(targets="soft"), kl_divergence(teacher, pi), None),
-            (fkl_warmup, dict(targets="hard"), nll, None)):
+    A = sparse.repeat_interleave(torch.tensor(lengths))
+    for stage, option, loss in (
+            (opd, dict(estimator="full"), kl),
+            (opd, dict(estimator="token"), log_ratio * nll),
+            (opd, dict(estimator="return"), to_go * nll),
+            (opd, dict(estimator="full", sparse_weight=0.5), (kl + A * nll) / 2),
+            (opd, dict(estimator="token", sparse_weight=0.5), (log_ratio + A) * nll / 2),
+            (fkl_warmup, dict(targets="soft"), kl_divergence(teacher, pi)),
+            (fkl_warmup, dict(targets="hard"), nll)):
         cfg = stage.Config(teacher="", student="", temperature=temperature, vocab_chunk=7, **option)
         lm.model.zero_grad()
         (loss.sum() / len(tokens)).backward(retain_graph=True)
@@ -117,18 +119,19 @@ def test_losses_equal_the_plain_version_with_all_logits(temperature, world, rows
         lm.model.zero_grad()
         advantages = [sparse] if stage is opd else []
         sums = stage.accumulate(cfg, lm, teacher_lm, rows, len(tokens), *advantages)
-        assert (gradients(lm) - want).norm() <= 1e-5 * want.norm()
-        logged = torch.stack([x.sum() for x in (*(logged or [loss]), pi.entropy())])
-        torch.testing.assert_close(sums.float(), logged, atol=1e-4, rtol=1e-4)
+        assert (gradients(lm) - want).norm() <= 1e-5 * want.norm(), option
+        logged = (kl, kl**2, pi.entropy()) if stage is opd else (loss, pi.entropy())
+        want = torch.stack([x.sum() for x in logged])
+        torch.testing.assert_close(sums.float(), want, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("kl_loss", ["k2", "k3"])
-def test_grpo_loss_equals_the_plain_version(first, kl_loss, world):
+def test_grpo_loss_equals_the_plain_version(first, kl_loss, trainable_lm):
     """Rows as a run samples them, at temperature 0.7: the clipped ratio to pi_old and the KL to
     pi_ref, each with its own log-probs, row by row with `model(ids).logits`. `first` is the first
     update after sampling, where pi_old is the policy itself and its log-probs are not given."""
-    lm = load_lm(str(world / "init-student"), StageConfig(), train=True)
+    lm = trainable_lm
     rows = sample(lm, [[3, 15, 11], [3, 7, 20, 4]], 4, max_new_tokens=20, temperature=0.7, seed=())
     old = [torch.tensor(r.logp) for r in rows]
     if not first:  # a policy that has moved, on some tokens beyond the clip
@@ -185,30 +188,20 @@ def test_micro_batches_keep_every_row_once_within_the_budget(rows):
 
 
 class WideTensors(TorchDispatchMode):
-    """Bytes of live tensors with a dimension of size V or more, and their peak."""
+    """The most bytes that tensors with a dimension of size V had at one time."""
 
     def __init__(self, V):
         super().__init__()
-        self.V, self.live, self.peak, self.seen = V, 0, 0, set()
+        self.V, self.live, self.peak = V, weakref.WeakValueDictionary(), 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.shape[-1] >= self.V:
                 storage = tensor.untyped_storage()
-                if storage.data_ptr() not in self.seen:
-                    self.add(storage.data_ptr(), storage.nbytes())
-                    weakref.finalize(storage, self.drop, storage.data_ptr(), storage.nbytes())
+                self.live[storage.data_ptr()] = storage
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.live.values()))
         return out
-
-    def add(self, pointer, n):
-        self.seen.add(pointer)
-        self.live += n
-        self.peak = max(self.peak, self.live)
-
-    def drop(self, pointer, n):
-        self.seen.discard(pointer)
-        self.live -= n
 
 
 @pytest.mark.parametrize("chunk, bounded", [(8, True), (512, False)])
