@@ -1580,15 +1580,15 @@ class Step:
     def __init__(self, lm, cache, temperature):
         self.lm, self.cache, self.temperature = lm, cache, temperature
         self.head, self.graphs, self.memory = lm.head(), {}, None  # shape: (graph, its state)
+        self.records = lm.device.type == "cuda"
 
     def run_block(self, live):
         """BLOCK tokens of every live row and their log-probs, two lists of lists."""
         shape, pages = (len(live), max(len(row.pages) for row in live)), self.cache.used
-        records = self.lm.device.type == "cuda"
-        if records:  # few shapes: powers of two
+        if self.records:  # few shapes: powers of two
             shape, pages = tuple(1 << (n - 1).bit_length() for n in shape), self.cache.capacity
         state = self.make_state(live, *shape, pages)
-        if records and shape in self.graphs:
+        if self.records and shape in self.graphs:
             graph, recorded = self.graphs[shape] or self.record(shape, state)
             for name, tensor in state.items():
                 recorded[name].copy_(tensor)
