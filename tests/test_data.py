@@ -37,35 +37,30 @@ SCHEMAS = {  # name: (row, its question, its answer)
     "dapo": (dapo("In $\\triangle ABC$ find $a$.\nGive an integer.", "-1024"),
              "In $\\triangle ABC$ find $a$.\nGive an integer.", "-1024"),
     "open-r1 processed": (
-        {"prompt": "Find $x$ if $x+3=7$.", "solution": "4", "data_source": "math_dapo",
-         "source_prompt": [{"role": "user", "content": PREFIX + "Find $x$." + SUFFIX}],
-         "ability": "MATH", "reward_model": {"ground_truth": "4", "style": "rule"},
-         "extra_info": {"index": "c1"}},
-        "Find $x$ if $x+3=7$.", "4"),
+        {**dapo("Find $x$.", "4"), "prompt": "Find $x$.", "solution": "4"}, "Find $x$.", "4"),
     "math-500": (
-        {"problem": "Convert $(0,3)$ to polar coordinates.", "answer": "\\left(3,\\pi\\right)",
-         "solution": "We have $r=3$, so \\boxed{\\left( 3, \\pi \\right)}.", "level": 2,
-         "subject": "Precalculus", "unique_id": "test/precalculus/807.json"},
-        "Convert $(0,3)$ to polar coordinates.", "\\left(3,\\pi\\right)"),
+        {"problem": "Convert $(0,3)$.", "answer": "\\left(3,\\pi\\right)", "level": 2,
+         "solution": "We have $r=3$, so \\boxed{\\left( 3, \\pi \\right)}."},
+        "Convert $(0,3)$.", "\\left(3,\\pi\\right)"),
     "aime24 HuggingFaceH4": (
-        {"id": 60, "problem": "Every morning Aya walks.", "solution": "... \\boxed{204}",
-         "answer": "033", "url": "https://example.org", "year": "2024"},
-        "Every morning Aya walks.", "033"),
+        {"id": 60, "problem": "Aya walks.", "solution": "... \\boxed{204}", "answer": "033"},
+        "Aya walks.", "033"),
     "aime24 Maxwell-Jia": (
         {"ID": "2024-II-4", "Problem": "Let $x,y$ be reals.", "Solution": "We get \\boxed{33}.",
-         "Answer": 33}, "Let $x,y$ be reals.", "33"),
+         "Answer": 0}, "Let $x,y$ be reals.", "0"),
     "aime25 opencompass": (
-        {"question": "Find the sum of all bases.", "answer": "336^\\circ"},
-        "Find the sum of all bases.", "336^\\circ"),
-    "aime25 math-ai": ({"problem": "Find $m+n$.", "answer": "70", "id": "0"}, "Find $m+n$.", "70"),
+        {"question": "Find the sum.", "answer": "336^\\circ"}, "Find the sum.", "336^\\circ"),
     "gsm8k": (
         {"question": "Ann sells 1,000 pens and 234 more. How many?",
          "answer": "She sells 1000+234 = <<1000+234=1234>>1,234 pens.\n#### 1,234"},
         "Ann sells 1,000 pens and 234 more. How many?", "1234"),
     "MATH, boxed solution only": (
-        {"problem": "Add halves.", "level": "Level 1", "type": "Algebra",
+        {"problem": "Add halves.", "level": "Level 1",
          "solution": "First \\boxed{1} is wrong; the sum is $\\boxed{\\frac{3}{2}}$."},
         "Add halves.", "\\frac{3}{2}"),
+    "the last message of the user": (
+        {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"},
+                    {"role": "assistant", "content": "Let me think."}], "answer": 4}, "2+2?", "4"),
 }
 
 
@@ -86,27 +81,25 @@ def write_lines(path, rows):
 
 def write_as(kind, folder, rows):
     """Store rows in one of the formats that --data takes; returns what a user would type."""
-    path = folder / f"d[1].{kind}" if " " not in kind else folder / "d"
-    if kind == "jsonl":
-        write_lines(path, rows)
-    elif kind == "json":
-        path.write_text(json.dumps(rows))
-    elif kind == "csv":
+    path = folder / ("d" if "folder" in kind else f"d[1].{kind}")
+    if kind == "csv":
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
-    elif kind == "parquet":
-        datasets.Dataset.from_list(rows).to_parquet(str(path))
-    elif kind == "Dataset folder":
-        datasets.Dataset.from_list(rows).save_to_disk(str(path))
-    elif kind == "DatasetDict folder":
-        other = datasets.Dataset.from_list([{"problem": "of another split", "answer": "0"}])
-        datasets.DatasetDict({"test": other, "train": datasets.Dataset.from_list(rows)}
-                             ).save_to_disk(str(path))
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind == "jsonl":
+        write_lines(path, rows)
     elif kind == "folder of files":
         path.mkdir()
         write_lines(path / "train.jsonl", rows)
+    else:
+        table = datasets.Dataset.from_list(rows)
+        other = datasets.Dataset.from_list([{"problem": "of another split", "answer": "0"}])
+        both = datasets.DatasetDict({"test": other, "train": table})
+        {"parquet": table.to_parquet, "Dataset folder": table.save_to_disk,
+         "DatasetDict folder": both.save_to_disk}[kind](str(path))
     return str(path)
 
 
@@ -155,19 +148,6 @@ def test_a_file_rewritten_under_its_name_is_read_anew(kind, tmp_path):
         path = write_as(kind, tmp_path, [{"problem": "a?", "answer": answer}])
         os.utime(path, (int(answer),) * 2)
         assert load_problems(path) == [("a?", answer)]
-
-
-def test_chat_prompt_takes_the_users_last_message():
-    """Of a chat the user's last message is the question, whatever stands around it."""
-    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"},
-            {"role": "assistant", "content": "Let me think."}]
-    assert to_problem({"prompt": chat, "answer": 4}, "x").problem == "2+2?"
-
-
-def test_answer_field_beats_solution_and_zero_is_an_answer():
-    """An `answer` wins over what a worked solution boxes, and a falsy 0 is not 'missing'."""
-    row = {"problem": "p", "answer": 0, "solution": "so \\boxed{7}"}
-    assert to_problem(row, "x").answer == "0"
 
 
 # --- splits and hub names
@@ -267,30 +247,20 @@ def test_split_is_the_same_on_every_machine_and_day(tmp_path):
     assert got == [{3, 4, 6, 7, 10, 11}, {2, 4, 5, 6, 8, 11}]
 
 
-def test_split_is_random_not_a_cut_of_the_rows(tmp_path):
-    """1H of 400 holds about half of the first 200 rows: 100, sd 5, for a fair split."""
-    first = halves(write_lines(tmp_path / "d.jsonl", numbered(400)))[0]
-    early = sum(int(a) < 200 for _, a in first)
-    assert abs(early - 100) <= 30
-
-
 # --- decontamination
 
 
 def test_evaluation_problems_leave_before_the_split(tmp_path, capsys):
     """Halves of a decontaminated set are those of a set that never held the evaluation problems."""
     rows = numbered(20)
-    banned = {2, 3, 11}
-    rest = [r for i, r in enumerate(rows) if i not in banned]
-    clean = write_lines(tmp_path / "clean.jsonl", rest)
+    clean = write_lines(tmp_path / "clean.jsonl", [rows[i] for i in range(20) if i not in (2, 11)])
     everything = write_lines(tmp_path / "all.jsonl", rows)
-    one = write_lines(tmp_path / "eval1.jsonl", [{"question": "problem  $2$", "answer": "x"},
-                                                 {"question": "Problem 3", "answer": "x"}])
+    one = write_lines(tmp_path / "eval1.jsonl", [{"question": "problem  $2$", "answer": "x"}])
     two = write_lines(tmp_path / "eval2.jsonl", [{"Problem": "Problem 11", "Answer": 0}])
     assert halves(everything, exclude=f"{one},{two}") == halves(clean)
     load_problems(everything, exclude=f"{one},{two}")
     said = capsys.readouterr().out.splitlines()[-1]
-    assert "3 in an evaluation set" in said and "17 problems" in said
+    assert "2 in an evaluation set" in said and "18 problems" in said
 
 
 def test_a_missing_evaluation_set_is_an_error_with_the_way_out(tmp_path):
@@ -334,20 +304,14 @@ def test_sft_examples_end_with_eos_and_keep_the_text(tmp_path, student_lm, capsy
 
 
 def test_batches_are_a_pure_function_of_seed_and_step():
-    """The same step gives the same batch in any order of calls and for any global random state."""
-    want = [batch_indices(12, 4, step, seed=7) for step in range(9)]
-    random.seed(5)
+    """The same step gives the same batch in any order of calls and for any global random state;
+    every epoch is another permutation."""
+    want = [batch_indices(12, 4, step, seed=7) for step in range(6)]
     common.np.random.seed(5)
-    assert [batch_indices(12, 4, step, seed=7) for step in reversed(range(9))] == want[::-1]
-    assert want != [batch_indices(12, 4, step, seed=8) for step in range(9)]
-
-
-def test_every_epoch_covers_each_item_once_in_a_new_order():
-    """12 items, 4 a step: three steps are a permutation, and the next epoch is another one."""
-    steps = [batch_indices(12, 4, step, seed=0) for step in range(6)]
-    epochs = [sum(steps[:3], []), sum(steps[3:], [])]
-    assert [sorted(e) for e in epochs] == [list(range(12))] * 2
-    assert epochs[0] != epochs[1]
+    assert [batch_indices(12, 4, step, seed=7) for step in reversed(range(6))] == want[::-1]
+    assert want != [batch_indices(12, 4, step, seed=8) for step in range(6)]
+    epochs = sum(want[:3], []), sum(want[3:], [])
+    assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == list(range(12))
 
 
 def test_incomplete_batches_never_repeat_an_item_nor_starve_one():
@@ -365,8 +329,6 @@ def test_incomplete_batches_never_repeat_an_item_nor_starve_one():
 
 @pytest.mark.parametrize("name, content, message", [
     ("gone.jsonl", None, "no such data file"),
-    ("gone.json", None, "no such data file"),
-    ("gone.parquet", None, "no such data file"),
     ("nobody-has/this-set", None, "cannot load data"),
     ("not a name at all", None, "cannot load data"),
     ("bad.json", "{", "bad.json.*property name"),
@@ -376,13 +338,9 @@ def test_incomplete_batches_never_repeat_an_item_nor_starve_one():
     ("empty.csv", "", "holds no problem"),
     ("wide.csv", "problem,answer\na,1,2\n", "wide.csv.*more fields"),
     ("noanswer.csv", "problem,answer\na\n", "no answer"),
-    ("empty.json", "[]", "holds no problem"),
-    ("blank.jsonl", "\n\n", "holds no problem"),
     ("noquestion.jsonl", '{"text": "a", "answer": "1"}\n', "no question.*text, answer"),
     ("noanswer.jsonl", '{"problem": "a", "level": 3}\n', "no answer.*problem, level"),
     ("number.jsonl", "5\n", "number.jsonl"),
-    ("number.json", "5", "number.json"),
-    ("strings.json", '["1+1", "2+2"]', "strings.json"),
     ("bad.parquet", "no parquet", "bad.parquet"),
 ])
 def test_data_mistake_is_one_readable_line(name, content, message, tmp_path):
@@ -404,19 +362,14 @@ def test_too_little_data_is_an_error(tmp_path):
         common.count_steps(settings(prompts=8), 5)
 
 
-@pytest.mark.parametrize("char", ["\u2028", "\u2029", "\x85"])
-def test_unicode_line_separators_in_text_do_not_break_a_line(char, tmp_path):
-    """Only a newline ends a jsonl line: model text may hold any other separator."""
-    common.append_json_line(tmp_path / "d.jsonl", {"problem": f"a{char}b", "answer": "1"})
-    common.append_json_line(tmp_path / "d.jsonl", {"problem": "c", "answer": "2"})
-    assert [r["problem"] for r in read_json_lines(tmp_path / "d.jsonl")] == [f"a{char}b", "c"]
-
-
-def test_half_written_last_line_is_cut_and_appending_goes_on(tmp_path):
+def test_only_a_newline_ends_a_line_and_a_half_written_last_line_is_cut(tmp_path):
     """After a kill in the middle of a line the whole lines stay and the file can grow again."""
     path = tmp_path / "d.jsonl"
-    path.write_text('{"a": 1}\n{"a": "é')
-    assert read_json_lines(path) == [{"a": 1}]
+    assert read_json_lines(path) == []
+    text = {"problem": "a\u2028b\u2029c\x85d"}
+    common.append_json_line(path, text)
+    with path.open("a") as file:
+        file.write('{"a": "é')
+    assert read_json_lines(path) == [text]
     common.append_json_line(path, {"a": 2})
-    assert read_json_lines(path) == [{"a": 1}, {"a": 2}]
-    assert read_json_lines(tmp_path / "absent.jsonl") == []
+    assert read_json_lines(path) == [text, {"a": 2}]
