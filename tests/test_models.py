@@ -23,7 +23,6 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM
 import common
 from common import LM, Rollout, StageConfig, UserError, build_prompt, check_pair
 
-ROOT = Path(common.__file__).parent
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<im_end>", "<user>", "<assistant>", "<think>", "</think>"]
 TOKENS = [*SPECIALS, *string.printable]
 # Writes its own BOS and a date line like Llama 3; thinking off appends an empty block like Qwen3.
@@ -96,23 +95,11 @@ def test_prompt_is_the_chat_template_with_one_bos_and_a_pinned_date():
     assert build_prompt(tokenizer, "1+1=?", True) == encode(want)
 
 
-def test_only_one_place_renders_a_chat():
-    """One prompt builder: `apply_chat_template` is called at one line of the whole project."""
-    calls = [path.name for path in ROOT.glob("*.py") for line in path.read_text().splitlines()
-             if "apply_chat_template(" in line]
-    assert calls == ["common.py"]
-
-
 # --- pairs
 
 
 def lm_of(name, tokenizer=None, stop_ids=(3,), rows=len(TOKENS)):
     return LM(name, None, tokenizer or make_tokenizer(), rows, list(stop_ids), False, "float32")
-
-
-def test_pair_with_one_tokenizer_is_accepted():
-    """Equal tokenizers pass, also when the stop sets only overlap."""
-    check_pair(lm_of("T", stop_ids=(3, 2)), lm_of("S", stop_ids=(2,)))
 
 
 SWAPPED = [*TOKENS[:-2], TOKENS[-1], TOKENS[-2]]
@@ -139,10 +126,9 @@ def test_pair_is_refused_saying_what_differs(case):
     with pytest.raises(UserError, match=message) as caught:
         check_pair(lm_of("T"), lm_of("S", **student))
     text = str(caught.value)
-    assert "teacher T and student S" in text and "\n" not in text.split("they differ")[0]
-    reasons = ("vocabulary (", "bos_token (", "eos_token (", "chat template (",
-               "chat template with --thinking (", "stop tokens (")
-    named = [r for r in reasons if r in text]
+    assert "teacher T and student S" in text
+    named = [r for r in ("vocabulary (", "bos_token (", "eos_token (", "chat template (",
+                         "chat template with --thinking (", "stop tokens (") if r in text]
     assert len(named) == (2 if case == "template" else 1), "nothing but the difference is named"
 
 
@@ -156,6 +142,7 @@ def test_states_and_log_probs_are_those_of_the_models_own_logits_over_the_real_t
     student = load_lm(make_folder(tmp_path / "s"))
     with torch.no_grad():
         teacher.model.lm_head.weight[V:] *= 30
+    teacher.stop_ids = [2, 3]  # they need not be the same
     check_pair(teacher, student)
     rows = [Rollout(encode("<bos>1+1"), encode("=2<im_end>"), [], True),
             Rollout(encode("<bos>12345"), encode("="), [], False)]
