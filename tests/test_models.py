@@ -9,6 +9,7 @@ import re
 import string
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -182,16 +183,13 @@ class Settings(StageConfig):
     lr: float = 1e-6
 
 
-SETTINGS = Settings()
-
-
 def dtypes(lm):
     return {p.dtype for p in lm.model.parameters()}
 
 
 def train_steps(lm, steps=3):
     """A few updates on the log-probability of a fixed text."""
-    optimizer, scheduler = common.make_optimizer(lm, SETTINGS, steps)
+    optimizer, scheduler = common.make_optimizer(lm, Settings(), steps)
     ids = torch.tensor([encode("<bos>1+1=2<im_end>")])
     for _ in range(steps):
         lm.model(ids, labels=ids).loss.backward()
@@ -303,10 +301,6 @@ def test_a_model_that_the_sampler_decodes_wrongly_is_refused(tmp_path, monkeypat
         load_lm(folder)
 
 
-def killed(*args, **kwargs):
-    raise KeyboardInterrupt
-
-
 def test_a_run_is_no_model_until_its_weights_are_whole(tmp_path, monkeypatch, trainable_lm):
     """Its folder is refused from the first step on, also after a kill while the weights are
     written; then the same command can go on. (transformers writes config.json first.)"""
@@ -321,7 +315,8 @@ def test_a_run_is_no_model_until_its_weights_are_whole(tmp_path, monkeypatch, tr
     with pytest.raises(UserError, match="unfinished run"):
         load_lm(cfg.out)
     with monkeypatch.context() as patch:
-        patch.setattr(transformers.modeling_utils, "safe_save_file", killed)
+        patch.setattr(transformers.modeling_utils, "safe_save_file",
+                      Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run.finish(trainable_lm)
     run.lock.close()  # as the kernel does
@@ -340,8 +335,7 @@ def test_a_model_that_does_not_exist_is_one_readable_line(name, tmp_path, monkey
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-@pytest.mark.parametrize("device", ["cuda", "gpu9"])
+@pytest.mark.parametrize("device", ["cuda:99", "gpu9"])
 def test_a_device_that_is_not_there_is_one_readable_line(device, tmp_path):
     with pytest.raises(UserError, match=f"--device {device}"):
         load_lm(make_folder(tmp_path), device=device)
