@@ -96,28 +96,15 @@ def write_as(kind, folder, rows):
         write_lines(path / "train.jsonl", rows)
     else:
         table = datasets.Dataset.from_list(rows)
-        other = datasets.Dataset.from_list([{"problem": "of another split", "answer": "0"}])
-        both = datasets.DatasetDict({"test": other, "train": table})
-        {"parquet": table.to_parquet, "Dataset folder": table.save_to_disk,
-         "DatasetDict folder": both.save_to_disk}[kind](str(path))
+        (table.to_parquet if kind == "parquet" else table.save_to_disk)(str(path))
     return str(path)
 
 
-@pytest.mark.parametrize("schema", SCHEMAS)
-def test_schema_gives_the_bare_question_and_the_final_answer(schema):
-    """Every schema of the field: bare problem, final answer, nothing else."""
-    row, question, answer = SCHEMAS[schema]
-    got = to_problem(row, "x")
-    assert (got.problem, got.answer) == (question, answer)
-
-
-FORMATS = ["jsonl", "json", "parquet", "Dataset folder", "DatasetDict folder", "folder of files"]
-
-
 @pytest.mark.parametrize("schema, kind", [
-    *((schema, kind) for schema in ("dapo", "aime24 Maxwell-Jia") for kind in FORMATS),
-    ("gsm8k", "csv"), ("aime24 Maxwell-Jia", "csv")])
-def test_schema_survives_every_file_format(schema, kind, tmp_path):
+    *((schema, "jsonl") for schema in SCHEMAS), ("gsm8k", "csv"), ("aime24 Maxwell-Jia", "csv"),
+    *((schema, kind) for schema in ("dapo", "aime24 Maxwell-Jia")
+      for kind in ("json", "parquet", "folder of files", "saved folder"))])
+def test_every_schema_gives_the_bare_question_and_the_final_answer(schema, kind, tmp_path):
     """Nested, plain and capitalised fields read the same from every file format."""
     row, question, answer = SCHEMAS[schema]
     got = [to_problem(r, "x") for r in read_rows(write_as(kind, tmp_path, [row, row]))]
@@ -153,18 +140,20 @@ def test_a_file_rewritten_under_its_name_is_read_anew(kind, tmp_path):
 # --- splits and hub names
 
 
-def split_folder(path, *names):
-    datasets.DatasetDict({n: datasets.Dataset.from_list([{"problem": n, "answer": "1"}])
-                          for n in names}).save_to_disk(str(path))
-    return str(path)
+def splits(*names):
+    return datasets.DatasetDict({name: datasets.Dataset.from_list([{"problem": name}])
+                                 for name in names})
 
 
-def test_split_picking(tmp_path):
-    """The only split, else train, else an error that lists the splits."""
-    assert read_rows(split_folder(tmp_path / "a", "test"))[0]["problem"] == "test"
-    assert read_rows(split_folder(tmp_path / "b", "test", "train"))[0]["problem"] == "train"
-    with pytest.raises(UserError, match="no split 'train'.*test, validation"):
-        read_rows(split_folder(tmp_path / "c", "test", "validation"))
+@pytest.mark.parametrize("names, want", [("test", "test"), ("test train", "train"),
+                                         ("test validation", None)])
+def test_of_a_saved_folder_the_only_split_is_read_else_train(names, want, tmp_path):
+    splits(*names.split()).save_to_disk(str(tmp_path / "d"))
+    if want:
+        assert read_rows(str(tmp_path / "d"))[0]["problem"] == want
+    else:
+        with pytest.raises(UserError, match="no split 'train'.*test, validation"):
+            read_rows(str(tmp_path / "d"))
 
 
 @pytest.mark.parametrize("typed, want", [
@@ -178,15 +167,10 @@ def test_split_picking(tmp_path):
 def test_hub_name_config_and_split_reach_the_hub(typed, want, monkeypatch):
     """owner/name[:config][:split] and the aliases ask the hub for exactly that set."""
     asked = []
-
-    def fake(name, config=None):
-        asked.append((name, config))
-        return datasets.DatasetDict({s: datasets.Dataset.from_list([{"split": s}])
-                                     for s in ("train", "test")})
-
-    monkeypatch.setattr(datasets, "load_dataset", fake)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config=None: (
+        asked.append((name, config)) or splits("train", "test")))
     rows = read_rows(typed)
-    assert (*asked[0], rows[0]["split"]) == want
+    assert (*asked[0], rows[0]["problem"]) == want
 
 
 # --- deduplication, contradictions
@@ -217,7 +201,7 @@ def test_spacing_case_and_dollars_do_not_hide_a_duplicate(tmp_path):
     assert len(load_problems(write_lines(tmp_path / "d.jsonl", rows))) == 2
 
 
-# --- halves
+# --- halves, decontamination
 
 
 def numbered(n):
@@ -247,9 +231,6 @@ def test_split_is_the_same_on_every_machine_and_day(tmp_path):
     assert got == [{3, 4, 6, 7, 10, 11}, {2, 4, 5, 6, 8, 11}]
 
 
-# --- decontamination
-
-
 def test_evaluation_problems_leave_before_the_split(tmp_path, capsys):
     """Halves of a decontaminated set are those of a set that never held the evaluation problems."""
     rows = numbered(20)
@@ -271,7 +252,7 @@ def test_a_missing_evaluation_set_is_an_error_with_the_way_out(tmp_path):
     assert len(load_problems(path, exclude="none")) == len(load_problems(path, exclude="")) == 4
 
 
-# --- prompts: length limit
+# --- prompts, plain SFT data, batches
 
 
 def test_too_long_prompts_are_counted_and_skipped(student_lm, capsys):
@@ -282,9 +263,6 @@ def test_too_long_prompts_are_counted_and_skipped(student_lm, capsys):
     assert "skipped 1 " in capsys.readouterr().out
     with pytest.raises(UserError, match="--max-prompt-tokens 5"):
         tokenize_problems(problems, student_lm.tokenizer, settings(max_prompt_tokens=5))
-
-
-# --- plain SFT data
 
 
 def test_sft_examples_end_with_eos_and_keep_the_text(tmp_path, student_lm, capsys):
@@ -298,9 +276,6 @@ def test_sft_examples_end_with_eos_and_keep_the_text(tmp_path, student_lm, capsy
            for (g,) in groups]
     assert got == [("Q1a+1?", "a1+1=2,\\boxed{(2)}<eos>"), ("Q1a+2?", "\\boxed{(3)}<eos>")]
     assert all(g.finished for (g,) in groups) and "skipped 1" in capsys.readouterr().out
-
-
-# --- order of the batches
 
 
 def test_batches_are_a_pure_function_of_seed_and_step():

@@ -82,9 +82,6 @@ def encode(text):
     return [TOKENS.index(t) for t in re.findall(r"</?\w+>|[\s\S]", text)]
 
 
-# --- the prompt
-
-
 def test_prompt_is_the_chat_template_with_one_bos_and_a_pinned_date():
     """The whole prompt, character by character: one BOS, the pinned date, no system message."""
     tokenizer = make_tokenizer()
@@ -158,9 +155,6 @@ def test_states_and_log_probs_are_those_of_the_models_own_logits_over_the_real_t
         assert tokens.tolist() == rows[0].tokens + rows[1].tokens
         assert got.shape == (4, V) and got.dtype == torch.float32
         torch.testing.assert_close(got.double(), torch.stack(want), atol=1e-4, rtol=1e-4)
-
-
-# --- stop tokens
 
 
 @pytest.mark.parametrize("generation, tokenizer_eos, want", [
@@ -339,9 +333,6 @@ def test_a_model_that_does_not_exist_is_one_readable_line(name, tmp_path, monkey
 def test_a_device_that_is_not_there_is_one_readable_line(device, tmp_path):
     with pytest.raises(UserError, match=f"--device {device}"):
         load_lm(make_folder(tmp_path), device=device)
-
-
-# --- fingerprint
 
 
 def test_fingerprint_names_the_weights(tmp_path):
