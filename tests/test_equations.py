@@ -6,7 +6,6 @@ gradient of every objective to compare an estimator's with.
 """
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -105,15 +104,12 @@ def state_kl(world):
     return (visits * kl).sum()
 
 
-def test_eq_2_dense_reward_plus_entropy_is_minus_the_sequence_kl():
+def test_eq_2_and_eq_4_have_the_same_value_and_different_gradients():
+    """Dense reward plus entropy is minus the KL of whole responses, which is that of the states."""
     world, beta = Tabular(), 0.7
     reward = world.expectation(lambda y: beta * world.rows(y)[1].sum())  # Eq. 1, summed over t
     entropy = -world.expectation(lambda y: world.rows(y)[0].sum())
     torch.testing.assert_close(reward + beta * entropy, -beta * sequence_kl(world))
-
-
-def test_eq_4_and_eq_2_have_the_same_value_and_different_gradients():
-    world = Tabular()
     torch.testing.assert_close(state_kl(world), sequence_kl(world))
     apart = world.gradient(state_kl(world)) - world.gradient(sequence_kl(world))
     assert apart.abs().max() > 0.05
@@ -159,8 +155,7 @@ def test_advantages_see_their_own_group_only_and_a_constant_group_is_exactly_zer
 
 def test_grpo_gradient_at_ratio_one_is_the_policy_gradient():
     """At pi = pi_old the loss is -A and its gradient -A grad log pi(y), whatever the clip."""
-    logp = random_logp(6, 1).squeeze(-1).clone() - 1.0
-    logp.requires_grad_()
+    logp = random_logp(6).requires_grad_()
     adv = torch.tensor([2.0, -1.0, 0.5, 0.0, -3.0, 1.0], dtype=torch.float64)
     loss = policy_loss(logp, logp.detach(), adv, 0.2, 0.28)
     loss.sum().backward()
@@ -246,16 +241,13 @@ def test_kl_estimators_descend_what_they_say():
     torch.testing.assert_close(mean_k3, reverse_kl(logp, ref))
 
 
-def rows_of(*lengths):
-    return [Rollout([0], [1] * n, [], True) for n in lengths]
-
-
 @pytest.mark.parametrize("aggregation, short, long", [
     ("token", 1 / 12, 1 / 12), ("sequence", 1 / 4, 1 / 20), ("constant", 1 / 40, 1 / 40)])
 def test_aggregation_of_a_short_and_a_long_row(aggregation, short, long):
     """Rows of 2 and 10 tokens, limit 20: the weight of one token of each, by hand. A truncated row
     that is masked counts nowhere, and where all are masked there is no NaN."""
-    rows, cut = rows_of(2, 10), replace(rows_of(7)[0], finished=False)
+    rows = [Rollout([0], [1] * n, [], True) for n in (2, 10)]
+    cut = Rollout([0], [1] * 7, [], False)
     want = torch.tensor([short, long], dtype=torch.float64)
     torch.testing.assert_close(row_weights(rows, False, aggregation, 20), want)
     masked = row_weights([*rows, cut], True, aggregation, 20)

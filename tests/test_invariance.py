@@ -18,11 +18,6 @@ import grpo
 import opd
 from common import LM, Rollout, load_lm, micro_batches, over_chunks, sample
 
-MEMORY_KNOBS = [dict(micro_tokens=1), dict(micro_tokens=60), dict(vocab_chunk=1),
-                dict(vocab_chunk=7), dict(micro_tokens=45, vocab_chunk=3),
-                dict(gradient_checkpointing=True)]
-
-
 @pytest.fixture(scope="module")
 def rows():
     """Seven rows with prompts of 3-9 tokens and responses of 1-20 tokens, one of them truncated."""
@@ -39,28 +34,25 @@ def gradients(lm):
     return torch.cat([p.grad.flatten() for p in lm.model.parameters()])
 
 
-def gradient_of(stage, world, rows, teacher_lm=None, adv=None, **flags):
+def gradient_of(stage, world, rows, teacher_lm, adv, **flags):
     """The gradient of one update over these rows, in micro-batches as `main` makes them.
 
     adv: an advantage of each row. GRPO's old and reference log-probs depend on the row alone.
     """
     name, _, option = stage.partition("-")
     module = {"grpo": grpo, "fkl": fkl_warmup, "opd": opd}[name]
-    adv = torch.linspace(-2, 1.5, len(rows)) if adv is None else adv
-    if name == "grpo":
-        cfg = grpo.Config(model="", max_new_tokens=20, kl_coef=0.1, **flags)
-        weights = grpo.row_weights(rows, cfg.mask_truncated, cfg.aggregation, cfg.max_new_tokens)
-    else:
-        choice = {"targets" if name == "fkl" else "estimator": option}
-        cfg = module.Config(student="", teacher="", **choice, **flags)
-        n_tokens = sum(len(r.tokens) for r in rows)
+    cfg = (grpo.Config(model="", kl_coef=0.1, **flags) if name == "grpo" else
+           fkl_warmup.Config(student="", targets=option, **flags) if name == "fkl" else
+           opd.Config(student="", teacher="", estimator=option, **flags))
     lm = load_lm(str(world / "init-student"), cfg, train=True)
+    n_tokens = sum(len(r.tokens) for r in rows)
     for group in micro_batches(rows, cfg.micro_tokens, lm.device):
         some = [rows[i] for i in group]
         if name == "grpo":
             old, ref = ([torch.linspace(a, b, len(r.tokens)).tolist() for r in some]
                         for a, b in ((-3, -1), (-1, -4)))
-            grpo.accumulate(cfg, lm, some, adv[group], weights[group], old, ref)
+            weights = torch.full((len(some),), 1 / n_tokens)
+            grpo.accumulate(cfg, lm, some, adv[group], weights, old, ref)
         else:
             sparse = [adv[group]] if name == "opd" else []
             module.accumulate(cfg, lm, teacher_lm, some, n_tokens, *sparse)
@@ -77,12 +69,14 @@ def close(a, b):
 @pytest.mark.parametrize("stage", STAGES)
 def test_memory_knobs_padding_and_row_order_never_move_a_gradient(stage, world, rows, teacher_lm):
     """Reversed rows have other neighbours, and with micro_tokens=1 there is no padding at all."""
-    whole = gradient_of(stage, world, rows, teacher_lm)
+    args = world, rows, teacher_lm, torch.linspace(-2, 1.5, len(rows))
+    whole = gradient_of(stage, *args)
     assert whole.norm() > 1e-3
-    for knobs in MEMORY_KNOBS:
-        assert close(gradient_of(stage, world, rows, teacher_lm, **knobs), whole), knobs
-    adv = torch.linspace(-2, 1.5, len(rows)).flip(0)
-    assert close(gradient_of(stage, world, rows[::-1], teacher_lm, adv), whole)
+    for knobs in (dict(micro_tokens=1), dict(micro_tokens=60), dict(vocab_chunk=1),
+                  dict(vocab_chunk=7), dict(micro_tokens=45, vocab_chunk=3),
+                  dict(gradient_checkpointing=True)):
+        assert close(gradient_of(stage, *args, **knobs), whole), knobs
+    assert close(gradient_of(stage, world, rows[::-1], teacher_lm, args[-1].flip(0)), whole)
     assert all(p.grad is None for p in teacher_lm.model.parameters())
 
 
@@ -138,8 +132,9 @@ def test_grpo_loss_equals_the_plain_version(first, kl_loss, trainable_lm):
         old = [x + torch.linspace(-0.5, 0.5, len(x)) for x in old]
     ref = [torch.linspace(-1, -4, len(r.tokens)) for r in rows]
     adv = torch.linspace(-2, 1.5, len(rows))
-    losses, clipped = [], 0
-    for row, A, logp_old, logp_ref in zip(rows, adv, old, ref):
+    weights = torch.linspace(0, 0.02, len(rows))
+    loss, clipped = 0.0, 0
+    for row, A, weight, logp_old, logp_ref in zip(rows, adv, weights, old, ref):
         ids, n = torch.tensor([row.prompt + row.tokens]), len(row.prompt)
         logits = lm.model(ids).logits[0, n - 1 : -1, : lm.vocab] / 0.7
         logp = Categorical(logits=logits).log_prob(torch.tensor(row.tokens))
@@ -148,33 +143,17 @@ def test_grpo_loss_equals_the_plain_version(first, kl_loss, trainable_lm):
         clipped += beyond.sum().item()
         x = logp_ref - logp
         kl = x**2 / 2 if kl_loss == "k2" else x.exp() - x - 1
-        losses.append(-torch.where(beyond, bound, ratio) * A + 0.1 * kl)
-    torch.cat(losses).mean().backward()
+        loss = loss + weight * (0.1 * kl - torch.where(beyond, bound, ratio) * A).sum()
+    loss.backward()
     want = gradients(lm)
     lm.model.zero_grad()
     cfg = grpo.Config(model="", temperature=0.7, kl_coef=0.1, kl_loss=kl_loss, vocab_chunk=7)
-    weights = torch.full((len(rows),), 1 / sum(len(r.tokens) for r in rows))
     old_lists, ref_lists = ([x.tolist() for x in logps] for logps in (old, ref))
     sums = grpo.accumulate(cfg, lm, rows, adv, weights, None if first else old_lists, ref_lists)
     assert (gradients(lm) - want).norm() <= 1e-5 * want.norm() and want.norm() > 1e-3
     assert sums[0].item() == clipped and (clipped == 0) == first
     gap = sum((x - torch.tensor(r.logp)).abs().sum().item() for x, r in zip(old, rows))
     assert sums[3].item() == pytest.approx(gap, abs=1e-4)
-
-
-@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
-def test_a_masked_row_changes_nothing_and_only_masked_rows_give_zero(aggregation, world, rows):
-    """Rows cut at the limit, under --mask-truncated."""
-    knobs = dict(mask_truncated=True, aggregation=aggregation)
-    kept = [r for r in rows if r.finished]
-    adv = torch.linspace(-2, 1.5, len(rows))
-    keep = torch.tensor([r.finished for r in rows])
-    assert not keep.all()
-    alone = gradient_of("grpo", world, kept, adv=adv[keep], **knobs)
-    assert close(gradient_of("grpo", world, rows, **knobs), alone)
-    assert not close(gradient_of("grpo", world, rows, aggregation=aggregation), alone)
-    cut = [r for r in rows if not r.finished]
-    assert (gradient_of("grpo", world, cut, **knobs) == 0).all()
 
 
 def test_micro_batches_keep_every_row_once_within_the_budget(rows):
