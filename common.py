@@ -1,14 +1,7 @@
 """What the stage scripts share: everything that has no equation of the method in it.
 
-The rule that splits the code: if it has an equation number, or removing it changes the maths, it
-stands in the stage script (grpo.py, fkl_warmup.py, opd.py). The rest stands here, in the order in
-which a training step uses it:
-
-    1 settings   a dataclass becomes a command line     6 log-probs   rollouts -> chunks of (n, V)
-    2 models     weights, tokenizer, chat prompt        7 optimizer   AdamW on fp32 masters
-    3 data       any schema -> deduplicated halves      8 run folder  metrics, checkpoints, resume
-    4 verifier   response, answer -> right or wrong     9 processes   torchrun, sharded models
-    5 sampler    prompts -> rollouts
+If it has an equation number, or removing it changes the maths, it stands in the stage script. The
+rest stands here, in nine sections, in the order in which a training step uses it.
 
 Axes, everywhere: P prompts, K rollouts per prompt, B = P*K rows, T padded time, N response tokens
 of a micro-batch, n tokens of a vocabulary chunk, D hidden size, V vocabulary.
@@ -30,7 +23,6 @@ import logging
 import math
 import operator
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -57,15 +49,13 @@ import torch.nn.functional as F
 import transformers
 from mpmath import MPContext
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
                                     register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
-                          GenerationConfig)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
@@ -74,9 +64,7 @@ transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # checkpoints of one process
 
 
-# --------------------------------------------------------------------------------------------------
-# 1 settings: a dataclass whose trailing comments are the help texts
-# --------------------------------------------------------------------------------------------------
+# ---------- 1 settings: a dataclass whose trailing comments are the help texts --------------------
 
 
 class UserError(Exception):
@@ -121,9 +109,6 @@ class StageConfig:
     show_every: int = 10  # steps between printed rollouts; 0 is never
 
 
-# Fields that change place, memory, speed or display, never a result: a run may resume with others.
-FREE_FIELDS = {"out", "cache", "device", "micro_tokens", "vocab_chunk", "sample_rows", "kv_gib",
-               "gradient_checkpointing", "save_every", "show_every"}
 AT_LEAST_1 = {"epochs", "mini_batch", "prompts", "rollouts", "samples", "sample_rows",
               "max_new_tokens", "max_prompt_tokens"}  # no other number may be negative
 
@@ -131,8 +116,7 @@ AT_LEAST_1 = {"epochs", "mini_batch", "prompts", "rollouts", "samples", "sample_
 def field_comments(config_class):
     """{field name: (group title, trailing comment)}, read from the source of a Config dataclass.
 
-    A comment line of its own, `# --- title`, opens a group. The comments are the only help texts,
-    so that the code and `--help` say the same.
+    A comment line `# --- title` opens a group. There are no help texts but these comments.
     """
     comments, title = {}, "options"
     for base in config_class.__mro__[-2::-1]:  # all but object, the oldest first
@@ -144,54 +128,47 @@ def field_comments(config_class):
     return comments
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (--help lists the flags)")
-
-
 def parse_args(config_class, doc, argv=None):
     """Command line -> Config. Every field is a flag: `max_new_tokens` is `--max-new-tokens`.
 
-    A field with the default None is required; bools also get `--no-...`; Literals are choices.
-    Raises UserError for an unknown flag or a value that the flag does not take.
+    A field with the default None is required. Raises UserError for an unknown flag or a value that
+    the flag does not take.
     """
-    parser = Parser(description=doc, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    def refuse(message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
     comments, groups = field_comments(config_class), {}
     own = config_class.__annotations__  # the script's own flags come before those of all stages
     for field in sorted(dataclasses.fields(config_class), key=lambda field: field.name not in own):
-        title, comment = comments[field.name]
+        (title, comment), default = comments[field.name], field.default
         group = groups.setdefault(title, parser.add_argument_group(title))
-        shown = "" if field.default in (None, "") else f" [default: {field.default}]"
-        options = {"help": comment.replace("%", "%%") + shown, "required": field.default is None,
-                   "default": field.default}
+        shown = "" if default in (None, "") else f" [default: {default}]"
+        options = {"help": comment.replace("%", "%%") + shown, "default": default}
         if field.type is bool:
-            options["action"] = argparse.BooleanOptionalAction
+            options |= {"action": argparse.BooleanOptionalAction}
         elif get_origin(field.type) is Literal:
-            options["choices"] = get_args(field.type)
-            options["metavar"] = "|".join(options["choices"])
+            choices = get_args(field.type)
+            options |= {"choices": choices, "metavar": "|".join(choices)}
         else:
-            options["type"], options["metavar"] = field.type, field.type.__name__.upper()
-        group.add_argument("--" + field.name.replace("_", "-"), **options)
+            options |= {"type": field.type, "metavar": field.type.__name__.upper()}
+        group.add_argument("--" + field.name.replace("_", "-"), required=default is None, **options)
     cfg = config_class(**vars(parser.parse_args(argv)))
     for name, value in vars(cfg).items():
         least = int(name in AT_LEAST_1)
         check(isinstance(value, str) or value >= least,
               f"--{name.replace('_', '-')} {value} is less than {least}")
-    check(0 <= getattr(cfg, "adam_beta2", 0) < 1, "--adam-beta2 must be at least 0 and below 1")
+    check(getattr(cfg, "adam_beta2", 0) < 1, "--adam-beta2 must be below 1")
     check(getattr(cfg, "grad_clip", 1) > 0, "--grad-clip must be positive")
     return cfg
 
 
-@contextlib.contextmanager
 def on_stop(handler):
-    """Inside, SIGTERM and Ctrl-C call handler(signal number, frame)."""
-    before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+    """From now on SIGTERM and Ctrl-C call handler(signal number, frame)."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def stop_at_once(number, _frame=None, note=""):
@@ -200,18 +177,17 @@ def stop_at_once(number, _frame=None, note=""):
 
 
 def run_cli(main, config_class, doc):
-    """Run `main(cfg)`; a user's mistake, a full disk, SIGTERM or Ctrl-C ends it with one line.
+    """Run main(cfg); a user's mistake, a full disk, SIGTERM or Ctrl-C ends it with one line.
 
-    The exit status is then 1, or 128 + the signal's number: 130 for Ctrl-C, 143 for SIGTERM. Rank 0
-    prints its line at once. The others wait: if they have the same mistake, torchrun ends them
-    before they repeat it.
+    The exit status is then 1, or 128 + the signal's number. Rank 0 prints its line at once. The
+    others wait: if they have the same mistake, torchrun ends them before they repeat it.
     """
     status, wait = 1, 5 if "RANK" in os.environ else 0  # seconds
+    on_stop(stop_at_once)
     try:
-        with on_stop(stop_at_once):
-            cfg = parse_args(config_class, doc)
-            with process_group(cfg.device):
-                return main(cfg)
+        cfg = parse_args(config_class, doc)
+        with process_group(cfg.device):
+            return main(cfg)
     except UserError as error:
         message = f"error: {error}"
     except OSError as error:  # a full disk, a file without permission
@@ -231,9 +207,7 @@ def run_cli(main, config_class, doc):
     sys.exit(status)
 
 
-# --------------------------------------------------------------------------------------------------
-# 2 models: weights, tokenizer, stop tokens, chat prompt
-# --------------------------------------------------------------------------------------------------
+# ---------- 2 models: weights, tokenizer, stop tokens, chat prompt --------------------------------
 
 # Asks for the form that the verifier reads. ours: Qwen's own wording for mathematics.
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -244,8 +218,7 @@ class LM:
     """A causal language model with what every script needs beside its weights.
 
     `vocab` is the number of ids that the tokenizer can produce. Embeddings are often padded beyond
-    it (Qwen3: 151,936 rows for 151,669 tokens; Qwen2.5 pads differently per size), so every softmax
-    here, in the sampler and in the losses alike, is over the first `vocab` logits only.
+    it (Qwen3: 151,936 rows for 151,669 tokens), so every softmax is over the first `vocab` logits.
     """
 
     name: str
@@ -253,8 +226,8 @@ class LM:
     tokenizer: object
     vocab: int
     stop_ids: list  # sorted ids that end a response
-    bf16: bool  # compute in bfloat16 (masters stay fp32)
     saved_dtype: str  # of the folder that it came from, and of those that we write
+    bf16: bool = False  # compute in bfloat16 (masters stay fp32)
     replica: torch.nn.Module = None  # of a sharded model: the same modules without weights
 
     @property
@@ -272,9 +245,8 @@ class LM:
     def states(self, rows):
         """Last hidden states that predict the response tokens, and those tokens: (N, D), (N,).
 
-        rows: B Rollouts; N = sum of their response lengths, row after row. Padding is on the right:
-        under a causal mask no real position sees it, so no mask is needed, and lengths alone decide
-        what counts (never `token != pad`: pad is often eos).
+        rows: B Rollouts; N = sum of their response lengths, row after row. Padding is on the right,
+        where no real position sees it; lengths decide what counts (pad is often eos).
         """
         ids, b, t = (x.to(self.device) for x in pad_rows(rows))
         with self.autocast():
@@ -320,15 +292,11 @@ def pad_rows(rows):
 
     No rows give one token of padding: see `shared_micro_batches`.
     """
-    longest = max((len(r.prompt) + len(r.tokens) for r in rows), default=1)
-    ids = torch.zeros(len(rows) or 1, longest, dtype=torch.long)
-    b, t = [], []
-    for i, row in enumerate(rows):
-        start, stop = len(row.prompt), len(row.prompt) + len(row.tokens)
-        ids[i, :stop] = torch.tensor(row.prompt + row.tokens)
-        b += [i] * len(row.tokens)
-        t += range(start - 1, stop - 1)  # position j predicts token j + 1
-    return ids, torch.tensor(b, dtype=torch.long), torch.tensor(t, dtype=torch.long)
+    ids = [torch.tensor(r.prompt + r.tokens) for r in rows] or [torch.zeros(1, dtype=torch.long)]
+    states = [(i, len(row.prompt) - 1 + j)  # position t predicts token t + 1
+              for i, row in enumerate(rows) for j in range(len(row.tokens))]
+    b, t = torch.tensor(states, dtype=torch.long).view(-1, 2).T
+    return pad_sequence(ids, batch_first=True), b, t
 
 
 def describe_lm(name):
@@ -339,8 +307,8 @@ def describe_lm(name):
     """
     hub_like = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".")
     check(Path(name).is_dir() or hub_like, f"no such model folder: {name!r}")
-    check(read_record(name).get("finished", True),
-          f"{name} is an unfinished run: it has no weights yet")
+    finished = read_record(name).get("finished", True)
+    check(finished, f"{name} is an unfinished run: it has no weights yet")
     with load_errors_as_one_line(name):
         tokenizer, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
     try:
@@ -354,7 +322,7 @@ def describe_lm(name):
     check(vocab <= config.vocab_size, f"{name}: {vocab} tokens but {config.vocab_size} embeddings")
     check(stop_ids, f"{name}: neither generation_config.json nor the tokenizer names a stop token")
     saved_dtype = str(config.dtype or "float32").removeprefix("torch.")
-    return LM(name, None, tokenizer, vocab, sorted(stop_ids), False, saved_dtype)
+    return LM(name, None, tokenizer, vocab, sorted(stop_ids), saved_dtype)
 
 
 @contextlib.contextmanager
@@ -362,8 +330,6 @@ def load_errors_as_one_line(name):
     """Turn what transformers raises for a model that it cannot load into a UserError."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load model {name!r} (neither a model folder here nor one that the "
                         f"hub gives us): {first_line(error)}") from error
@@ -372,11 +338,9 @@ def load_errors_as_one_line(name):
 def load_lm(name, cfg, train=False, shard=True):
     """Load a Hugging Face folder or hub name as an LM, with shard=True sharded over all processes.
 
-    cfg: a StageConfig, or any Config with device and dtype. train=True gives fp32 masters:
-    transformers would keep a checkpoint's bf16, in which an update of 1e-6 mostly rounds to
-    nothing. A frozen model is kept in the compute dtype. Raises UserError as `describe_lm` does,
-    and for a device that is not there, weights that cannot be read or are not complete, and an
-    architecture that `check_architecture` refuses.
+    train=True gives fp32 masters, because in bf16 an update of 1e-6 mostly rounds to nothing; a
+    frozen model has the compute dtype. Raises UserError as `describe_lm` does, and for a device
+    that is not there, incomplete weights and what `check_architecture` refuses.
     """
     lm, device = describe_lm(name), cfg.device
     if device == "auto":
@@ -396,13 +360,12 @@ def load_lm(name, cfg, train=False, shard=True):
             lm.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name),
                                                         dtype=dtype, attn_implementation="sdpa")
     else:
-        with load_errors_as_one_line(name):
-            lm.model = read_weights(name, dtype).to(device)
-    recompute = train and cfg.gradient_checkpointing
-    lm.model.train(recompute).requires_grad_(train)
-    if recompute:  # transformers does it in train mode only; these models have no dropout
+        lm.model = read_weights(name, dtype).to(device)
+    lm.model.eval().requires_grad_(train)
+    if train and cfg.gradient_checkpointing:  # works in train mode only; there is no dropout
         old_name = getattr(lm.model, "gradient_checkpointing_enable", None)
         getattr(lm.model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+        lm.model.train()
     if shard:
         shard_model(lm, source, device)
     check_architecture(lm, sampled=train or not shard)
@@ -433,10 +396,10 @@ def check_architecture(lm, sampled):
           "architecture, its logits are not output embedding times hidden state")
     if sampled:
         with gathered(lm) as full:
-            rows = sample(full, ids.tolist(), 1, max_new_tokens=4, temperature=1.0, seed=(0,))
-        have, want = lm.token_logp(*lm.states(rows), 1.0, 4), torch.tensor(rows[0].logp)
-        check((have.cpu() - want).abs().max() <= 4 * rounding, f"{lm.name}: unsupported "
-              "architecture, sampling does not give the log-probs that training sees")
+            row, = sample(full, ids.tolist(), 1, max_new_tokens=4, temperature=1.0, seed=(0,))
+        gap = lm.token_logp(*lm.states([row]), 1.0, 4).cpu() - torch.tensor(row.logp)
+        check(gap.abs().max() <= 4 * rounding, f"{lm.name}: unsupported architecture, sampling "
+              "does not give the log-probs that training sees")
     reshard(lm)
 
 
@@ -444,16 +407,14 @@ def check_pair(teacher, student):
     """Raise UserError, saying what differs, for a teacher and a student of different tokens.
 
     Both KLs compare the models id by id. Padded embeddings of one tokenizer are fine (see LM).
-    teacher, student: LMs, which need no weights for this (`describe_lm`).
     """
     t, s = teacher.tokenizer, student.tokenizer
     differ = []
-    if t.get_vocab() != s.get_vocab():
-        example = min(set(t.get_vocab().items()) ^ set(s.get_vocab().items()))[0]
-        differ.append(f"vocabulary ({teacher.vocab} and {student.vocab} tokens; e.g. {example!r})")
-    for name in ("bos_token", "eos_token"):
-        if getattr(t, name) != getattr(s, name):
-            differ.append(f"{name} ({getattr(t, name)!r} and {getattr(s, name)!r})")
+    if unlike := set(t.get_vocab().items()) ^ set(s.get_vocab().items()):
+        differ.append(f"vocabulary ({teacher.vocab} and {student.vocab} tokens; e.g. "
+                      f"{min(unlike)[0]!r})")
+    if t.eos_token != s.eos_token:
+        differ.append(f"eos_token ({t.eos_token!r} and {s.eos_token!r})")
     for thinking in (False, True):
         a, b = (build_prompt(x, "1+1=?", thinking, tokenize=False) for x in (t, s))
         if a != b:
@@ -467,9 +428,9 @@ def check_pair(teacher, student):
 def build_prompt(tokenizer, problem, thinking, tokenize=True):
     """Problem text -> prompt token ids (with tokenize=False, text): the one format of all scripts.
 
-    One user message and no system prompt (ours: the paper states none). `enable_thinking` must be
-    given: undefined means on for Qwen3, and off appends an empty think block. `date_string` fixes
-    Llama 3's date line, which otherwise changes from day to day. The template writes its own BOS.
+    ours: one user message, no system prompt; the paper states none. `enable_thinking` must be given:
+    undefined means on for Qwen3. `date_string` fixes Llama 3's date line, which otherwise changes
+    from day to day. The template writes its own BOS.
     """
     messages = [{"role": "user", "content": f"{problem}\n{INSTRUCTION}"}]
     return tokenizer.apply_chat_template(
@@ -481,44 +442,45 @@ def save_lm(lm, out, run_record):
     """Write a Hugging Face folder that any tool can load, in the dtype that the model came in.
 
     The files are written to a folder beside and then moved. config.json comes last and carries
-    `run_record` beside the model's own keys: a folder holds a finished model exactly when its
-    config.json says so. All processes call this; rank 0 writes.
+    `run_record`: a folder holds a finished model exactly when its config.json says so. All
+    processes call this; rank 0 writes.
     """
-    weights = {}
-    for name, parameter in lm.model.named_parameters():  # a tied matrix is named once
-        tensor = full_tensor(parameter.detach())
+    beside, weights = Path(out) / "saving", {}
+    for name, tensor in full_weights(lm):
         if rank() == 0:
             weights[name] = tensor.to("cpu", getattr(torch, lm.saved_dtype))
     if rank():
         return
-    beside, out = Path(out) / "saving", Path(out)
     shutil.rmtree(beside, ignore_errors=True)
     try:
         lm.tokenizer.save_pretrained(beside)
         (lm.replica or lm.model).save_pretrained(beside, state_dict=weights)
     except Exception as error:  # on a full disk the libraries raise many kinds
         raise UserError(f"cannot write the model to {out}: {first_line(error)}") from error
-    config = json.loads((beside / "config.json").read_text())
+    config = read_json(beside / "config.json")
+    (beside / "config.json").unlink()
     for path in beside.iterdir():
-        if path.name != "config.json":
-            os.replace(path, out / path.name)
-    shutil.rmtree(beside)
-    write_json(out / "config.json", {**config, "dtype": lm.saved_dtype, "run": run_record})
+        os.replace(path, Path(out) / path.name)
+    beside.rmdir()
+    write_json(Path(out) / "config.json", {**config, "dtype": lm.saved_dtype, "run": run_record})
+
+
+def full_weights(lm):
+    """(name, tensor) of each parameter; a tied matrix comes once. All processes must call this."""
+    for name, parameter in lm.model.named_parameters():
+        yield name, full_tensor(parameter.detach())
 
 
 def fingerprint(lm):
     """A short hash that names a policy: up to 8,191 evenly spaced entries of every tensor."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(lm.model.named_parameters()):
-        tensor = full_tensor(parameter.detach())
+    for name, tensor in full_weights(lm):
         entries = tensor.flatten()[:: max(1, tensor.numel() // 4096)].float().cpu().numpy()
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + entries.tobytes())
     return digest.hexdigest()[:16]
 
 
-# --------------------------------------------------------------------------------------------------
-# 3 data: any schema -> problems; deduplicate, drop contradictions, decontaminate, halve
-# --------------------------------------------------------------------------------------------------
+# ---------- 3 data: any schema -> problems; deduplicate, drop contradictions, decontaminate, halve 
 
 DATA_ALIASES = {  # name: hub dataset:split
     "dapo": "BytedTsinghua-SIA/DAPO-Math-17k:train",
@@ -545,27 +507,32 @@ def read_rows(source):
     an alias (dapo, math500, aime24, aime25) or a hub name: `owner/name`, `owner/name:split` or
     `owner/name:config:split`; without a split the only one, else train.
     """
-    import datasets  # takes a second, which no other command should wait for
+    import datasets  # takes a second, which --help and mistakes in the flags should not wait for
 
     datasets.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity(logging.CRITICAL)
-    path = Path(source)
+    path, kind, split = Path(source), Path(source).suffix.lstrip("."), ""
     try:
-        if path.suffix in (".json", ".jsonl", ".csv", ".parquet"):
+        if kind in ("json", "jsonl", "csv", "parquet"):
             check(path.is_file(), f"no such data file: {source}")
-            if path.suffix != ".parquet":
-                return read_text_rows(path)
-            return datasets.load_dataset("parquet", data_files=glob.escape(source), split="train")
-        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            return pick_split(datasets.load_from_disk(str(path)), "", source)
-        name, *rest = [source] if path.is_dir() else DATA_ALIASES.get(source, source).split(":")
-        config, split = {0: (None, ""), 1: (None, *rest)}.get(len(rest), tuple(rest[:2]))
-        return pick_split(datasets.load_dataset(name, config), split, source)
+            data = (read_text_rows(path) if kind != "parquet" else
+                    datasets.load_dataset(kind, data_files=glob.escape(source), split="train"))
+        elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            data = datasets.load_from_disk(source)
+        else:
+            name, *rest = [source] if path.is_dir() else DATA_ALIASES.get(source, source).split(":")
+            *config, split = rest or [""]
+            data = datasets.load_dataset(name, *config)
     except (OSError, ValueError, RuntimeError, StopIteration, csv.Error,
-            datasets.exceptions.DatasetsError) as error:  # StopIteration: of an empty file
+            datasets.exceptions.DatasetsError) as error:  # StopIteration: an empty file in a folder
         where = "" if path.exists() else " (no such file or folder here, and not on the hub)"
         raise UserError(f"cannot load data {source!r}{where}: "
                         f"{first_line(error.__cause__ or error)}") from error
+    if isinstance(data, dict):
+        split = split or (next(iter(data)) if len(data) == 1 else "train")
+        check(split in data, f"data {source!r} has no split {split!r}, but: {', '.join(data)}")
+        data = data[split]
+    return data
 
 
 def read_text_rows(path):
@@ -583,15 +550,6 @@ def read_text_rows(path):
     check(isinstance(rows, list) and all(isinstance(row, dict) for row in rows),
           f"{path} is not a list of JSON objects")
     return rows
-
-
-def pick_split(dataset, split, source):
-    if not hasattr(dataset, "keys"):
-        return dataset
-    splits = list(dataset.keys())
-    split = split or (splits[0] if len(splits) == 1 else "train")
-    check(split in splits, f"data {source!r} has no split {split!r}, but: {', '.join(splits)}")
-    return dataset[split]
 
 
 def find_question(row):
@@ -627,11 +585,7 @@ def to_problem(row, source):
 
 
 def problem_key(text):
-    """Text reduced to what makes two problems the same: no case, spaces, dollars, \\left, \\right.
-
-    >>> problem_key("Find $x$ in  $\\\\left(0, 1\\\\right)$.") == problem_key("find x in (0,1).")
-    True
-    """
+    """Text reduced to what makes two problems the same: no case, spaces, dollars, \\left, \\right."""
     text = unicodedata.normalize("NFKC", text).lower()
     return re.sub(r"\\left|\\right|\\[,;!: ]|[\s$]", "", text)
 
@@ -654,10 +608,9 @@ def deduplicate(problems, counts):
 def load_problems(cfg):
     """Problems of cfg.data: deduplicated, without contradictions, decontaminated, then halved.
 
-    cfg.exclude: several sources, separated by commas, or none: no problem of theirs stays. The
-    halves depend on the remaining problems' texts and cfg.split_seed alone (rank of a hash), not on
-    row order or copies: keep data, exclude and split_seed over a recipe. Returns a list in that
-    order and prints one line of counts. Raises UserError when nothing is left.
+    The halves depend on the remaining problems' texts and cfg.split_seed alone (rank of a hash), not
+    on row order or copies: keep data, exclude and split_seed over a recipe. Returns a list in that
+    order and prints one line of counts. Raises UserError if nothing is left.
     """
     counts, rows = Counter(), read_rows(cfg.data)
     rows = progress(rows, desc=f"reading {cfg.data}", leave=False, disable=len(rows) < 50_000)
@@ -695,24 +648,6 @@ def skip_long_prompts(items, cfg):
     return short
 
 
-def encode_examples(lm, cfg):
-    """Rows of cfg.data with a question and a `response` (else `solution`) -> [[Rollout]].
-
-    This is plain SFT: nothing is deduplicated. The response ends with the eos token.
-    """
-    rows = []
-    for row in read_rows(cfg.data):
-        row = {name.lower(): value for name, value in row.items()}
-        question, response = find_question(row), row.get("response") or row.get("solution")
-        check(question is not None and response,
-              f"data {cfg.data!r}: a row has no question (problem, question, prompt) or no "
-              f"response (response or solution); it has: {', '.join(row)}")
-        tokens = lm.tokenizer.encode(response, add_special_tokens=False)
-        rows.append(Rollout(build_prompt(lm.tokenizer, question, cfg.thinking),
-                            tokens + [lm.tokenizer.eos_token_id], [], True))
-    return [[row] for row in skip_long_prompts(rows, cfg)]
-
-
 def batch_indices(n_items, per_step, step, seed):
     """Which items step number `step` (from 0) uses: a pure function, so no iterator need be saved.
 
@@ -733,9 +668,7 @@ def count_steps(cfg, n_items):
     return cfg.steps or max(1, cfg.epochs * (n_items // cfg.prompts))
 
 
-# --------------------------------------------------------------------------------------------------
-# 4 verifier: response, answer -> right or wrong
-# --------------------------------------------------------------------------------------------------
+# ---------- 4 verifier: response, answer -> right or wrong ----------------------------------------
 
 
 # Two answers are equal if they are the same text once normalised, or read as the same value: a
@@ -1352,20 +1285,16 @@ def reward_groups(lm, rows, answers):
                      "gave_up": verdicts.count("gave_up") / len(rows)}
 
 
-# --------------------------------------------------------------------------------------------------
-# 5 sampler: prompts -> rollouts
+# ---------- 5 sampler: prompts -> rollouts --------------------------------------------------------
 #
 # Sampling is most of a step of RL or OPD. What makes it fast, in reading order:
-#   continuous batching  every BLOCK tokens, ended rows leave and waiting rows take their places, so
-#                        that a few long responses do not leave the batch empty
+#   continuous batching  every BLOCK tokens, waiting rows take the places of ended ones
 #   paged cache          keys and values lie in pages of one pool, so that memory follows the tokens
 #                        that exist, not rows * longest; when it is full, the youngest rows wait
-#   shared prefill       a prompt passes through the model once for its K rollouts
+#   shared prefill       a prompt passes through the model once for the rows that start together
 #   no waiting           the host asks once a block which rows have ended; on CUDA a block is BLOCK
-#                        replays of one recorded step, because launching ~1,700 small kernels takes
-#                        longer than running them
+#                        replays of one recorded step, which saves ~1,700 kernel launches a token
 #   one uniform a token  inverse CDF over sums of 64 weights: a V-wide pass, not V random numbers
-# --------------------------------------------------------------------------------------------------
 
 BLOCK = 8  # tokens between two looks at which rows have ended; an ended row wastes half of them
 PAGE = {"cpu": 32, "cuda": 256}  # tokens of a page; what suits `attend_pages` there
@@ -1382,24 +1311,29 @@ class Rollout:
     finished: bool  # ended by a stop token; False: cut at max_new_tokens
 
 
-@dataclass
 class Row:
-    """A rollout that is being sampled."""
+    """A rollout that is being sampled: at most `limit` tokens with the uniforms of `stream`."""
 
-    rollout: Rollout
-    stream: np.random.Generator  # its uniforms
-    limit: int  # response tokens
-    group: int = 0  # which prompt it answers
-    pages: list = dataclasses.field(default_factory=list)  # of the cache, in order of positions
+    def __init__(self, prompt, stream, limit, index):
+        self.rollout = Rollout(list(prompt), [], [], False)
+        self.stream, self.limit, self.index = stream, limit, index
+        self.pages = []  # of the cache, in order of positions
 
     def __len__(self):
         return len(self.rollout.prompt) + len(self.rollout.tokens)
 
-    @property
-    def ended(self):
+    def add(self, tokens, logp, stops):
+        """Append what a block has sampled, up to the first stop token or the limit. Returns whether
+        the row has ended."""
+        stop = next((i + 1 for i, token in enumerate(tokens) if token in stops), BLOCK + 1)
+        n = min(stop, BLOCK, self.limit - len(self.rollout.tokens))
+        self.rollout.tokens += tokens[:n]
+        self.rollout.logp += logp[:n]
+        self.rollout.finished = n == stop
         return self.rollout.finished or len(self.rollout.tokens) == self.limit
 
 
+@torch.inference_mode()
 def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256, kv_gib=0.0,
            done=lambda i, rollouts: None):
     """Sample k rollouts of each prompt from softmax(logits / temperature); temperature 0 is greedy.
@@ -1412,18 +1346,30 @@ def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256
     once, fewer while kv_gib GiB of keys and values (0: what is free) do not hold more. Raises
     UserError when they do not hold one row.
     """
-    groups = [[Row(Rollout(list(p), [], [], False), random_stream(seed, p, s), max_new_tokens, i)
-               for s in range(k)] for i, p in enumerate(prompts)]
-    left = [k] * len(prompts)
-
-    def on_end(row):
-        left[row.group] -= 1
-        if left[row.group] == 0:
-            done(row.group, [r.rollout for r in groups[row.group]])
-
-    if groups:
-        decode(lm, groups, temperature, sample_rows, kv_gib, on_end)
-    return [row.rollout for group in groups for row in group]
+    if not prompts:
+        return []
+    rows = [Row(p, random_stream(seed, p, j), max_new_tokens, i)
+            for i, p in enumerate(prompts) for j in range(k)]
+    rollouts, left = [row.rollout for row in rows], [k] * len(prompts)
+    waiting, live, stops = deque(rows), [], set(lm.stop_ids)  # live: the oldest first
+    longest = max(map(len, rows)) + max_new_tokens
+    with paged_attention_in(lm), lm.autocast():  # autocast makes bf16 copies of the weights once
+        cache = PagedCache(lm, min(sample_rows, len(rows)), longest, kv_gib)
+        step = Step(lm, cache, temperature)
+        while waiting or live:
+            live, preempted = cache.reserve(live)
+            waiting.extendleft(reversed(preempted))
+            started = cache.admit(waiting, len(live), sample_rows)
+            cache.prefill(lm, started)
+            sampled, live = list(zip(live + started, *step.run_block(live + started))), []
+            for row, tokens, logp in sampled:
+                if not row.add(tokens, logp, stops):
+                    live.append(row)
+                    continue
+                i, left[row.index] = row.index, left[row.index] - 1
+                if left[i] == 0:
+                    done(i, rollouts[i * k : (i + 1) * k])
+    return rollouts
 
 
 def random_stream(seed, prompt, index):
@@ -1431,32 +1377,6 @@ def random_stream(seed, prompt, index):
     identity = repr((tuple(seed), tuple(prompt), index)).encode()
     key = int.from_bytes(hashlib.blake2b(identity, digest_size=16).digest(), "little")
     return np.random.Generator(np.random.Philox(key=key))
-
-
-@torch.inference_mode()
-def decode(lm, groups, temperature, sample_rows, kv_gib, on_end=lambda row: None):
-    """Fill in the rollouts of all rows; groups: lists of Rows of one prompt. Calls on_end(row)."""
-    waiting = deque(g[i : i + sample_rows] for g in groups for i in range(0, len(g), sample_rows))
-    longest = max(len(row) + row.limit for group in groups for row in group)
-    stops, live = set(lm.stop_ids), []  # live: the oldest first
-    with paged_attention_in(lm), lm.autocast():  # autocast makes bf16 copies of the weights once
-        cache = PagedCache(lm, min(sample_rows, sum(map(len, waiting))), longest, kv_gib)
-        step = Step(lm, cache, temperature)
-        while waiting or live:
-            live, preempted = cache.reserve(live)
-            waiting.extendleft([row] for row in reversed(preempted))
-            started = cache.admit(waiting, live, sample_rows)
-            cache.prefill(lm, started)
-            live += [row for group in started for row in group]
-            for row, tokens, logp in zip(live, *step.run_block(live)):
-                stop = next((i + 1 for i, token in enumerate(tokens) if token in stops), BLOCK + 1)
-                n = min(stop, BLOCK, row.limit - len(row.rollout.tokens))
-                row.rollout.tokens += tokens[:n]
-                row.rollout.logp += logp[:n]
-                row.rollout.finished = n == stop
-                if row.ended:
-                    on_end(row)
-            live = [row for row in live if not row.ended]
 
 
 class PagedCache:
@@ -1471,8 +1391,7 @@ class PagedCache:
         self.page, self.used = PAGE.get(device.type, 256), 0
         a_row = self.pages_for(longest)
         a_page = 2 * layers * self.page * heads * dim * dtype.itemsize  # bytes
-        self.capacity = min(rows * a_row, int(cache_bytes(lm, kv_gib) / a_page))
-        self.may_preempt = self.capacity < rows * a_row
+        self.capacity = min(rows * (a_row + 1), int(cache_bytes(lm, kv_gib) / a_page))
         check(self.capacity >= a_row, f"the sampler's cache holds {self.capacity * self.page} "
               f"tokens and a row may take {longest}: lower --max-new-tokens or raise --kv-gib")
         if device.type == "cpu":  # a page of a head is one matrix, which is fast there
@@ -1517,38 +1436,33 @@ class PagedCache:
         row.pages += range(self.used + 1, self.used + 1 + n)
         self.used += n
 
-    def admit(self, waiting, live, sample_rows):
-        """Take groups from `waiting` while there is room, and give them pages. Returns them."""
-        started, n_live = [], len(live)
-        while waiting and n_live < sample_rows:
-            group, need = waiting[0], self.pages_for(len(waiting[0][0]))
-            spare = self.capacity - self.used - n_live * self.may_preempt  # a page for each row
-            n = min(len(group), sample_rows - n_live, spare // need)
-            if n < len(group) and n_live:
+    def admit(self, waiting, n_live, sample_rows):
+        """Take rows from `waiting` while there is room, and give them pages. Returns them."""
+        started = []
+        while waiting and n_live + len(started) < sample_rows:
+            n = n_live + len(started)
+            spare = self.capacity - self.used - n  # each of them may soon need one more page
+            if n and self.pages_for(len(waiting[0])) > spare:
                 break
-            n = max(n, 1)  # no row is live: one always fits
-            waiting.popleft()
-            if n < len(group):
-                waiting.appendleft(group[n:])
-            for row in group[:n]:
-                self.extend(row)
-            started.append(group[:n])
-            n_live += n
+            started.append(waiting.popleft())
+            self.extend(started[-1])
         return started
 
-    def prefill(self, lm, groups):
-        """Store keys and values of all known tokens but the last, once for the rows of a group."""
-        groups = [group for group in groups if len(group[0]) > 1]
+    def prefill(self, lm, rows):
+        """Store keys and values of all known tokens but the last, once for rows with the same."""
+        groups = {}
+        for row in rows:
+            known = (row.rollout.prompt + row.rollout.tokens)[:-1]
+            groups.setdefault(tuple(known), []).append(row)
+        groups.pop((), None)
+        known, groups = list(groups), list(groups.values())
         for part in micro_batches([group[0].rollout for group in groups], 0, lm.device):
-            part = [groups[i] for i in part]
-            known = [(g[0].rollout.prompt + g[0].rollout.tokens)[:-1] for g in part]
-            ids = torch.zeros(len(part), max(map(len, known)), dtype=torch.long)
+            ids = pad_sequence([torch.tensor(known[i]) for i in part], batch_first=True)
             copies = []  # from which place of `ids` to which page and offset
-            for i, (group, tokens) in enumerate(zip(part, known)):
-                ids[i, : len(tokens)] = torch.tensor(tokens)  # padded on the right
-                t = np.arange(len(tokens))
-                copies += [(i * ids.shape[1] + t, np.array(row.pages)[t // self.page],
-                            t % self.page) for row in group]
+            for line, i in enumerate(part):
+                t = np.arange(len(known[i]))
+                copies += [(line * ids.shape[1] + t, np.array(row.pages)[t // self.page],
+                            t % self.page) for row in groups[i]]
             source, pages, offsets = (torch.from_numpy(np.concatenate(x)).to(lm.device)
                                       for x in zip(*copies))
 
@@ -1649,13 +1563,11 @@ class Step:
         logits = self.lm.logits(hidden, self.head, self.temperature or 1.0)
         weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # (B, V); the largest is 1
         t = state["t"].expand_as(at)
-        if self.temperature:
-            token = inverse_cdf(weights, state["uniforms"].gather(1, t))
-        else:
-            token = weights.argmax(-1, keepdim=True)
+        token = (inverse_cdf(weights, state["uniforms"].gather(1, t)) if self.temperature
+                 else weights.argmax(-1, keepdim=True))
+        logp = (weights.gather(1, token) / weights.sum(-1, keepdim=True)).log()
         state["tokens"].scatter_(1, t, token)
-        state["logps"].scatter_(1, t, (weights.gather(1, token)
-                                       / weights.sum(-1, keepdim=True)).log())
+        state["logps"].scatter_(1, t, logp)
         state["token"].copy_(token[:, 0])
         state["position"] += 1
         state["t"] += 1
@@ -1706,16 +1618,6 @@ def inverse_cdf(weights, uniform):
     return block * 64 + torch.searchsorted(inner, rest, right=True)
 
 
-def paged_attention(module, query, key, value, attention_mask, scaling, attend, **kwargs):
-    """What attention layers call while we sample: query (B, H, T, dim) -> (B, T, H, dim)."""
-    odd = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
-    check(not odd, f"unsupported architecture: its attention has {', '.join(odd)}")
-    return attend(module, query, key, value, scaling), None
-
-
-AttentionInterface.register("paged", paged_attention)
-
-
 @contextlib.contextmanager
 def paged_attention_in(lm):
     """Inside, the model is in eval mode and its attention layers call `paged_attention`."""
@@ -1727,16 +1629,24 @@ def paged_attention_in(lm):
         lm.model.train(training).set_attn_implementation(before)
 
 
-# --------------------------------------------------------------------------------------------------
-# 6 log-probs: rollouts -> micro-batches -> chunks of (n, V)
-# --------------------------------------------------------------------------------------------------
+def paged_attention(module, query, key, value, attention_mask, scaling, attend, **kwargs):
+    """What attention layers call while we sample: query (B, H, T, dim) -> (B, T, H, dim)."""
+    odd = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
+    check(not odd, f"unsupported architecture: its attention has {', '.join(odd)}")
+    return attend(module, query, key, value, scaling), None
+
+
+transformers.AttentionInterface.register("paged", paged_attention)
+
+
+# ---------- 6 log-probs: rollouts -> micro-batches -> chunks of (n, V) ----------------------------
 
 
 def micro_batches(rows, micro_tokens, device):
     """Row indices in groups of at most micro_tokens padded tokens (or one row), alike in length.
 
-    0 stands for 1,024 on a CPU, where what fits its caches is twice as fast, else for 32,768.
-    Memory and speed only: losses divide by counts of the whole update; no split moves a gradient.
+    0 stands for 1,024 on a CPU, where what fits its caches is twice as fast, else for 32,768. No
+    split moves a gradient: losses divide by counts of the whole update.
     """
     micro_tokens = micro_tokens or (1024 if device.type == "cpu" else 32768)
     lengths = [len(r.prompt) + len(r.tokens) for r in rows]
@@ -1752,12 +1662,11 @@ def micro_batches(rows, micro_tokens, device):
 def over_chunks(fn, chunk, lm, hidden, **constants):
     """Forward and backward of a loss over blocks of `chunk` tokens; returns what it logs, summed.
 
-    hidden: (N, D), from lm's graph; constants: (N, ...) tensors or None. fn takes lm's head (V, D), a block
-    of hidden and, by name, of each constant that there is. It goes through (n, V) log-probs and returns the
-    block's part of the loss, a scalar, and a tuple of (n,) tensors to log. A block's gradient is
-    taken before the next block begins: (N, V) never exists, memory is bounded by chunk * V, and
-    nothing is computed twice. The gradients of hidden states and head (summed in fp32) then go
-    through the model at once.
+    hidden: (N, D), from lm's graph; constants: (N, ...) tensors or None. fn takes lm's head (V, D),
+    a block of hidden and, by name, of each constant that is not None. It returns the block's part
+    of the loss, a scalar, and a tuple of (n,) tensors to log. A block's gradient is taken before
+    the next block begins: (N, V) never exists, and nothing is computed twice. The gradients of
+    hidden states and head (summed in fp32) then go through the model at once.
     """
     grads, sums, chunk = [], 0.0, lm.chunk_size(chunk)
     constants = {k: v.to(hidden.device) for k, v in constants.items() if v is not None}
@@ -1789,9 +1698,7 @@ def rollout_stats(rows):
     return {"length": n / len(rows), "truncated": cut / len(rows), "tokens": n}
 
 
-# --------------------------------------------------------------------------------------------------
-# 7 optimizer
-# --------------------------------------------------------------------------------------------------
+# ---------- 7 optimizer ---------------------------------------------------------------------------
 
 
 def make_optimizer(lm, cfg, updates):
@@ -1828,12 +1735,9 @@ def optimizer_step(lm, optimizer, scheduler, grad_clip):
     return norm.item()
 
 
-# --------------------------------------------------------------------------------------------------
-# 8 run folder: settings, metrics, checkpoints, resume
-# --------------------------------------------------------------------------------------------------
+# ---------- 8 run folder: settings, metrics, checkpoints, resume ----------------------------------
 
-# So many skipped updates in a row end a run. Skipping moves no weight, so each of them has seen
-# other data with the same weights: one or two may be the data's fault, five are the weights'.
+# So many skipped updates in a row end a run: they saw different data, so the weights are at fault.
 MAX_SKIPPED = 5
 
 
@@ -1845,7 +1749,6 @@ def write_text(path, text):
 
 
 def write_json(path, value):
-    """Write a JSON file whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -1860,27 +1763,22 @@ def append_json_line(path, value):
             file.write(json_line(value))
 
 
-def read_json_lines(path):
-    """Objects of a file that `append_json_line` wrote, [] if there is none.
+def read_json_lines(path, limit=None):
+    """The first `limit` objects of a .jsonl file, [] if there is no file.
 
-    If the last line has no end (the writer was killed), it is cut off, so that appending works.
-    Raises UserError for any other damage.
+    What follows them is cut off: a line whose writer was killed, steps that will be made again.
     """
     data = Path(path).read_bytes() if Path(path).exists() else b""
-    complete = data.rfind(b"\n") + 1
-    if complete < len(data):
-        os.truncate(path, complete)
-    return [parse_json(line, path) for line in data[:complete].splitlines()]
+    lines = [line for line in data.splitlines(True)[:limit] if line.endswith(b"\n")]
+    if len(data) > sum(map(len, lines)):
+        os.truncate(path, sum(map(len, lines)))
+    return [read_json(path, line) for line in lines]
 
 
-def read_json(path):
-    """Value of a JSON file. Raises UserError if it is damaged."""
-    return parse_json(Path(path).read_bytes(), path)
-
-
-def parse_json(data, path):
+def read_json(path, data=None):
+    """The value of a JSON file, or of `data` from it. Raises UserError if it is damaged."""
     try:
-        return json.loads(data)
+        return json.loads(data or Path(path).read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
@@ -1897,10 +1795,9 @@ def lock(path, name):
     Raises UserError if another process has locked it: `name` is in use. Rank 0 does it for all.
     """
     file = open(os.devnull if rank() else path, "a")
-    if rank():
-        return file
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if rank() == 0:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UserError(f"{name} is in use by another run") from error
     except OSError as error:  # some clusters have file systems without locks
@@ -1908,33 +1805,30 @@ def lock(path, name):
     return file
 
 
-def git_revision():
-    """Commit of this code, "+changes" if the working tree differs; "unknown" without git."""
-    command = "git describe --always --abbrev=12 --exclude=* --dirty=+changes".split()
-    try:
-        return subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True,
-                              text=True).stdout.strip() or "unknown"
-    except OSError:
-        return "unknown"
-
-
 def result_settings(cfg):
-    """The fields of a Config that can change a result."""
-    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in FREE_FIELDS}
+    """The fields of a Config that can change a result: not those of memory, speed and place."""
+    comments = field_comments(type(cfg))
+    return {name: value for name, value in vars(cfg).items()
+            if not comments[name][0].startswith("memory") and name not in ("out", "cache")}
 
 
 def describe_run(cfg):
     """How a folder came to be: command line, settings, versions, git revision."""
+    command = "git describe --always --abbrev=12 --exclude=* --dirty=+changes".split()
+    try:
+        git = subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True,
+                             text=True).stdout.strip()
+    except OSError:  # no git
+        git = ""
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
     return {"command": shlex.join(sys.argv), "settings": result_settings(cfg),
-            "versions": {"python": platform.python_version(), **versions}, "git": git_revision()}
+            "versions": {"python": sys.version.split()[0], **versions}, "git": git or "unknown"}
 
 
 def differences(old, new):
-    """What differs between two dicts of settings, as text; "" when nothing does."""
-    keys = sorted(set(old) | set(new))
+    """What differs between two dicts of settings, as text; "" if nothing does."""
     return "; ".join(f"{k} was {old.get(k)!r}, is now {new.get(k)!r}"
-                     for k in keys if old.get(k) != new.get(k))
+                     for k in sorted(old | new) if old.get(k) != new.get(k))
 
 
 def progress(*args, **kwargs):
@@ -1944,34 +1838,40 @@ def progress(*args, **kwargs):
     return tqdm(*args, dynamic_ncols=True, mininterval=interval, maxinterval=60, **kwargs)
 
 
+def rounded(value):
+    """A number with four significant digits; ints stay, what JSON cannot hold becomes None."""
+    if isinstance(value, int):
+        return value
+    return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
 class Run:
     """An output folder while a stage writes to it, and the stage's progress on the screen.
 
     config.json holds the run's record, beside the model's own keys once there is a model;
-    metrics.jsonl has one line a step; state-<steps>, until the end, is the newest checkpoint, whose
-    shards every process writes; .lock says who is in here. Opening the folder of a finished run of
-    the same settings ends the program.
+    metrics.jsonl has one line a step; state-<steps>, until the end, is the newest checkpoint.
+    Opening the folder of a finished run of the same settings ends the program.
     """
 
     def __init__(self, cfg, parents):
         """parents: the models that the run starts from. Raises UserError for a folder of a model of
         another program, of a run with other settings, or in use by another process."""
-        self.cfg, self.out, self.warned = cfg, Path(cfg.out), False
+        self.cfg, self.out, self.metrics = cfg, Path(cfg.out), []
         self.seconds_before = 0.0  # of work outside the steps: sampling a teacher's rollouts
-        self.metrics, self.skipped_in_a_row, self.stop_signal = [], 0, None
+        self.skipped_in_a_row, self.stop_signal = 0, 0
         self.record = on_rank_0(self.open, parents)
         if not self.record:
             sys.exit(0)
 
     def open(self, parents):
         """Take the folder and write the run's record. Returns it, None if the run has finished."""
-        settings, old = result_settings(self.cfg), read_record(self.out)
+        old = read_record(self.out)
         foreign = (self.out / "config.json").exists() and not old
         check(not foreign, f"{self.out} holds a model of another program; choose another --out")
-        begun = old and (old["finished"] or (self.out / "metrics.jsonl").exists())
-        differ = differences(old["settings"], settings) if begun else ""
-        check(not differ, f"{self.out} holds a run with other settings ({differ}); choose another "
-                          "--out or delete it")
+        if old and (old["finished"] or (self.out / "metrics.jsonl").exists()):
+            differ = differences(old["settings"], result_settings(self.cfg))
+            check(not differ, f"{self.out} holds a run with other settings ({differ}); choose "
+                              "another --out or delete it")
         if old and old["finished"]:
             self.delete_checkpoints()  # a kill at the very end leaves them
             print(f"{self.out}: already finished with these settings")
@@ -1988,58 +1888,46 @@ class Run:
         """Put into the record how many labelled problems of which data the run learns from."""
         self.record["labels"] = {f"{self.cfg.data}:{self.cfg.half}": len(problems)}
 
-    def delete_checkpoints(self, but=None):
-        for path in self.out.glob("state-*"):
-            if path != but:
-                shutil.rmtree(path)
-
     def resume(self, lm, optimizer, scheduler, teacher=None):
-        """Load the newest checkpoint, if there is one. Returns the step to start with.
-
-        Raises UserError for a checkpoint made from other models, though their names are the same.
-        """
-        self.made_with = {**result_settings(self.cfg), "weights": fingerprint(lm),
-                          "teacher_weights": teacher and fingerprint(teacher)}
+        """Load the newest checkpoint, if there is one; UserError if it is made from other models,
+        though their names are the same. Returns the step to start with."""
+        self.made_with = {"weights": fingerprint(lm), "teacher": teacher and fingerprint(teacher)}
         path = on_rank_0(lambda: max(self.out.glob("state-????????"), default=None))
         saved = on_rank_0(read_json, path / "run.json") if path else {"steps": 0}
         if path:
             differ = differences(saved["made_with"], self.made_with)
-            check(not differ, f"{self.out} holds checkpoints of another model or setting "
-                              f"({differ}); choose another --out or delete it")
-            reshard(lm)
+            check(not differ, f"{self.out} holds checkpoints of another model ({differ}); choose "
+                              "another --out or delete it")
             dcp.load(checkpoint_tensors(lm, optimizer), checkpoint_id=path)
             scheduler.load_state_dict(saved["scheduler"])
             for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr()):
                 group["lr"] = lr
             print(f"{self.out}: continuing after {saved['steps']} steps")
-        lines = on_rank_0(read_json_lines, self.out / "metrics.jsonl")
-        self.metrics = lines[: saved["steps"]]  # later steps are made again
-        write_text(self.out / "metrics.jsonl", "".join(map(json_line, self.metrics)))
+        (self.out / "metrics.jsonl").touch()
+        self.metrics = on_rank_0(read_json_lines, self.out / "metrics.jsonl", saved["steps"])
         return saved["steps"]
+
+    def steps(self, start, total):
+        """Step numbers start..total-1 behind a progress bar; see `save_state` for signals."""
+        self.total = total
+        self.bar = progress(range(start, total), initial=start, total=total, desc=self.out.name)
+        on_stop(self.stop_after_step)
+        for step in self.bar:
+            self.started, self.seconds = time.perf_counter(), {}
+            yield step
+        on_stop(stop_at_once)
 
     def stop_after_step(self, number, _frame):
         """Signal handler: the current step ends and is saved; a second signal does not wait."""
         if self.stop_signal:
             stop_at_once(number)
         self.stop_signal = number
-        if rank() == 0:
-            # not print, which would fail if the signal came in the middle of another print
+        if rank() == 0:  # os.write, because print fails inside another print
             os.write(2, b"\nstopping after this step; the same signal again stops at once\n")
 
-    def steps(self, start, total):
-        """Step numbers start..total-1 behind a progress bar; see `save_state` for signals."""
-        self.total = total
-        self.bar = progress(range(start, total), initial=start, total=total, desc=self.out.name)
-        with on_stop(self.stop_after_step):
-            for step in self.bar:
-                self.started, self.seconds = time.perf_counter(), {}
-                yield step
-
     def time(self, name=None):
-        """End the part of the step before this call, and begin the part called `name`.
-
-        metrics.jsonl gets the seconds of each part as seconds_<name>.
-        """
+        """End the part of the step before this call and begin the part `name`, of which the metrics
+        tell the seconds as seconds_<name>."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -2054,21 +1942,19 @@ class Run:
         grad_norms: of the step's updates; those not finite were skipped. Raises UserError when the
         last MAX_SKIPPED updates all were.
         """
-        for norm in grad_norms:
-            self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
-        finite = [norm for norm in grad_norms if math.isfinite(norm)]
         self.time()
         seconds = time.perf_counter() - self.started
+        finite = [norm for norm in grad_norms if math.isfinite(norm)]
+        for norm in grad_norms:
+            self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
         metrics |= {"grad_norm": sum(finite) / len(finite) if finite else math.nan,
-                    "skipped": len(grad_norms) - len(finite),
-                    "tokens_per_second": metrics["tokens"] / seconds, **self.seconds,
-                    "seconds": seconds}
+                    "skipped": len(grad_norms) - len(finite), **self.seconds,
+                    "tokens_per_second": metrics["tokens"] / seconds, "seconds": seconds}
         line = {"step": step, **{k: rounded(v) for k, v in metrics.items()}}
         append_json_line(self.out / "metrics.jsonl", line)
         self.metrics.append(line)
         self.bar.set_postfix({k: line[k] for k in shown}, refresh=False)
-        if metrics["truncated"] > 0.5 and not self.warned:
-            self.warned = True
+        if step == 0 and metrics["truncated"] > 0.5:
             self.bar.write(f"warning: {metrics['truncated']:.0%} of the responses were cut: is "
                            "--max-new-tokens too small, or does the model not know when to stop?")
         if metrics["skipped"]:
@@ -2088,24 +1974,23 @@ class Run:
     def save_state(self, step, lm, optimizer, scheduler):
         """Write a checkpoint every save_every steps, and when SIGTERM or Ctrl-C asked for the end.
 
-        It is written beside and renamed, and only then is the older one deleted. The last step
-        needs none. Another number of processes can load it. Raises UserError if it cannot be
+        Every process writes its shards beside; then the folder is renamed, and only then the older
+        one is deleted. Any number of processes can load it. Raises UserError if it cannot be
         written, KeyboardInterrupt after one that a signal asked for.
         """
-        signals = all_gather_dict({rank(): self.stop_signal or 0})
+        signals = all_gather_dict({rank(): self.stop_signal})
         self.stop_signal = max(signals.values())  # all stop if one process has heard a signal
         due = self.cfg.save_every and (step + 1) % self.cfg.save_every == 0
         if step + 1 == self.total or not (due or self.stop_signal):
-            return
+            return  # the last step needs none
         path = self.out / f"state-{step + 1:08d}"
         beside = path.with_suffix(".tmp")
         on_rank_0(shutil.rmtree, beside, True)  # a killed run may have left it
-        reshard(lm)
         try:
             dcp.save(checkpoint_tensors(lm, optimizer), checkpoint_id=beside)
-        except CheckpointException as failed:
-            error = next(iter(failed.failures.values()))[0]
+        except dcp.api.CheckpointException as failed:
             on_rank_0(shutil.rmtree, beside, True)  # a full disk needs the room
+            error = next(iter(failed.failures.values()))[0]
             raise error if isinstance(error, KeyboardInterrupt) else UserError(
                 f"cannot write {path}: {first_line(error)}") from failed
         write_json(beside / "run.json", {"steps": step + 1, "made_with": self.made_with,
@@ -2115,6 +2000,10 @@ class Run:
             self.delete_checkpoints(but=path)
         if self.stop_signal:
             stop_at_once(self.stop_signal, note=f" after {step + 1} steps, all saved")
+
+    def delete_checkpoints(self, but=None):
+        for path in set(self.out.glob("state-*")) - {but}:
+            shutil.rmtree(path)
 
     def finish(self, lm):
         """Write the model folder; the record tells the steps and seconds that it took.
@@ -2131,32 +2020,18 @@ class Run:
 
 
 def checkpoint_tensors(lm, optimizer):
-    """The tensors of a checkpoint, themselves, so that loading fills them in place."""
+    """The tensors of a checkpoint themselves: loading fills them in place."""
+    reshard(lm)
     return {"model": dict(lm.model.named_parameters()), "optimizer": optimizer.state_dict()["state"]}
 
 
-def rounded(value):
-    """A number with four significant digits; ints stay, what JSON cannot hold becomes None.
-
-    >>> rounded(0.123456), rounded(1234567), rounded(float("nan"))
-    (0.1235, 1234567, None)
-    """
-    if isinstance(value, int):
-        return value
-    return float(f"{value:.4g}") if math.isfinite(value) else None
-
-
-# --------------------------------------------------------------------------------------------------
-# 9 processes: torchrun starts them, FSDP2 shards the models
+# ---------- 9 processes: torchrun starts them, FSDP2 shards the models ----------------------------
 #
-# A single process passes through here unchanged. Of several, each runs the same script and knows
-# all rollouts of a step. The work is divided like this:
-#   sampling   each process samples its share of the prompts, from a copy of all weights that exists
-#              for as long as that takes
-#   training   each process takes its share of the rows; a loss is divided by the counts of the
-#              whole update, so that the gradients of all processes add up to that of a single one
+# Each process runs the same script and knows all rollouts of a step. The work is divided:
+#   sampling   each takes its share of the prompts, with a copy of all weights that exists meanwhile
+#   training   each takes its share of the rows; a loss is divided by the counts of the whole update,
+#              so that the gradients of all processes add up to that of a single one
 #   writing    rank 0 only; but of a checkpoint each process writes its shards
-# --------------------------------------------------------------------------------------------------
 
 
 def world_size():
@@ -2187,15 +2062,14 @@ def process_group(device):
 
 def on_rank_0(fn, *args):
     """Call fn(*args) on rank 0 only. All processes return its result, or raise its UserError."""
-    if world_size() == 1:
-        return fn(*args)
     result = [None, None]
     if rank() == 0:
         try:
             result[0] = fn(*args)
         except UserError as error:
             result[1] = error
-    dist.broadcast_object_list(result)
+    if world_size() > 1:
+        dist.broadcast_object_list(result)
     if result[1]:
         raise result[1]
     return result[0]
@@ -2218,13 +2092,7 @@ def all_reduce_sum(tensor):
 
 
 def split_evenly(costs, n):
-    """Indices of items of these costs, divided among n: a list each, of about equal cost.
-
-    The items are taken by falling cost, each to the list that costs least so far.
-
-    >>> split_evenly([5, 1, 4, 2], 2), split_evenly([3], 2)
-    ([[0, 1], [2, 3]], [[0], []])
-    """
+    """Indices of items of these costs, divided among n: a list each, of about equal cost."""
     lists, totals = [[] for _ in range(n)], [0] * n
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         cheapest = totals.index(min(totals))
@@ -2249,12 +2117,8 @@ def shared_micro_batches(rows, micro_tokens, device):
 
 
 def sample_shared(lm, prompts, k, cfg, seed, done=lambda i, rollouts: None):
-    """`sample` with cfg's settings; the prompts are divided among the processes.
-
-    All processes return all rollouts. These are the rollouts of a single process: the random
-    numbers depend on (seed, prompt, index) alone. Several processes call done(i, rollouts) at the
-    end.
-    """
+    """`sample` with cfg's settings; the prompts are divided among the processes, and all return all
+    rollouts: those of a single process. Several processes call done(i, rollouts) at the end."""
     settings = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, seed=seed,
                     sample_rows=cfg.sample_rows, kv_gib=cfg.kv_gib)
     if world_size() == 1:
@@ -2272,9 +2136,8 @@ def sample_shared(lm, prompts, k, cfg, seed, done=lambda i, rollouts: None):
 def sample_and_write(lm, prompts, k, cfg, seed, write):
     """`sample_shared` for more prompts than memory holds; write(i, rollouts) takes them.
 
-    A single process writes a prompt as soon as its rollouts have ended, and takes many prompts at
-    once, so that few rows are left alone at the end. Several write when all have ended, and so take
-    fewer.
+    A single process writes a prompt as soon as its rollouts have ended, and so takes many at once;
+    several write at the end.
     """
     size = max(1, (8 if world_size() == 1 else world_size()) * cfg.sample_rows // k)
     for start in range(0, len(prompts), size):
@@ -2285,11 +2148,10 @@ def sample_and_write(lm, prompts, k, cfg, seed, write):
 def shard_model(lm, source, device):
     """Shard lm.model, which has shapes only, and fill it from `source`, which only rank 0 has.
 
-    Each layer is a group of parameters that is gathered for its own computation only. Embedding,
-    head (often the same matrix) and last norm are one more group: it stays gathered after the
-    forward pass, because the losses need the head, until the backward pass or `reshard`.
+    Each layer is gathered for its own computation only. Embedding, head and last norm stay gathered
+    after the forward pass, because the losses need the head, until the backward pass or `reshard`.
     """
-    model, mesh = lm.model, init_device_mesh(device.type, (world_size(),))
+    model, mesh = lm.model, dist.init_device_mesh(device.type, (world_size(),))
     empty = {id(p): torch.nn.Parameter(torch.empty(0, device=device), requires_grad=False)
              for p in model.parameters()}
     lm.replica = copy.deepcopy(model, empty)  # tied weights stay one parameter

@@ -32,10 +32,11 @@ from typing import Literal
 import torch
 
 from common import (Rollout, Run, StageConfig, all_reduce_sum, append_json_line, batch_indices,
-                    check, check_pair, count_steps, describe_lm, differences, encode_examples,
-                    fingerprint, load_lm, load_problems, lock, make_optimizer, on_rank_0,
-                    optimizer_step, over_chunks, pick, progress, read_json_lines, rollout_stats,
-                    run_cli, sample_and_write, shared_micro_batches, tokenize_problems, verify)
+                    build_prompt, check, check_pair, count_steps, describe_lm, differences,
+                    find_question, fingerprint, load_lm, load_problems, lock, make_optimizer,
+                    on_rank_0, optimizer_step, over_chunks, pick, progress, read_json_lines,
+                    read_rows, rollout_stats, run_cli, sample_and_write, shared_micro_batches,
+                    skip_long_prompts, tokenize_problems, verify)
 
 
 @dataclass
@@ -130,10 +131,28 @@ def correct_only(groups, problems, tokenizer):
     return correct
 
 
+def worked_examples(cfg, lm):
+    """Rows of --data with a question and a `response` (else `solution`), all of them, as [[Rollout]].
+
+    The response ends with the eos token.
+    """
+    rows = []
+    for row in read_rows(cfg.data):
+        row = {name.lower(): value for name, value in row.items()}
+        question, response = find_question(row), row.get("response") or row.get("solution")
+        check(question is not None and response,
+              f"data {cfg.data!r}: a row has no question (problem, question, prompt) or no "
+              f"response (response or solution); it has: {', '.join(row)}")
+        tokens = lm.tokenizer.encode(response, add_special_tokens=False)
+        rows.append(Rollout(build_prompt(lm.tokenizer, question, cfg.thinking),
+                            tokens + [lm.tokenizer.eos_token_id], [], True))
+    return [[row] for row in skip_long_prompts(rows, cfg)]
+
+
 def load_states(cfg, run, student):
     """The teacher (None if no step needs it) and what steps draw from: rows per prompt."""
     if cfg.targets == "data":
-        return None, encode_examples(student, cfg)
+        return None, worked_examples(cfg, student)
     problems = load_problems(cfg)
     if cfg.only_correct:
         run.use_labels(problems)

@@ -58,16 +58,16 @@ def taught(world, tmp_path_factory):
 @pytest.fixture(scope="session")
 def teacher_lm(world):
     """The world's frozen, untrained teacher. Shared: do not change it."""
-    return common.load_lm(str(world / "init-teacher"), common.StageConfig())
+    return common.load_lm(str(world / "init-teacher"))
 
 
 @pytest.fixture(scope="session")
 def student_lm(world):
     """The world's frozen, untrained student. Shared: do not change it."""
-    return common.load_lm(str(world / "init-student"), common.StageConfig())
+    return common.load_lm(str(world / "init-student"))
 
 
 @pytest.fixture
 def trainable_lm(world):
     """A fresh trainable copy of the world's student."""
-    return common.load_lm(str(world / "init-student"), common.StageConfig(), train=True)
+    return common.load_lm(str(world / "init-student"), train=True)
