@@ -14,9 +14,9 @@ import datasets
 import pytest
 
 import common
-from common import (UserError, batch_indices, encode_examples, read_json_lines, read_rows,
-                    to_problem, tokenize_problems)
-from fkl_warmup import Config
+from common import (UserError, batch_indices, read_json_lines, read_rows, to_problem,
+                    tokenize_problems)
+from fkl_warmup import Config, worked_examples
 
 datasets.disable_progress_bars()
 
@@ -271,7 +271,7 @@ def test_sft_examples_end_with_eos_and_keep_the_text(tmp_path, student_lm, capsy
     rows = [{"problem": "1a+1", "response": "a1+1=2,\\boxed{(2)}"}, {"problem": "1a+1b+1",
             "response": "2"}, {"problem": "1a+2", "solution": "\\boxed{(3)}"}]
     path = write_lines(tmp_path / "d.jsonl", rows)
-    groups = encode_examples(student_lm, settings(data=path, max_prompt_tokens=6))
+    groups = worked_examples(settings(data=path, max_prompt_tokens=6), student_lm)
     got = [(student_lm.tokenizer.decode(g.prompt), student_lm.tokenizer.decode(g.tokens))
            for (g,) in groups]
     assert got == [("Q1a+1?", "a1+1=2,\\boxed{(2)}<eos>"), ("Q1a+2?", "\\boxed{(3)}<eos>")]

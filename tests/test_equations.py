@@ -13,7 +13,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from common import Rollout
 from fkl_warmup import forward_kl
-from grpo import advantages, kl_penalty, policy_loss, row_weights
+from grpo import Config, advantages, kl_penalty, policy_loss, row_weights
 from opd import dense_advantages, mixed_loss, reverse_kl, sparse_advantages
 
 V, T = 3, 2
@@ -248,9 +248,11 @@ def test_aggregation_of_a_short_and_a_long_row(aggregation, short, long):
     that is masked counts nowhere, and where all are masked there is no NaN."""
     rows = [Rollout([0], [1] * n, [], True) for n in (2, 10)]
     cut = Rollout([0], [1] * 7, [], False)
+    keep, mask = (Config(aggregation=aggregation, max_new_tokens=20, mask_truncated=masked)
+                  for masked in (False, True))
     want = torch.tensor([short, long], dtype=torch.float64)
-    torch.testing.assert_close(row_weights(rows, False, aggregation, 20), want)
-    masked = row_weights([*rows, cut], True, aggregation, 20)
+    torch.testing.assert_close(row_weights(rows, keep), want)
+    masked = row_weights([*rows, cut], mask)
     torch.testing.assert_close(masked, torch.cat([want, torch.zeros(1)]))
-    assert row_weights([*rows, cut], False, aggregation, 20)[2] > 0
-    assert (row_weights([cut, cut], True, aggregation, 20) == 0).all()
+    assert row_weights([*rows, cut], keep)[2] > 0
+    assert (row_weights([cut, cut], mask) == 0).all()

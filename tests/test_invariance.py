@@ -151,9 +151,10 @@ def test_grpo_loss_equals_the_plain_version(first, kl_loss, trainable_lm):
     old_lists, ref_lists = ([x.tolist() for x in logps] for logps in (old, ref))
     sums = grpo.accumulate(cfg, lm, rows, adv, weights, None if first else old_lists, ref_lists)
     assert (gradients(lm) - want).norm() <= 1e-5 * want.norm() and want.norm() > 1e-3
-    assert sums[0].item() == clipped and (clipped == 0) == first
+    assert sums[:2].tolist() == [sum(len(r.tokens) for r in rows), clipped]
+    assert (clipped == 0) == first
     gap = sum((x - torch.tensor(r.logp)).abs().sum().item() for x, r in zip(old, rows))
-    assert sums[3].item() == pytest.approx(gap, abs=1e-4)
+    assert sums[4].item() == pytest.approx(gap, abs=1e-4)
 
 
 def test_micro_batches_keep_every_row_once_within_the_budget(rows):
@@ -192,7 +193,7 @@ def test_log_probs_of_all_tokens_never_exist_at_once(chunk, bounded):
     h, h_teacher = torch.randn(N, D, requires_grad=True), torch.randn(N, D)
     embedding = torch.nn.Linear(D, V, bias=False)
     model = SimpleNamespace(get_output_embeddings=lambda: embedding, device=h.device)
-    lm = LM("head", model, None, V, [], False, "")
+    lm = LM("head", model, None, V, [], "")
 
     def block(head, a, b):
         kl = opd.reverse_kl(*((x @ head.T).log_softmax(-1) for x in (a, b)))

@@ -35,16 +35,15 @@ TEMPLATE = (
     "{% endif %}")
 
 
-def make_tokenizer(tokens=TOKENS, template=TEMPLATE, eos="<im_end>", bos="<bos>"):
+def make_tokenizer(tokens=TOKENS, template=TEMPLATE, eos="<im_end>"):
     """One token per character; plain encoding puts a BOS in front, as Llama's tokenizer does."""
     tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, "<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?\w+>|[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, tokens.index(bos))])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token=eos,
-                                   bos_token=bos, chat_template=template)
+                                   bos_token="<bos>", chat_template=template)
 
 
 FAMILIES = {
@@ -97,7 +96,7 @@ def test_prompt_is_the_chat_template_with_one_bos_and_a_pinned_date():
 
 
 def lm_of(name, tokenizer=None, stop_ids=(3,), rows=len(TOKENS)):
-    return LM(name, None, tokenizer or make_tokenizer(), rows, list(stop_ids), False, "float32")
+    return LM(name, None, tokenizer or make_tokenizer(), rows, list(stop_ids), "float32")
 
 
 SWAPPED = [*TOKENS[:-2], TOKENS[-1], TOKENS[-2]]
@@ -105,7 +104,6 @@ REFUSED = {  # name: (what differs about the student, words of the message)
     "one token more": (dict(tokenizer=make_tokenizer([*TOKENS, "<extra>"]), rows=len(TOKENS) + 1),
                        "vocabulary .*<extra>"),
     "ids of two tokens swapped": (dict(tokenizer=make_tokenizer(SWAPPED)), "vocabulary"),
-    "bos": (dict(tokenizer=make_tokenizer(bos=None)), "bos_token .*<bos>"),
     "eos": (dict(tokenizer=make_tokenizer(eos="<eos>")), "eos_token .*<im_end>.*<eos>"),
     "template": (dict(tokenizer=make_tokenizer(template=TEMPLATE.replace("<user>", "<user>:"))),
                  "chat template"),
@@ -125,7 +123,7 @@ def test_pair_is_refused_saying_what_differs(case):
         check_pair(lm_of("T"), lm_of("S", **student))
     text = str(caught.value)
     assert "teacher T and student S" in text
-    named = [r for r in ("vocabulary (", "bos_token (", "eos_token (", "chat template (",
+    named = [r for r in ("vocabulary (", "eos_token (", "chat template (",
                          "chat template with --thinking (", "stop tokens (") if r in text]
     assert len(named) == (2 if case == "template" else 1), "nothing but the difference is named"
 
@@ -174,8 +172,8 @@ def test_stop_ids_are_all_ids_of_generation_config_and_tokenizer(tmp_path):
 
 @dataclass
 class Settings(StageConfig):
-    out: str = ""
-    lr: float = 1e-6
+    out: str = ""  # output folder
+    lr: float = 1e-6  # learning rate
 
 
 def dtypes(lm):

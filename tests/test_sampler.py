@@ -27,7 +27,7 @@ def llama_lm(student_lm):
         vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, intermediate_size=64, initializer_range=0.3,
         tie_word_embeddings=False, pad_token_id=1, eos_token_id=[1, 5, 9])).eval()
-    return LM("llama", model, student_lm.tokenizer, 28, [1, 5, 9], False, "float32")
+    return LM("llama", model, student_lm.tokenizer, 28, [1, 5, 9], "float32")
 
 
 @pytest.fixture(params=["qwen3", "llama"])
@@ -249,15 +249,13 @@ def test_each_prompt_passes_the_model_once_for_its_rollouts(lm, monkeypatch):
     assert all(shape[0] <= 200 for shape in fed)
 
 
-def test_each_row_has_its_own_limit(lm):
-    """Limits around the block size; one that ends by itself earlier keeps its stop token."""
-    whole, limits = draw(lm, k=6, n=40), [1, 2, 7, 8, 9, 40] * 4
-    groups = [[common.Row(common.Rollout(p, [], [], False), common.random_stream((0,), p, s),
-                          limits[s]) for s in range(6)] for p in PROMPTS]
-    common.decode(lm, groups, 1.0, 256, 0.0)
-    for row, other, limit in zip((r.rollout for g in groups for r in g), whole, limits):
-        assert row.tokens == other.tokens[:limit]
-        assert row.finished == (other.finished and len(other.tokens) <= limit)
+def test_a_limit_cuts_a_rollout_and_changes_nothing_before_it(lm):
+    """Limits around the block size; a rollout that ends by itself earlier keeps its stop token."""
+    whole = draw(lm, k=6, n=40)
+    for limit in (1, 2, 7, 8, 9):
+        for row, other in zip(draw(lm, k=6, n=limit), whole):
+            assert row.tokens == other.tokens[:limit] and len(row.logp) == len(row.tokens)
+            assert row.finished == (other.finished and len(other.tokens) <= limit)
 
 
 def test_recorded_steps_with_rows_and_pages_to_spare(lm, monkeypatch):
