@@ -116,6 +116,9 @@ def test_rollouts_do_not_depend_on_their_neighbours(lm, monkeypatch):
     assert texts(draw(lm, k=2)) == [tokens for i, tokens in enumerate(rows) if i % 6 < 2]
     assert len(set(map(tuple, rows[:6]))) > 3
     assert texts(draw(lm, seed=(0, 1))) != rows
+    streams = [common.random_stream(seed, prompt, i).random()
+               for seed in ((0,), (1,)) for prompt in PROMPTS for i in range(3)]
+    assert len(set(streams)) == 24  # seed, prompt and index count
     for block in (1, 3, 64):
         monkeypatch.setattr(common, "BLOCK", block)
         assert texts(draw(lm)) == rows
@@ -151,6 +154,7 @@ def test_neither_generation_config_nor_train_mode_reach_the_sampler(world, stude
 def test_inverse_cdf_is_the_first_id_whose_float64_cdf_exceeds_the_uniform(V):
     rng = np.random.default_rng(V)
     weights = rng.random((400, V)).astype(np.float32) ** 8 * (rng.random((400, V)) < 0.9)
+    weights[0, : V // 2] = 0  # u = 0 draws no token of weight 0
     weights[:, V // 2] += 1e-3  # no row of zeros
     uniform = rng.random((400, 1))
     uniform[0], uniform[200:] = 0, np.nextafter(1, 0)  # the end, where rounding could lead outside
