@@ -18,8 +18,6 @@ from common import (UserError, batch_indices, read_json_lines, read_rows, to_pro
                     tokenize_problems)
 from fkl_warmup import Config, worked_examples
 
-datasets.disable_progress_bars()
-
 PREFIX = ("Solve the following math problem step by step. The last line of your response should be "
           "of the form Answer: $Answer (without quotes) where $Answer is the answer to the problem."
           "\n\n")
