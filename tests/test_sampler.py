@@ -140,8 +140,8 @@ def test_every_stop_id_ends_a_rollout_and_is_kept(llama_lm):
 
 
 def test_neither_generation_config_nor_train_mode_reach_the_sampler(world, student_lm):
-    """Qwen3's generation_config asks for temperature 0.6, top-k 20, top-p 0.95: ignored. In train
-    mode transformers would silently decode without its cache, each token blindly."""
+    """Qwen3's generation_config asks for temperature 0.6, top-k 20, top-p 0.95: ignored. A model
+    in train mode with gradient checkpointing has the same rollouts, and is in train mode again."""
     lm = common.load_lm(str(world / "init-student"), StageConfig(gradient_checkpointing=True),
                         train=True)
     lm.model.generation_config.update(temperature=0.1, top_k=1, top_p=0.1, do_sample=True)
