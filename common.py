@@ -10,11 +10,14 @@ of a micro-batch, n tokens of a vocabulary chunk, D hidden size, V vocabulary.
 import argparse
 import contextlib
 import copy
+import csv
 import dataclasses
 import fcntl
 import functools
+import glob
 import hashlib
 import inspect
+import io
 import json
 import logging
 import math
@@ -512,14 +515,16 @@ def read_rows(source):
     try:
         if kind in ("json", "jsonl", "csv", "parquet"):
             check(path.is_file(), f"no such data file: {source}")
-            data = datasets.load_dataset(kind.rstrip("l"), data_files=str(path), split="train")
+            data = (read_text_rows(path) if kind != "parquet" else
+                    datasets.load_dataset(kind, data_files=glob.escape(source), split="train"))
         elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             data = datasets.load_from_disk(source)
         else:
             name, *rest = [source] if path.is_dir() else DATA_ALIASES.get(source, source).split(":")
             *config, split = rest or [""]
             data = datasets.load_dataset(name, *config)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, StopIteration, csv.Error,
+            datasets.exceptions.DatasetsError) as error:  # StopIteration: an empty file in a folder
         where = "" if path.exists() else " (no such file or folder here, and not on the hub)"
         raise UserError(f"cannot load data {source!r}{where}: "
                         f"{first_line(error.__cause__ or error)}") from error
@@ -530,13 +535,30 @@ def read_rows(source):
     return data
 
 
+def read_text_rows(path):
+    """Rows of a .json, .jsonl or .csv file. `datasets` would fit each column to one type, guessed
+    from the first 10 MB: it changes long integers and dates, and fails at a type that comes later.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".csv":
+        rows = list(csv.DictReader(io.StringIO(text)))
+        check(not any(None in row for row in rows), f"{path}: a row has more fields than the first")
+        return rows
+    if path.suffix == ".jsonl":
+        text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
+    rows = json.loads(text)
+    check(isinstance(rows, list) and all(isinstance(row, dict) for row in rows),
+          f"{path} is not a list of JSON objects")
+    return rows
+
+
 def find_question(row):
     """The question of a row: `problem`, `question` or `prompt` (text or chat), or None."""
     fields = (row.get(name) for name in ("problem", "question", "prompt"))
     question = next((text for text in fields if text is not None), None)
     if isinstance(question, list):
         question = next((m["content"] for m in reversed(question) if m["role"] == "user"), None)
-    return DAPO_SUFFIX.sub("", DAPO_PREFIX.sub("", question)).strip() if question else question
+    return DAPO_SUFFIX.sub("", DAPO_PREFIX.sub("", str(question))).strip() if question else question
 
 
 def to_problem(row, source):
@@ -1480,15 +1502,15 @@ class Step:
     def __init__(self, lm, cache, temperature):
         self.lm, self.cache, self.temperature = lm, cache, temperature
         self.head, self.graphs, self.memory = lm.head(), {}, None  # shape: (graph, its state)
+        self.records = lm.device.type == "cuda"
 
     def run_block(self, live):
         """BLOCK tokens of every live row and their log-probs, two lists of lists."""
         shape, pages = (len(live), max(len(row.pages) for row in live)), self.cache.used
-        records = self.lm.device.type == "cuda"
-        if records:  # few shapes: powers of two
+        if self.records:  # few shapes: powers of two
             shape, pages = tuple(1 << (n - 1).bit_length() for n in shape), self.cache.capacity
         state = self.make_state(live, *shape, pages)
-        if records and shape in self.graphs:
+        if self.records and shape in self.graphs:
             graph, recorded = self.graphs[shape] or self.record(shape, state)
             for name, tensor in state.items():
                 recorded[name].copy_(tensor)
