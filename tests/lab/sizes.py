@@ -45,7 +45,7 @@ import evaluate
 import fkl_warmup
 import grpo
 import opd
-from common import UserError, check, count_steps, describe_lm
+from common import UserError, check, describe_lm
 
 GB = 1e9
 OPERATIONS, MEMORY, NODE, NETWORK = 0.4 * 989e12, 0.4 * 3.35e12, 200e9, 25e9  # a second
@@ -97,6 +97,7 @@ class Shape:
 
 
 MODELS = {
+    "Qwen3-0.6B": Shape(1024, 28, 16, 8, 3072, 151936, True, qk_norm=True),
     "Qwen3-1.7B": Shape(2048, 28, 16, 8, 6144, 151936, True, qk_norm=True),
     "Qwen3-8B": Shape(4096, 36, 32, 8, 12288, 151936, False, qk_norm=True),
     "Qwen3-14B": Shape(5120, 40, 40, 8, 17408, 151936, False, qk_norm=True),
@@ -132,7 +133,8 @@ class Settings:
     gradient_checkpointing: bool = False
 
     def __post_init__(self):
-        defaults = {"max_prompt_tokens": 2048, **vars(STAGES[self.stage])}
+        flags = dataclasses.fields(STAGES[self.stage])
+        defaults = {"max_prompt_tokens": 2048, **{flag.name: flag.default for flag in flags}}
         defaults.setdefault("rollouts", defaults.get("samples"))
         for field in dataclasses.fields(self):
             if getattr(self, field.name) is None and field.name in defaults:
@@ -238,8 +240,7 @@ def recipe_hours(stage, gpus, length, model, frozen):
     room = H100 - size["while sampling"] + size["keys and values"]
     s.sample_rows = min(s.sample_rows, int(room / (PROMPT + length / 2) / sampler.cache))
     check(s.sample_rows > 0, f"{gpus} GPUs of 80 GB are too few")
-    steps = 1 if stage == "evaluate" else count_steps(0, STAGES[stage].epochs, PROBLEMS // 2,
-                                                      s.prompts)
+    steps = 1 if stage == "evaluate" else STAGES[stage].epochs * (PROBLEMS // 2 // s.prompts)
     return steps * step_seconds(s, model, frozen)["a step"] / 3600
 
 
