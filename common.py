@@ -10,11 +10,14 @@ of a micro-batch, n tokens of a vocabulary chunk, D hidden size, V vocabulary.
 import argparse
 import contextlib
 import copy
+import csv
 import dataclasses
 import fcntl
 import functools
+import glob
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -458,14 +461,16 @@ def read_rows(source):
     path, kind, split = Path(source), Path(source).suffix.lstrip("."), ""
     try:
         if kind in ("json", "jsonl", "csv", "parquet"):
-            data = datasets.load_dataset(kind.rstrip("l"), data_files=str(path), split="train")
+            data = (read_text_rows(path) if kind != "parquet" else
+                    datasets.load_dataset(kind, data_files=glob.escape(source), split="train"))
         elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             data = datasets.load_from_disk(source)
         else:
             name, *rest = [source] if path.is_dir() else DATA_ALIASES.get(source, source).split(":")
             *config, split = rest or [""]
             data = datasets.load_dataset(name, *config)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, StopIteration, csv.Error,
+            datasets.exceptions.DatasetsError) as error:  # StopIteration: an empty file in a folder
         where = "" if path.exists() else " (no such file or folder here, nor on the hub)"
         cause = first_line(error.__cause__ or error)
         raise UserError(f"cannot load data {source!r}{where}: {cause}") from error
@@ -476,13 +481,29 @@ def read_rows(source):
     return data
 
 
+def read_text_rows(path):
+    """Rows of a .json, .jsonl or .csv file. `datasets` would fit each column to one type, guessed
+    from the first 10 MB: it changes long integers and dates, and fails at types that come later."""
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".csv":
+        rows = list(csv.DictReader(io.StringIO(text)))
+        check(not any(None in row for row in rows), f"{path}: a row has more fields than the first")
+        return rows
+    if path.suffix == ".jsonl":
+        text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
+    rows = json.loads(text)
+    check(isinstance(rows, list) and all(isinstance(row, dict) for row in rows),
+          f"{path} is not a list of JSON objects")
+    return rows
+
+
 def find_question(row):
     """The question of a row: `problem`, `question` or `prompt` (text or chat), or None."""
     fields = (row.get(name) for name in ("problem", "question", "prompt"))
     question = next((text for text in fields if text is not None), None)
     if isinstance(question, list):
         question = next((m["content"] for m in reversed(question) if m["role"] == "user"), None)
-    return DAPO_SUFFIX.sub("", DAPO_PREFIX.sub("", question)).strip() if question else question
+    return DAPO_SUFFIX.sub("", DAPO_PREFIX.sub("", str(question))).strip() if question else question
 
 
 def to_problem(row, source):
@@ -1230,7 +1251,7 @@ class Rollout:
 class Row:
     """A rollout that is being sampled: at most `limit` tokens with the uniforms of `stream`."""
 
-    def __init__(self, prompt, stream, limit, index):
+    def __init__(self, prompt, stream, limit, index=0):
         self.rollout = Rollout(list(prompt), [], [], False)
         self.stream, self.limit, self.index = stream, limit, index
         self.pages = []  # of the cache, in order of positions
@@ -1239,16 +1260,15 @@ class Row:
         return len(self.rollout.prompt) + len(self.rollout.tokens)
 
     def add(self, tokens, logp, stops):
-        """Append what a block has sampled, up to the end. Returns whether the row has ended."""
+        """Append what a block has sampled, up to the first stop token or the limit."""
         stop = next((i + 1 for i, token in enumerate(tokens) if token in stops), BLOCK + 1)
         n = min(stop, BLOCK, self.limit - len(self.rollout.tokens))
         self.rollout.tokens += tokens[:n]
         self.rollout.logp += logp[:n]
         self.rollout.finished = n == stop
-        return self.rollout.finished or len(self.rollout.tokens) == self.limit
+        self.ended = n == stop or len(self.rollout.tokens) == self.limit
 
 
-@torch.inference_mode()
 def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256, kv_gib=0.0,
            done=None):
     """Sample k rollouts of each prompt from softmax(logits / temperature); temperature 0 is greedy.
@@ -1265,24 +1285,33 @@ def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256
     rows = [Row(p, random_stream(seed, p, j), max_new_tokens, i)
             for i, p in enumerate(prompts) for j in range(k)]
     rollouts, left = [row.rollout for row in rows], [k] * len(prompts)
+
+    def on_end(row):
+        left[row.index] -= 1
+        if left[row.index] == 0 and done:
+            done(row.index, rollouts[row.index * k : (row.index + 1) * k])
+
+    decode(lm, rows, temperature, sample_rows, kv_gib, on_end)
+    return rollouts
+
+
+@torch.inference_mode()
+def decode(lm, rows, temperature, sample_rows, kv_gib, on_end=lambda row: None):
+    """Fill in the rollouts of the rows; on_end(row) is called when one has ended."""
     waiting, live, stops = deque(rows), [], set(lm.stop_ids)  # live: the oldest first
-    longest = max(map(len, rows)) + max_new_tokens
+    longest = max(len(row) + row.limit for row in rows)
     lm.model.eval()  # without gradient checkpointing
     with lm.autocast():  # it makes bf16 copies of the weights once
         cache = PagedCache(lm, min(sample_rows, len(rows)), longest, kv_gib)
         step = Step(lm, cache, temperature)
         while waiting or live:
-            batch, started = cache.reserve(live, waiting, sample_rows)
+            live, started = cache.reserve(live, waiting, sample_rows)
             cache.prefill(lm, started)
-            live = []
-            for row, tokens, logp in zip(batch, *step.run_block(batch)):
-                if not row.add(tokens, logp, stops):
-                    live.append(row)
-                    continue
-                i, left[row.index] = row.index, left[row.index] - 1
-                if left[i] == 0 and done:
-                    done(i, rollouts[i * k : (i + 1) * k])
-    return rollouts
+            for row, tokens, logp in zip(live, *step.run_block(live)):
+                row.add(tokens, logp, stops)
+                if row.ended:
+                    on_end(row)
+            live = [row for row in live if not row.ended]
 
 
 def random_stream(seed, prompt, index):
@@ -1394,29 +1423,24 @@ class Step:
 
     def __init__(self, lm, cache, temperature):
         self.lm, self.cache, self.temperature = lm, cache, temperature
-        self.head, self.graphs = lm.head(), {}  # shape: (graph, its state)
-        self.on_cuda = lm.device.type == "cuda"
-        self.memory = torch.cuda.graph_pool_handle() if self.on_cuda else None  # of all graphs
+        self.head, self.graphs, self.memory = lm.head(), {}, None  # shape: (graph, its state)
+        self.records = lm.device.type == "cuda"
 
     def run_block(self, live):
         """BLOCK tokens of every live row and their log-probs, two lists of lists."""
         shape, pages = (len(live), max(len(row.pages) for row in live)), self.cache.used
-        if self.on_cuda:  # few shapes: powers of two
+        if self.records:  # few shapes: powers of two
             shape, pages = tuple(1 << (n - 1).bit_length() for n in shape), self.cache.capacity
         state = self.make_state(live, *shape, pages)
-        if self.on_cuda and shape in self.graphs:  # its kernels are loaded since the first time
-            if not self.graphs[shape]:
-                self.graphs[shape] = torch.cuda.CUDAGraph(), state
-                with torch.cuda.graph(self.graphs[shape][0], pool=self.memory):
-                    self(state)  # is recorded, not run
-            graph, recorded = self.graphs[shape]
+        if self.records and shape in self.graphs:
+            graph, recorded = self.graphs[shape] or self.record(shape, state)
             for name, tensor in state.items():
                 recorded[name].copy_(tensor)
             for _ in range(BLOCK):
                 graph.replay()
             state = recorded
         else:
-            self.graphs[shape] = None
+            self.graphs[shape] = None  # recorded next time, when its kernels are loaded
             for _ in range(BLOCK):
                 self(state)
         return [state[name][: len(live)].tolist() for name in ("tokens", "logps")]
@@ -1435,6 +1459,15 @@ class Step:
             state["token"][i] = (row.rollout.tokens or row.rollout.prompt)[-1]
             state["uniforms"][i] = row.stream.random(BLOCK)
         return {k: torch.from_numpy(v).to(self.lm.device) for k, v in state.items()}
+
+    def record(self, shape, state):
+        """Record one step as a CUDA graph. Returns (graph, the tensors that it works on)."""
+        graph = torch.cuda.CUDAGraph()
+        self.memory = self.memory or torch.cuda.graph_pool_handle()  # one for all graphs
+        with torch.cuda.graph(graph, pool=self.memory):
+            self(state)
+        self.graphs[shape] = graph, state
+        return self.graphs[shape]
 
     def __call__(self, state):
         """Feed each row's last token, draw the next."""

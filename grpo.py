@@ -88,17 +88,17 @@ def kl_penalty(logp, logp_ref, estimator):
     return log_ratio.square() / 2 if estimator == "k2" else log_ratio.exp() - 1 - log_ratio
 
 
-def row_weights(rows, mask_truncated, aggregation, max_new_tokens):
+def row_weights(rows, cfg):
     """Weight of each row's tokens, (B,); the loss of an update is sum(weight * token loss).
 
     token: one mean over all tokens of the update. sequence: the mean over rows of each row's mean.
-    constant: the sum over rows * max_new_tokens (Dr. GRPO). Truncated rows may count nowhere.
+    constant: the sum over rows * --max-new-tokens (Dr. GRPO). --mask-truncated rows count nowhere.
     """
     lengths = torch.tensor([len(r.tokens) for r in rows]).double()
-    counts = torch.tensor([r.finished or not mask_truncated for r in rows]).double()
-    if aggregation == "token":
+    counts = torch.tensor([r.finished or not cfg.mask_truncated for r in rows]).double()
+    if cfg.aggregation == "token":
         return counts / (lengths * counts).sum().clamp(min=1)
-    per_row = lengths if aggregation == "sequence" else max_new_tokens
+    per_row = lengths if cfg.aggregation == "sequence" else cfg.max_new_tokens
     return counts / counts.sum().clamp(min=1) / per_row
 
 
@@ -120,7 +120,7 @@ def accumulate(cfg, policy, rows, adv, weights, old, ref):
 
     adv, weights: A_i and `row_weights` of its rows, (B,). old, ref: log pi_old and log pi_ref of
     its rows, lists of floats, or None. Without old, pi_old is the policy as it is: the ratio is 1,
-    but its gradient is not 0. Returns sums over its tokens: of clipped, entropy, k3 to the
+    but its gradient is not 0. Returns sums over its tokens: of 1, clipped, entropy, k3 to the
     reference, and |log pi_old - the sampler's log-prob|.
     """
     hidden, tokens = policy.states(rows)  # (N, D), (N,)
@@ -140,7 +140,8 @@ def accumulate(cfg, policy, rows, adv, weights, old, ref):
         ratio = (logp - old).exp()
         clipped = torch.where(A > 0, ratio > 1 + clip_high, ratio < 1 - cfg.clip) & (A != 0)
         k3 = kl_penalty(logp, ref, "k3")
-        return (weight * loss).sum(), (clipped, entropy, k3, (old - sampled).abs())
+        return (weight * loss).sum(), (torch.ones_like(logp), clipped, entropy, k3,
+                                       (old - sampled).abs())
 
     return over_chunks(chunk, cfg.vocab_chunk, policy, hidden, y=tokens,
                        sampled=per_token([r.logp for r in rows]), A=flat(adv, rows),
@@ -184,19 +185,23 @@ def main(cfg):
 
         # loss: each mini-batch of prompts has its own update, whatever the micro-batches
         run.time("updating")
-        sums, grad_norms, size = torch.zeros(4, dtype=torch.float64), [], len(rows) // updates
+        sums, grad_norms, size = torch.zeros(5, dtype=torch.float64), [], len(rows) // updates
         for first in range(0, len(rows), size):
-            mini = rows[first : first + size]
-            weights = row_weights(mini, cfg.mask_truncated, cfg.aggregation, cfg.max_new_tokens)
-            for group in shared_micro_batches(mini, cfg.micro_tokens, policy.device):
-                which = [first + i for i in group]
-                sums += accumulate(cfg, policy, [rows[i] for i in which], adv[which],
-                                   weights[group], old and [old[i] for i in which],
-                                   ref and [ref[i] for i in which])
+            weights = torch.zeros(len(rows), dtype=torch.float64)
+            weights[first : first + size] = row_weights(rows[first : first + size], cfg)
+            # a row without weight, or without advantage and reference, has no gradient; one row
+            # stays in any case: a gradient of zeros is still an update, by AdamW's momentum
+            taught = [i for i in range(len(rows)) if weights[i] and (adv[i] or ref)] or [first]
+            for group in shared_micro_batches([rows[i] for i in taught], cfg.micro_tokens,
+                                              policy.device):
+                group = [taught[i] for i in group]
+                sums += accumulate(cfg, policy, [rows[i] for i in group], adv[group],
+                                   weights[group], old and [old[i] for i in group],
+                                   ref and [ref[i] for i in group])
             grad_norms.append(optimizer_step(policy, optimizer, cfg, steps * updates))
 
-        n_tokens = sum(len(r.tokens) for r in rows)
-        clipped, entropy, k3, gap = (all_reduce_sum(sums) / n_tokens).tolist()
+        n, *sums = all_reduce_sum(sums).tolist()  # n: tokens of the rows with a gradient
+        clipped, entropy, k3, gap = (x / n for x in sums)
         run.log("reward", "zero_variance", "length", **rewarded, entropy=entropy, k3_ref=k3,
                 clip_fraction=clipped, sampler_gap=gap, grad_norms=grad_norms, rows=rows,
                 note=f"answer {answers[0]}, reward {rewards[0, 0]:.0f}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "lab")]
 os.environ["HF_HUB_OFFLINE"] = "1"  # a hub name fails at once; nothing is downloaded
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and sums keep one order
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

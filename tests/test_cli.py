@@ -463,3 +463,14 @@ def test_killed_and_resumed_is_bit_identical_to_uninterrupted(typed, line_of, tm
     assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == list(range(24))
     moved = [row["entropy"] for row in rows[0][saved:]]
     assert len(set(moved)) == len(moved), "the policy must move in every step after the kill"
+
+
+@pytest.mark.parametrize("config", [grpo.Config, fkl_warmup.Config, opd.Config])
+def test_help_lists_the_flags_of_the_script_before_those_of_all_stages(config, capsys):
+    with pytest.raises(SystemExit):
+        common.parse_args(config, "", ["--help"])
+    flags = re.findall(r"^  __(\w+)", capsys.readouterr().out.replace("-", "_"), re.M)
+    titles = common.field_comments(config)
+    for title in {titles[flag][0] for flag in flags}:
+        group = [flag not in config.__annotations__ for flag in flags if titles[flag][0] == title]
+        assert group == sorted(group), title

@@ -3,7 +3,9 @@
 Each expected value is written down by hand; nothing is computed with the function under test.
 """
 
+import csv
 import json
+import os
 import random
 import re
 from collections import Counter
@@ -12,10 +14,9 @@ import datasets
 import pytest
 
 import common
-from common import (UserError, batch_indices, encode_examples, load_problems, read_json_lines,
-                    read_rows, to_problem, tokenize_problems)
-
-datasets.disable_progress_bars()
+from common import (UserError, batch_indices, read_json_lines, read_rows, to_problem,
+                    tokenize_problems)
+from fkl_warmup import Config, worked_examples
 
 PREFIX = ("Solve the following math problem step by step. The last line of your response should be "
           "of the form Answer: $Answer (without quotes) where $Answer is the answer to the problem."
@@ -34,36 +35,41 @@ SCHEMAS = {  # name: (row, its question, its answer)
     "dapo": (dapo("In $\\triangle ABC$ find $a$.\nGive an integer.", "-1024"),
              "In $\\triangle ABC$ find $a$.\nGive an integer.", "-1024"),
     "open-r1 processed": (
-        {"prompt": "Find $x$ if $x+3=7$.", "solution": "4", "data_source": "math_dapo",
-         "source_prompt": [{"role": "user", "content": PREFIX + "Find $x$." + SUFFIX}],
-         "ability": "MATH", "reward_model": {"ground_truth": "4", "style": "rule"},
-         "extra_info": {"index": "c1"}},
-        "Find $x$ if $x+3=7$.", "4"),
+        {**dapo("Find $x$.", "4"), "prompt": "Find $x$.", "solution": "4"}, "Find $x$.", "4"),
     "math-500": (
-        {"problem": "Convert $(0,3)$ to polar coordinates.", "answer": "\\left(3,\\pi\\right)",
-         "solution": "We have $r=3$, so \\boxed{\\left( 3, \\pi \\right)}.", "level": 2,
-         "subject": "Precalculus", "unique_id": "test/precalculus/807.json"},
-        "Convert $(0,3)$ to polar coordinates.", "\\left(3,\\pi\\right)"),
+        {"problem": "Convert $(0,3)$.", "answer": "\\left(3,\\pi\\right)", "level": 2,
+         "solution": "We have $r=3$, so \\boxed{\\left( 3, \\pi \\right)}."},
+        "Convert $(0,3)$.", "\\left(3,\\pi\\right)"),
     "aime24 HuggingFaceH4": (
-        {"id": 60, "problem": "Every morning Aya walks.", "solution": "... \\boxed{204}",
-         "answer": "033", "url": "https://example.org", "year": "2024"},
-        "Every morning Aya walks.", "033"),
+        {"id": 60, "problem": "Aya walks.", "solution": "... \\boxed{204}", "answer": "033"},
+        "Aya walks.", "033"),
     "aime24 Maxwell-Jia": (
         {"ID": "2024-II-4", "Problem": "Let $x,y$ be reals.", "Solution": "We get \\boxed{33}.",
-         "Answer": 33}, "Let $x,y$ be reals.", "33"),
+         "Answer": 0}, "Let $x,y$ be reals.", "0"),
     "aime25 opencompass": (
-        {"question": "Find the sum of all bases.", "answer": "336^\\circ"},
-        "Find the sum of all bases.", "336^\\circ"),
-    "aime25 math-ai": ({"problem": "Find $m+n$.", "answer": "70", "id": "0"}, "Find $m+n$.", "70"),
+        {"question": "Find the sum.", "answer": "336^\\circ"}, "Find the sum.", "336^\\circ"),
     "gsm8k": (
         {"question": "Ann sells 1,000 pens and 234 more. How many?",
          "answer": "She sells 1000+234 = <<1000+234=1234>>1,234 pens.\n#### 1,234"},
         "Ann sells 1,000 pens and 234 more. How many?", "1234"),
     "MATH, boxed solution only": (
-        {"problem": "Add halves.", "level": "Level 1", "type": "Algebra",
+        {"problem": "Add halves.", "level": "Level 1",
          "solution": "First \\boxed{1} is wrong; the sum is $\\boxed{\\frac{3}{2}}$."},
         "Add halves.", "\\frac{3}{2}"),
+    "the last message of the user": (
+        {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"},
+                    {"role": "assistant", "content": "Let me think."}], "answer": 4}, "2+2?", "4"),
 }
+
+
+def settings(**changes):
+    return Config(student="", **{"exclude": "none", **changes})
+
+
+def load_problems(path, **changes):
+    """Problems as (question, answer)."""
+    found = common.load_problems(settings(data=str(path), **changes))
+    return [(p.problem, p.answer) for p in found]
 
 
 def write_lines(path, rows):
@@ -73,80 +79,79 @@ def write_lines(path, rows):
 
 def write_as(kind, folder, rows):
     """Store rows in one of the formats that --data takes; returns what a user would type."""
-    if kind == "jsonl":
-        return write_lines(folder / "d.jsonl", rows)
-    if kind == "json":
-        (folder / "d.json").write_text(json.dumps(rows))
-        return str(folder / "d.json")
-    if kind == "json data":
-        (folder / "d.json").write_text(json.dumps({"version": 1, "data": rows}))
-        return str(folder / "d.json")
-    table = datasets.Dataset.from_list(rows)
-    if kind == "parquet":
-        table.to_parquet(str(folder / "d.parquet"))
-        return str(folder / "d.parquet")
-    if kind == "Dataset folder":
-        table.save_to_disk(str(folder / "d"))
-    elif kind == "DatasetDict folder":
-        other = datasets.Dataset.from_list([{"problem": "of another split", "answer": "0"}])
-        datasets.DatasetDict({"test": other, "train": table}).save_to_disk(str(folder / "d"))
-    return str(folder / "d")
+    path = folder / ("d" if "folder" in kind else f"d[1].{kind}")
+    if kind == "csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind == "jsonl":
+        write_lines(path, rows)
+    elif kind == "folder of files":
+        path.mkdir()
+        write_lines(path / "train.jsonl", rows)
+    else:
+        table = datasets.Dataset.from_list(rows)
+        (table.to_parquet if kind == "parquet" else table.save_to_disk)(str(path))
+    return str(path)
 
 
-FORMATS = ["jsonl", "json", "json data", "parquet", "Dataset folder", "DatasetDict folder"]
-
-
-@pytest.mark.parametrize("schema", SCHEMAS)
-def test_schema_gives_the_bare_question_and_the_final_answer(schema):
-    """Every schema of the field: bare problem, final answer, nothing else."""
-    row, question, answer = SCHEMAS[schema]
-    got = to_problem(row, "x")
-    assert (got.problem, got.answer) == (question, answer)
-
-
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("schema", ["dapo", "gsm8k", "aime24 Maxwell-Jia"])
-def test_schema_survives_every_file_format(schema, kind, tmp_path):
+@pytest.mark.parametrize("schema, kind", [
+    *((schema, "jsonl") for schema in SCHEMAS), ("gsm8k", "csv"), ("aime24 Maxwell-Jia", "csv"),
+    *((schema, kind) for schema in ("dapo", "aime24 Maxwell-Jia")
+      for kind in ("json", "parquet", "folder of files", "saved folder"))])
+def test_every_schema_gives_the_bare_question_and_the_final_answer(schema, kind, tmp_path):
     """Nested, plain and capitalised fields read the same from every file format."""
     row, question, answer = SCHEMAS[schema]
     got = [to_problem(r, "x") for r in read_rows(write_as(kind, tmp_path, [row, row]))]
     assert [(p.problem, p.answer) for p in got] == [(question, answer)] * 2
 
 
-def test_folder_of_jsonl_files_is_read(tmp_path):
-    """A plain folder of data files is a data source, too."""
-    write_lines(tmp_path / "train.jsonl", [{"problem": "1+1", "answer": "2"}])
-    assert [r["answer"] for r in read_rows(str(tmp_path))] == ["2"]
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_text_files_are_read_as_they_stand(kind, tmp_path):
+    """Answers keep their digits and look, though `datasets` would fit a column to one type: dates,
+    numbers of 30 digits, a type that comes after 10 MB, a field that only later rows have."""
+    answers = ["2024-01-02", "007", "1.50", "NA", "true", "1,234", "9" * 30, "(1,\n2)"]
+    rows = [{"problem": f"{i}?", "answer": answer, "note": ""} for i, answer in enumerate(answers)]
+    if kind != "csv":
+        rows[4:7] = [{**rows[4], "answer": 10**30 - 1}, {**rows[5], "note": {"a": 1}},
+                     {"Question": "6?", "solution": 7, "extra": "x" * 10_500_000}]
+        rows += [{"problem": "8?", "answer": 2.5}, {"prompt": [{"role": "user", "content": "9?"}],
+                                                     "answer": "\\pi", "extra": [3]}]
+        answers[4], answers[6] = "9" * 30, "7"
+        answers += ["2.5", "\\pi"]
+    got = [to_problem(row, "x") for row in read_rows(write_as(kind, tmp_path, rows))]
+    assert [(p.problem, p.answer) for p in got] == [(f"{i}?", a) for i, a in enumerate(answers)]
 
 
-def test_chat_prompt_takes_the_users_last_message():
-    """Of a chat the user's last message is the question, whatever stands around it."""
-    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"},
-            {"role": "assistant", "content": "Let me think."}]
-    assert to_problem({"prompt": chat, "answer": 4}, "x").problem == "2+2?"
-
-
-def test_answer_field_beats_solution_and_zero_is_an_answer():
-    """An `answer` wins over what a worked solution boxes, and a falsy 0 is not 'missing'."""
-    row = {"problem": "p", "answer": 0, "solution": "so \\boxed{7}"}
-    assert to_problem(row, "x").answer == "0"
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_file_rewritten_under_its_name_is_read_anew(kind, tmp_path):
+    """`datasets` keeps copies of what it has read, which must not stand in for a new file."""
+    for answer in "12":
+        path = write_as(kind, tmp_path, [{"problem": "a?", "answer": answer}])
+        os.utime(path, (int(answer),) * 2)
+        assert load_problems(path) == [("a?", answer)]
 
 
 # --- splits and hub names
 
 
-def split_folder(path, *names):
-    datasets.DatasetDict({n: datasets.Dataset.from_list([{"problem": n, "answer": "1"}])
-                          for n in names}).save_to_disk(str(path))
-    return str(path)
+def splits(*names):
+    return datasets.DatasetDict({name: datasets.Dataset.from_list([{"problem": name}])
+                                 for name in names})
 
 
-def test_split_picking(tmp_path):
-    """The only split, else train, else an error that lists the splits."""
-    assert read_rows(split_folder(tmp_path / "a", "test"))[0]["problem"] == "test"
-    assert read_rows(split_folder(tmp_path / "b", "test", "train"))[0]["problem"] == "train"
-    with pytest.raises(UserError, match="no split 'train'.*test, validation"):
-        read_rows(split_folder(tmp_path / "c", "test", "validation"))
+@pytest.mark.parametrize("names, want", [("test", "test"), ("test train", "train"),
+                                         ("test validation", None)])
+def test_of_a_saved_folder_the_only_split_is_read_else_train(names, want, tmp_path):
+    splits(*names.split()).save_to_disk(str(tmp_path / "d"))
+    if want:
+        assert read_rows(str(tmp_path / "d"))[0]["problem"] == want
+    else:
+        with pytest.raises(UserError, match="no split 'train'.*test, validation"):
+            read_rows(str(tmp_path / "d"))
 
 
 @pytest.mark.parametrize("typed, want", [
@@ -160,47 +165,31 @@ def test_split_picking(tmp_path):
 def test_hub_name_config_and_split_reach_the_hub(typed, want, monkeypatch):
     """owner/name[:config][:split] and the aliases ask the hub for exactly that set."""
     asked = []
-
-    def fake(name, config=None):
-        asked.append((name, config))
-        return datasets.DatasetDict({s: datasets.Dataset.from_list([{"split": s}])
-                                     for s in ("train", "test")})
-
-    monkeypatch.setattr(datasets, "load_dataset", fake)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config=None: (
+        asked.append((name, config)) or splits("train", "test")))
     rows = read_rows(typed)
-    assert (*asked[0], rows[0]["split"]) == want
+    assert (*asked[0], rows[0]["problem"]) == want
 
 
 # --- deduplication, contradictions
-
-
-def pairs(problems):
-    return [(p.problem, p.answer) for p in problems]
 
 
 def test_hundredfold_dapo_repeats_become_one_problem_each(tmp_path, capsys):
     """DAPO's parquet repeats each problem about 100 times: each stays once, and is counted."""
     rows = [dapo(f"Problem number {i}.", str(i), f"{i}-{j}") for j in range(100) for i in range(5)]
     got = load_problems(write_as("parquet", tmp_path, rows))
-    assert sorted(pairs(got)) == [(f"Problem number {i}.", str(i)) for i in range(5)]
+    assert sorted(got) == [(f"Problem number {i}.", str(i)) for i in range(5)]
     said = capsys.readouterr().out
     assert "500 rows" in said and "495 duplicates" in said and "5 problems" in said
 
 
 def test_contradicting_answers_drop_the_problem_altogether(tmp_path, capsys):
-    """A problem with two different answers is not trusted: neither answer stays."""
-    rows = [{"problem": "a?", "answer": "5"}, {"problem": "b?", "answer": "1"},
-            {"problem": "a?", "answer": "6"}, {"problem": "a?", "answer": "5"}]
+    """Neither answer is trusted. 5 and 5.0 are one answer: that problem stays, once."""
+    rows = [{"problem": q, "answer": a} for q, a in
+            [("a?", "5"), ("b?", "1"), ("a?", "6"), ("a?", "5"), ("c?", "5"), ("c?", "5.0")]]
     got = load_problems(write_lines(tmp_path / "d.jsonl", rows))
-    assert pairs(got) == [("b?", "1")]
-    assert re.search(r"\b1 (with )?contradict", capsys.readouterr().out)
-
-
-def test_equal_answers_written_differently_are_no_contradiction(tmp_path):
-    """5 and 5.0 are one answer: the problem stays, once."""
-    rows = [{"problem": "a?", "answer": "5"}, {"problem": "a?", "answer": "5.0"}]
-    got = load_problems(write_lines(tmp_path / "d.jsonl", rows))
-    assert [p.problem for p in got] == ["a?"]
+    assert sorted(got) == [("b?", "1"), ("c?", "5")]
+    assert re.search(r"\b1 with contradict", capsys.readouterr().out)
 
 
 def test_spacing_case_and_dollars_do_not_hide_a_duplicate(tmp_path):
@@ -210,7 +199,7 @@ def test_spacing_case_and_dollars_do_not_hide_a_duplicate(tmp_path):
     assert len(load_problems(write_lines(tmp_path / "d.jsonl", rows))) == 2
 
 
-# --- halves
+# --- halves, decontamination
 
 
 def numbered(n):
@@ -218,24 +207,19 @@ def numbered(n):
 
 
 def halves(path, **options):
-    return [pairs(load_problems(path, half=h, **options)) for h in ("1", "2", "all")]
+    return [load_problems(path, half=h, **options) for h in ("1", "2", "all")]
 
 
-def test_halves_are_disjoint_exhaustive_and_balanced(tmp_path):
-    """1H and 2H share nothing, together are everything, and differ by at most one problem."""
-    first, second, everything = halves(write_lines(tmp_path / "d.jsonl", numbered(21)))
-    assert not set(first) & set(second)
-    assert set(first) | set(second) == set(everything) and len(everything) == 21
+def test_halves_are_disjoint_exhaustive_and_ignore_row_order_and_duplicates(tmp_path):
+    """1H and 2H share nothing, together are everything, and differ by at most one problem; shuffled
+    rows and extra copies give the same halves in the same order (Table 1)."""
+    rows = numbered(21)
+    first, second, everything = halves(write_lines(tmp_path / "a.jsonl", rows))
+    assert first + second == everything and len(set(everything)) == 21
     assert {len(first), len(second)} == {10, 11}
-
-
-def test_halves_ignore_row_order_and_duplicates(tmp_path):
-    """Shuffled rows and extra copies give the same halves in the same order (Table 1)."""
-    rows = numbered(20)
     shuffled = rows * 3 + rows[:7]
     random.Random(1).shuffle(shuffled)
-    assert (halves(write_lines(tmp_path / "a.jsonl", rows))
-            == halves(write_lines(tmp_path / "b.jsonl", shuffled)))
+    assert halves(write_lines(tmp_path / "b.jsonl", shuffled)) == [first, second, everything]
 
 
 def test_split_is_the_same_on_every_machine_and_day(tmp_path):
@@ -245,100 +229,62 @@ def test_split_is_the_same_on_every_machine_and_day(tmp_path):
     assert got == [{3, 4, 6, 7, 10, 11}, {2, 4, 5, 6, 8, 11}]
 
 
-def test_split_is_random_not_a_cut_of_the_rows(tmp_path):
-    """1H of 400 holds about half of the first 200 rows: 100, sd 5, for a fair split."""
-    first = halves(write_lines(tmp_path / "d.jsonl", numbered(400)))[0]
-    early = sum(int(a) < 200 for _, a in first)
-    assert abs(early - 100) <= 30
-
-
-# --- decontamination
-
-
 def test_evaluation_problems_leave_before_the_split(tmp_path, capsys):
     """Halves of a decontaminated set are those of a set that never held the evaluation problems."""
     rows = numbered(20)
-    banned = {2, 3, 11}
-    rest = [r for i, r in enumerate(rows) if i not in banned]
-    clean = write_lines(tmp_path / "clean.jsonl", rest)
+    clean = write_lines(tmp_path / "clean.jsonl", [rows[i] for i in range(20) if i not in (2, 11)])
     everything = write_lines(tmp_path / "all.jsonl", rows)
-    one = write_lines(tmp_path / "eval1.jsonl", [{"question": "problem  $2$", "answer": "x"},
-                                                 {"question": "Problem 3", "answer": "x"}])
+    one = write_lines(tmp_path / "eval1.jsonl", [{"question": "problem  $2$", "answer": "x"}])
     two = write_lines(tmp_path / "eval2.jsonl", [{"Problem": "Problem 11", "Answer": 0}])
     assert halves(everything, exclude=f"{one},{two}") == halves(clean)
     load_problems(everything, exclude=f"{one},{two}")
     said = capsys.readouterr().out.splitlines()[-1]
-    assert "3 in an evaluation set" in said and "17 problems" in said
+    assert "2 in an evaluation set" in said and "18 problems" in said
 
 
-def test_no_decontamination_when_asked(tmp_path):
-    """--exclude none and the empty string keep everything."""
-    path = write_lines(tmp_path / "d.jsonl", numbered(4))
-    assert len(load_problems(path, exclude="none")) == 4
-    assert len(load_problems(path, exclude="")) == 4
-
-
-def test_missing_evaluation_set_is_an_error_with_the_way_out(tmp_path):
-    """Training without the check must be asked for, never happen because a set is missing."""
+def test_a_missing_evaluation_set_is_an_error_with_the_way_out(tmp_path):
+    """Training without the check must be asked for: --exclude none, or the empty string."""
     path = write_lines(tmp_path / "d.jsonl", numbered(4))
     with pytest.raises(UserError, match="--exclude .*gone.jsonl.*--exclude none"):
         load_problems(path, exclude=str(tmp_path / "gone.jsonl"))
+    assert len(load_problems(path, exclude="none")) == len(load_problems(path, exclude="")) == 4
 
 
-# --- prompts: length limit
+# --- prompts, plain SFT data, batches
 
 
 def test_too_long_prompts_are_counted_and_skipped(student_lm, capsys):
     """A prompt at the limit stays, a longer one goes and is counted (Q and ? are two tokens)."""
     problems = [common.Problem(t, "1") for t in ("5a+3", "5a+3b", "5a+3b-1")]  # 6, 7, 9 tokens
-    kept = tokenize_problems(problems, student_lm.tokenizer, thinking=False, max_prompt_tokens=7)
+    kept = tokenize_problems(problems, student_lm.tokenizer, settings(max_prompt_tokens=7))
     assert [(p.problem, len(p.prompt)) for p in kept] == [("5a+3", 6), ("5a+3b", 7)]
     assert "skipped 1 " in capsys.readouterr().out
     with pytest.raises(UserError, match="--max-prompt-tokens 5"):
-        tokenize_problems(problems, student_lm.tokenizer, thinking=False, max_prompt_tokens=5)
+        tokenize_problems(problems, student_lm.tokenizer, settings(max_prompt_tokens=5))
 
 
-# --- plain SFT data
-
-
-def test_sft_examples_end_with_eos_and_keep_the_text(tmp_path, student_lm):
-    """A `response` (else `solution`) becomes prompt ids and response ids that end with eos."""
-    rows = [{"problem": "1a+1", "response": "a1+1=2,\\boxed{(2)}"},
-            {"problem": "1a+2", "solution": "\\boxed{(3)}"}]
-    groups = encode_examples(write_lines(tmp_path / "d.jsonl", rows), student_lm, thinking=False,
-                             max_prompt_tokens=99)
+def test_sft_examples_end_with_eos_and_keep_the_text(tmp_path, student_lm, capsys):
+    """A `response` (else `solution`) becomes response ids that end with eos; long prompts are
+    counted and skipped."""
+    rows = [{"problem": "1a+1", "response": "a1+1=2,\\boxed{(2)}"}, {"problem": "1a+1b+1",
+            "response": "2"}, {"problem": "1a+2", "solution": "\\boxed{(3)}"}]
+    path = write_lines(tmp_path / "d.jsonl", rows)
+    groups = worked_examples(settings(data=path, max_prompt_tokens=6), student_lm)
     got = [(student_lm.tokenizer.decode(g.prompt), student_lm.tokenizer.decode(g.tokens))
            for (g,) in groups]
     assert got == [("Q1a+1?", "a1+1=2,\\boxed{(2)}<eos>"), ("Q1a+2?", "\\boxed{(3)}<eos>")]
-
-
-def test_sft_examples_too_long_are_counted(tmp_path, student_lm, capsys):
-    """Plain SFT, too, says how many examples it skipped for their prompts."""
-    rows = [{"problem": p, "response": "2"} for p in ("1a+1", "1a+1b+1", "1a+1b+1c+1")]
-    groups = encode_examples(write_lines(tmp_path / "d.jsonl", rows), student_lm, thinking=False,
-                             max_prompt_tokens=6)
-    assert len(groups) == 1
-    assert "skipped 2" in capsys.readouterr().out
-
-
-# --- order of the batches
+    assert all(g.finished for (g,) in groups) and "skipped 1" in capsys.readouterr().out
 
 
 def test_batches_are_a_pure_function_of_seed_and_step():
-    """The same step gives the same batch in any order of calls and for any global random state."""
-    want = [batch_indices(12, 4, step, seed=7) for step in range(9)]
-    random.seed(5)
+    """The same step gives the same batch in any order of calls and for any global random state;
+    every epoch is another permutation."""
+    want = [batch_indices(12, 4, step, seed=7) for step in range(6)]
     common.np.random.seed(5)
-    assert [batch_indices(12, 4, step, seed=7) for step in reversed(range(9))] == want[::-1]
-    assert want != [batch_indices(12, 4, step, seed=8) for step in range(9)]
-
-
-def test_every_epoch_covers_each_item_once_in_a_new_order():
-    """12 items, 4 a step: three steps are a permutation, and the next epoch is another one."""
-    steps = [batch_indices(12, 4, step, seed=0) for step in range(6)]
-    epochs = [sum(steps[:3], []), sum(steps[3:], [])]
-    assert [sorted(e) for e in epochs] == [list(range(12))] * 2
-    assert epochs[0] != epochs[1]
+    assert [batch_indices(12, 4, step, seed=7) for step in reversed(range(6))] == want[::-1]
+    assert want != [batch_indices(12, 4, step, seed=8) for step in range(6)]
+    epochs = sum(want[:3], []), sum(want[3:], [])
+    assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == list(range(12))
 
 
 def test_incomplete_batches_never_repeat_an_item_nor_starve_one():
@@ -356,58 +302,47 @@ def test_incomplete_batches_never_repeat_an_item_nor_starve_one():
 
 @pytest.mark.parametrize("name, content, message", [
     ("gone.jsonl", None, "no such data file"),
-    ("gone.json", None, "no such data file"),
-    ("gone.parquet", None, "no such data file"),
     ("nobody-has/this-set", None, "cannot load data"),
     ("not a name at all", None, "cannot load data"),
-    ("bad.json", "{", "is not JSON"),
-    ("bad.jsonl", '{"problem": "a", "answer": 1}\n{"problem"\n', "line 2 is not JSON"),
+    ("bad.json", "{", "bad.json.*property name"),
+    ("bad.jsonl", '{"problem": "a", "answer": 1}\n{"problem"\n', "bad.jsonl.*line 2"),
+    ("latin.jsonl", b'{"problem": "\xe9"}', "latin.jsonl.*utf-8"),
     ("empty.jsonl", "", "holds no problem"),
-    ("empty.json", "[]", "holds no problem"),
-    ("blank.jsonl", "\n\n", "holds no problem"),
+    ("empty.csv", "", "holds no problem"),
+    ("wide.csv", "problem,answer\na,1,2\n", "wide.csv.*more fields"),
+    ("noanswer.csv", "problem,answer\na\n", "no answer"),
     ("noquestion.jsonl", '{"text": "a", "answer": "1"}\n', "no question.*text, answer"),
     ("noanswer.jsonl", '{"problem": "a", "level": 3}\n', "no answer.*problem, level"),
     ("number.jsonl", "5\n", "number.jsonl"),
-    ("number.json", "5", "number.json"),
-    ("strings.json", '["1+1", "2+2"]', "strings.json"),
     ("bad.parquet", "no parquet", "bad.parquet"),
 ])
 def test_data_mistake_is_one_readable_line(name, content, message, tmp_path):
     """Each mistake is a UserError of one line that names the file or field."""
     source = str(tmp_path / name) if "." in name else name
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message) as caught:
         load_problems(source)
     assert "\n" not in str(caught.value)
 
 
-def test_empty_half_is_an_error(tmp_path):
-    """One problem has an empty first half: an error, not a run without data."""
+def test_too_little_data_is_an_error(tmp_path):
+    """One problem has an empty first half; a step of 8 prompts cannot be drawn from 5 problems."""
     path = write_lines(tmp_path / "d.jsonl", numbered(1))
     with pytest.raises(UserError, match="half 1"):
         load_problems(path, half="1")
-
-
-def test_too_few_problems_for_a_step_is_an_error():
-    """A step of 8 prompts cannot be drawn from 5 problems; the message names the flag."""
     with pytest.raises(UserError, match="--prompts 8.*only 5"):
-        common.count_steps(0, 1, 5, 8)
+        common.count_steps(settings(prompts=8), 5)
 
 
-@pytest.mark.parametrize("char", ["\u2028", "\u2029", "\x85"])
-def test_unicode_line_separators_in_text_do_not_break_a_line(char, tmp_path):
-    """Only a newline ends a jsonl line: model text may hold any other separator."""
-    common.append_json_line(tmp_path / "d.jsonl", {"problem": f"a{char}b", "answer": "1"})
-    common.append_json_line(tmp_path / "d.jsonl", {"problem": "c", "answer": "2"})
-    assert [r["problem"] for r in read_json_lines(tmp_path / "d.jsonl")] == [f"a{char}b", "c"]
-
-
-def test_half_written_last_line_is_cut_and_appending_goes_on(tmp_path):
+def test_only_a_newline_ends_a_line_and_a_half_written_last_line_is_cut(tmp_path):
     """After a kill in the middle of a line the whole lines stay and the file can grow again."""
     path = tmp_path / "d.jsonl"
-    path.write_text('{"a": 1}\n{"a": "é')
-    assert read_json_lines(path) == [{"a": 1}]
+    assert read_json_lines(path) == []
+    text = {"problem": "a\u2028b\u2029c\x85d"}
+    common.append_json_line(path, text)
+    with path.open("a") as file:
+        file.write('{"a": "é')
+    assert read_json_lines(path) == [text]
     common.append_json_line(path, {"a": 2})
-    assert read_json_lines(path) == [{"a": 1}, {"a": 2}]
-    assert read_json_lines(tmp_path / "absent.jsonl") == []
+    assert read_json_lines(path) == [text, {"a": 2}]

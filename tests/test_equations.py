@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
+from common import Rollout
 from fkl_warmup import forward_kl
-from grpo import advantages, kl_penalty, policy_loss, row_weights
+from grpo import Config, advantages, kl_penalty, policy_loss, row_weights
 from opd import dense_advantages, mixed_loss, reverse_kl, sparse_advantages
 
 V, T = 3, 2
@@ -34,34 +35,18 @@ def test_kls_equal_torch_distributions_in_their_direction():
     torch.testing.assert_close(forward_kl(logp, logq), kl_divergence(teacher, pi))
 
 
-def test_kls_of_a_case_worked_by_hand():
-    """pi = (1/2, 1/4, 1/4), teacher = (1/4, 1/4, 1/2): they cost log 2 / 4 either way; with teacher
-    (1/8, 3/8, 1/2) the directions differ: 1/2 log 4 + 1/4 log 2/3 + 1/4 log 1/2 against
-    1/8 log 1/4 + 3/8 log 3/2 + 1/2 log 2."""
-    logp = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log()
-    logq = torch.tensor([[0.125, 0.375, 0.5]], dtype=torch.float64).log()
-    assert reverse_kl(logp, logq).item() == pytest.approx(0.4184940, abs=1e-6)
-    assert forward_kl(logp, logq).item() == pytest.approx(0.3253366, abs=1e-6)
-
-
-@pytest.mark.parametrize("kl", [reverse_kl, forward_kl])
-def test_kls_are_zero_with_zero_gradient_where_student_is_teacher(kl):
-    logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
-    logp = logits.log_softmax(-1)
-    value = kl(logp, logp.detach())
-    value.sum().backward()
-    assert value.abs().max() == 0 and logits.grad.abs().max() < 1e-15
-
-
-def test_reverse_kl_gradient_is_the_known_one_on_every_token_and_none_reaches_the_teacher():
-    """d KL / d logit_v = p_v (log p_v - log q_v - KL), also for tokens that were never sampled."""
+def test_kl_gradients_are_the_known_ones_on_every_token_and_the_teacher_gets_none():
+    """By the student's logit v: p_v (log p_v - log q_v - KL) for the reverse KL and p_v - q_v for
+    the forward KL, also for tokens that were never sampled. Both are 0 where p = q."""
     logits, logq = torch.randn(4, 9, dtype=torch.float64, requires_grad=True), random_logp(4, 9)
+    logq[0] = logits[0].detach().log_softmax(-1)
     logp = logits.log_softmax(-1)
-    kl = reverse_kl(logp, logq)
-    kl.sum().backward()
-    want = logp.exp() * (logp - logq - kl[:, None])
-    torch.testing.assert_close(logits.grad, want.detach())
-    assert (logits.grad != 0).all()
+    kl, p = reverse_kl(logp, logq), logp.exp()
+    for value, want in ((kl, p * (logp - logq - kl[:, None])),
+                        (forward_kl(logp, logq), p - logq.exp())):
+        got = torch.autograd.grad(value.sum(), logits, retain_graph=True)[0]
+        torch.testing.assert_close(got, want.detach())
+        assert got[0].abs().max() < 1e-15 and (got[1:] != 0).all()
 
 
 def test_kls_of_bf16_logits_are_within_a_percent_of_float64_at_full_vocabulary():
@@ -119,50 +104,35 @@ def state_kl(world):
     return (visits * kl).sum()
 
 
-def test_eq_2_dense_reward_plus_entropy_is_minus_the_sequence_kl():
+def test_eq_2_and_eq_4_have_the_same_value_and_different_gradients():
+    """Dense reward plus entropy is minus the KL of whole responses, which is that of the states."""
     world, beta = Tabular(), 0.7
     reward = world.expectation(lambda y: beta * world.rows(y)[1].sum())  # Eq. 1, summed over t
     entropy = -world.expectation(lambda y: world.rows(y)[0].sum())
     torch.testing.assert_close(reward + beta * entropy, -beta * sequence_kl(world))
-
-
-def test_eq_4_and_eq_2_have_the_same_value_and_different_gradients():
-    world = Tabular()
     torch.testing.assert_close(state_kl(world), sequence_kl(world))
     apart = world.gradient(state_kl(world)) - world.gradient(sequence_kl(world))
     assert apart.abs().max() > 0.05
 
 
-def expected_gradient(world, returns):
-    def loss(y):
-        logp, logq = world.rows(y)
-        return -(dense_advantages(logp, logq, [T], returns) * logp).sum()
-    return world.gradient(world.expectation(loss))
+def dense_loss(world, y, estimator):
+    """The loss of opd.py in the two states of response y: (T,)."""
+    logp, logq = world.rows(y)
+    if estimator == "full":
+        return reverse_kl(world.theta.log_softmax(-1), world.logq)[[0, 1 + y[0]]]
+    return -dense_advantages(logp, logq, [T], estimator == "return") * logp
 
 
-def test_opd_estimator_full_descends_eq_4():
+@pytest.mark.parametrize("estimator, objective", [
+    ("full", state_kl), ("token", state_kl), ("return", sequence_kl)])
+def test_opd_estimators_descend_eq_4_eq_4_and_eq_2(estimator, objective):
     world = Tabular()
-
-    def loss(y):
-        states = [0, 1 + y[0]]
-        return reverse_kl(world.theta.log_softmax(-1)[states], world.logq[states]).sum()
-
-    torch.testing.assert_close(world.gradient(world.expectation(loss)),
-                               world.gradient(state_kl(world)))
-
-
-def test_opd_estimator_token_descends_eq_4():
-    world = Tabular()
-    torch.testing.assert_close(expected_gradient(world, False), world.gradient(state_kl(world)))
-
-
-def test_opd_estimator_return_descends_eq_2():
-    world = Tabular()
-    torch.testing.assert_close(expected_gradient(world, True), world.gradient(sequence_kl(world)))
+    loss = world.expectation(lambda y: dense_loss(world, y, estimator).sum())
+    torch.testing.assert_close(world.gradient(loss), world.gradient(objective(world)))
 
 
 def test_return_to_go_stays_inside_its_row():
-    """Two rows in one batch give what each gives alone; a pinned case by hand."""
+    """Two rows in one batch, by hand: the sums of the first do not reach into the second."""
     logp = torch.tensor([-1.0, -2.0, -1.0, -3.0, -0.5])
     logq = torch.tensor([-0.5, -1.0, -2.0, -1.0, -1.5])  # advantages 0.5, 1, -1 | 2, -1
     both = dense_advantages(logp, logq, [3, 2], True)
@@ -172,25 +142,20 @@ def test_return_to_go_stays_inside_its_row():
 # --- GRPO -----------------------------------------------------------------------------------------
 
 
-def test_advantages_pin_the_std_convention():
-    """One success in eight: 2.4742 with K - 1 in the std (2.6450 with K), eps 1e-4."""
-    rewards = torch.tensor([[1.0] + [0.0] * 7])
-    assert advantages(rewards)[0, 0].item() == pytest.approx(2.4742, abs=5e-5)
-    assert advantages(rewards, adv_std=False)[0, 0].item() == pytest.approx(0.875)
-
-
 def test_advantages_see_their_own_group_only_and_a_constant_group_is_exactly_zero():
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    """One success in eight: 2.4742 with K - 1 in the std (2.6450 with K), eps 1e-4."""
+    one, two = [1.0] + [0.0] * 7, [1.0, 0.0] * 4
+    rewards = torch.tensor([one, two, [1.0] * 8, [0.0] * 8])
     adv = advantages(rewards)
-    assert (adv[1:] == 0).all() and adv[0].sum().abs() < 1e-6
-    assert torch.equal(adv[0], advantages(rewards[:1])[0])
-    assert torch.equal(advantages(torch.full((1, 3), 0.1)), torch.zeros(1, 3))
+    assert adv[0, 0].item() == pytest.approx(2.4742, abs=5e-5)
+    assert advantages(rewards, adv_std=False)[0, 0].item() == pytest.approx(0.875)
+    assert (adv[2:] == 0).all() and (adv[:2].sum(-1).abs() < 1e-6).all()
+    assert torch.equal(sparse_advantages(rewards), adv), "opd.py has the same"
 
 
 def test_grpo_gradient_at_ratio_one_is_the_policy_gradient():
     """At pi = pi_old the loss is -A and its gradient -A grad log pi(y), whatever the clip."""
-    logp = random_logp(6, 1).squeeze(-1).clone() - 1.0
-    logp.requires_grad_()
+    logp = random_logp(6).requires_grad_()
     adv = torch.tensor([2.0, -1.0, 0.5, 0.0, -3.0, 1.0], dtype=torch.float64)
     loss = policy_loss(logp, logp.detach(), adv, 0.2, 0.28)
     loss.sum().backward()
@@ -219,55 +184,26 @@ def test_grpo_expected_gradient_is_that_of_the_expected_reward():
 @pytest.mark.parametrize("weight", [0.0, 0.25, 0.8, 1.0])
 def test_eq_3_expected_gradient_is_the_mixture_of_the_two_objectives(weight, estimator):
     """All 81 groups of two responses, with opd.py's own advantages. Where just one of two is right,
-    A = +-c with c = (1/2) / (sqrt(1/2) + 1e-4), so the mean loss of a group has the expected
-    gradient of -c E[R]; the dense part is Eq. 4, or Eq. 2 for `return`."""
-    world = Tabular()
-    right = {(1, 2), (0, 0)}
-
-    def dense(y):
-        logp, logq = world.rows(y)
-        if estimator == "full":
-            return reverse_kl(world.theta.log_softmax(-1), world.logq)[[0, 1 + y[0]]]
-        return -dense_advantages(logp, logq, [T], estimator == "return") * logp
-
+    A = +-c with c = (1/2) / (sqrt(1/2) + 1e-4), so c E[R] stands for E[R]. `return` ascends Eq. 3
+    as the paper writes it, with beta = 1 and 1 - lambda as the weight of H; the others have Eq. 4
+    in its dense part."""
+    world, right = Tabular(), {(1, 2), (0, 0)}
+    c = 0.5 / (0.5**0.5 + 1e-4)
     mean_loss = 0.0
     for pair in itertools.product(RESPONSES, repeat=2):
         rewards = torch.tensor([[float(y in right) for y in pair]], dtype=torch.float64)
         chance = torch.stack([world.rows(y)[0].detach().sum() for y in pair]).sum().exp()
         for y, adv in zip(pair, sparse_advantages(rewards)[0]):
-            loss = mixed_loss(dense(y), world.rows(y)[0], adv, weight).sum()
-            mean_loss = mean_loss + chance * loss / 2
+            loss = mixed_loss(dense_loss(world, y, estimator), world.rows(y)[0], adv, weight)
+            mean_loss = mean_loss + chance * loss.sum() / 2
 
-    c = 0.5 / (0.5**0.5 + 1e-4)
-    reward = sum(world.rows(y)[0].sum().exp() for y in right)
-    kl = sequence_kl(world) if estimator == "return" else state_kl(world)
-    want = (1 - weight) * world.gradient(kl) - weight * c * world.gradient(reward)
-    torch.testing.assert_close(world.gradient(mean_loss), want)
-
-
-def test_eq_3_with_the_entropy_weighted_as_the_teachers_reward():
-    """What `--estimator return` ascends, from Eq. 3 as the paper writes it, beta = 1, with the
-    entropy's weight 1 - lambda in place of 1."""
-    world, weight = Tabular(), 0.4
-    reward = {y: float(y in {(1, 2), (0, 0)}) for y in RESPONSES}
-    eq_3 = 0.0
+    objective = 0.0 if estimator == "return" else -(1 - weight) * state_kl(world)
     for y in RESPONSES:
-        logp, logq = world.rows(y)
-        J = (1 - weight) * (logq.sum() - logp.sum()) + weight * reward[y]
-        eq_3 = eq_3 + logp.sum().exp() * J
-
-    def loss(y):  # with a fixed baseline
-        logp, logq = world.rows(y)
-        dense = -dense_advantages(logp, logq, [T], True) * logp
-        return mixed_loss(dense, logp, reward[y] - 0.3, weight).sum()
-
-    torch.testing.assert_close(world.gradient(world.expectation(loss)), -world.gradient(eq_3))
-
-
-def test_sparse_advantages_are_those_of_grpo():
-    rewards = torch.tensor([[1.0, 0, 0, 1, 0], [1.0] * 5, [0.0] * 5, [0.0, 0, 0, 0, 1]])
-    assert torch.equal(sparse_advantages(rewards), advantages(rewards))
-    assert (sparse_advantages(rewards)[1:3] == 0).all()
+        logp, logq = (x.sum() for x in world.rows(y))
+        dense = logq - logp if estimator == "return" else 0.0  # r_T of Eq. 1, and the entropy's
+        J = (1 - weight) * dense + weight * c * (y in right)
+        objective = objective + logp.exp() * J
+    torch.testing.assert_close(world.gradient(mean_loss), -world.gradient(objective))
 
 
 @pytest.mark.parametrize("adv, ratio, moves", [
@@ -308,13 +244,15 @@ def test_kl_estimators_descend_what_they_say():
 @pytest.mark.parametrize("aggregation, short, long", [
     ("token", 1 / 12, 1 / 12), ("sequence", 1 / 4, 1 / 20), ("constant", 1 / 40, 1 / 40)])
 def test_aggregation_of_a_short_and_a_long_row(aggregation, short, long):
-    """Rows of 2 and 10 tokens, limit 20: the weight of one token of each, by hand."""
-    weights = row_weights([2, 10], [1, 1], aggregation, 20)
-    torch.testing.assert_close(weights, torch.tensor([short, long], dtype=torch.float64))
-
-
-@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
-def test_rows_left_out_count_nowhere(aggregation):
-    kept = row_weights([2, 10], [1, 1], aggregation, 20)
-    torch.testing.assert_close(row_weights([2, 10, 7], [1, 1, 0], aggregation, 20)[:2], kept)
-    assert (row_weights([3, 5], [0, 0], aggregation, 20) == 0).all()  # and no NaN
+    """Rows of 2 and 10 tokens, limit 20: the weight of one token of each, by hand. A truncated row
+    that is masked counts nowhere, and where all are masked there is no NaN."""
+    rows = [Rollout([0], [1] * n, [], True) for n in (2, 10)]
+    cut = Rollout([0], [1] * 7, [], False)
+    keep, mask = (Config(aggregation=aggregation, max_new_tokens=20, mask_truncated=masked)
+                  for masked in (False, True))
+    want = torch.tensor([short, long], dtype=torch.float64)
+    torch.testing.assert_close(row_weights(rows, keep), want)
+    masked = row_weights([*rows, cut], mask)
+    torch.testing.assert_close(masked, torch.cat([want, torch.zeros(1)]))
+    assert row_weights([*rows, cut], keep)[2] > 0
+    assert (row_weights([cut, cut], mask) == 0).all()

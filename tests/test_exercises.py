@@ -1,4 +1,4 @@
-"""Each bug of tests/exercises.py fails the test that it names, which passes without it.
+"""Each bug of tests/lab/exercises.py fails the test that it names, which passes without it.
 
 (That it passes without it is what the rest of the suite shows.)
 """
@@ -60,17 +60,18 @@ def test_the_named_test_catches_the_bug(number, verdicts):
 
 @pytest.mark.parametrize("number", range(1, len(EXERCISES) + 1))
 def test_a_copy_differs_in_the_planted_edit_only(number, tmp_path):
-    """And has no list of exercises, which would tell; the answer shows the edit."""
+    """And has no list of exercises, which would tell. The command is told, the answer when asked."""
     exercise, folder = EXERCISES[number - 1], tmp_path / "copy"
-    assert str(folder) in exercises.main("plant", str(number), str(folder))
+    told = exercises.main("plant", str(number), str(folder))
+    assert str(folder) in told and f"python {exercise.line}" in told
+    assert not tells(told, exercise) and tells(exercises.main("answer", str(number)), exercise)
     files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-    assert {"opd.py", "README.md", "run_all.sh", "tests/conftest.py", "tests/world.py"} <= files
-    assert not {"tests/exercises.py", "tests/test_exercises.py"} & files
+    assert {"opd.py", "README.md", "run_all.sh", "tests/world.py", "tests/lab/why.py"} <= files
+    assert not {"tests/lab/exercises.py", "tests/test_exercises.py"} & files
     differ = [f for f in files if (folder / f).read_text() != (ROOT / f).read_text()]
     assert differ == [exercise.file]
     planted, text = (folder / exercise.file).read_text(), (ROOT / exercise.file).read_text()
     assert planted.replace(exercise.new, exercise.old) == text
-    assert exercise.new.split("\n")[0] in exercises.main("answer", str(number))
     with pytest.raises(SystemExit, match="not empty"):
         exercises.main("plant", "random", str(folder))
 
@@ -81,24 +82,26 @@ def test_an_edit_that_no_longer_fits_says_so():
         exercises.planted(stale)
 
 
-def test_the_list_has_every_symptom_and_no_answer():
+def tells(text, exercise):
+    """Whether a text gives the answer away."""
+    lines = [*exercise.old.split("\n"), *exercise.new.split("\n")]
+    return any(x in text for x in (*lines, exercise.why, exercise.test))
+
+
+def test_the_list_has_every_symptom_and_no_answer_and_commands_that_parse():
     text = exercises.main("list")
     for exercise in EXERCISES:
         assert exercise.symptom in text and exercise.measured in text and exercise.line in text
-        assert not any(x in text for x in (exercise.new, exercise.why, exercise.test))
+        assert not tells(text, exercise)
+        script, *flags = exercise.line.split()
+        module = importlib.import_module(script.removesuffix(".py"))
+        common.parse_args(module.Config, module.__doc__, flags)
 
 
 @pytest.mark.parametrize("words", ["", "answer 0", "plant 1", "answer 1 there", "show 1"])
 def test_other_words_get_the_usage(words):
     with pytest.raises(SystemExit, match="plant 3 /tmp/three"):
         exercises.main(*words.split())
-
-
-def test_the_commands_parse():
-    for exercise in EXERCISES:
-        script, *flags = exercise.line.split()
-        module = importlib.import_module(script.removesuffix(".py"))
-        common.parse_args(module.Config, module.__doc__, flags)
 
 
 def test_the_readme_has_every_exercise():

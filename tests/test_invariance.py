@@ -18,10 +18,6 @@ import grpo
 import opd
 from common import LM, Rollout, load_lm, micro_batches, over_chunks, sample
 
-MEMORY_KNOBS = [dict(micro_tokens=1), dict(micro_tokens=60), dict(vocab_chunk=1),
-                dict(vocab_chunk=7), dict(micro_tokens=45, vocab_chunk=3)]
-
-
 @pytest.fixture(scope="module")
 def rows():
     """Seven rows with prompts of 3-9 tokens and responses of 1-20 tokens, one of them truncated."""
@@ -38,35 +34,29 @@ def gradients(lm):
     return torch.cat([p.grad.flatten() for p in lm.model.parameters()])
 
 
-def grpo_gradient(world, rows, adv=None, gradient_checkpointing=False, **knobs):
-    lm = load_lm(str(world / "init-student"), train=True,
-                 gradient_checkpointing=gradient_checkpointing)
-    cfg = grpo.Config(model="", max_new_tokens=20, kl_coef=0.1, **knobs)
-    adv = torch.linspace(-2, 1.5, len(rows)) if adv is None else adv
-    old = [torch.linspace(-3, -1, len(r.tokens)) for r in rows]
-    ref = [torch.linspace(-1, -4, len(r.tokens)) for r in rows]
-    grpo.accumulate(cfg, lm, rows, adv, old, ref)
-    return gradients(lm)
+def gradient_of(stage, world, rows, teacher_lm, adv, **flags):
+    """The gradient of one update over these rows, in micro-batches as `main` makes them.
 
-
-def distillation_gradient(stage, world, rows, teacher_lm, **knobs):
-    train = {k: knobs.pop(k) for k in ("gradient_checkpointing",) if k in knobs}
-    lm = load_lm(str(world / "init-student"), train=True, **train)
-    cfg = stage.Config(teacher="", student="", **knobs)
+    adv: an advantage of each row. GRPO's old and reference log-probs depend on the row alone.
+    """
+    name, _, option = stage.partition("-")
+    module = {"grpo": grpo, "fkl": fkl_warmup, "opd": opd}[name]
+    cfg = (grpo.Config(model="", kl_coef=0.1, **flags) if name == "grpo" else
+           fkl_warmup.Config(student="", targets=option, **flags) if name == "fkl" else
+           opd.Config(student="", teacher="", estimator=option, **flags))
+    lm = load_lm(str(world / "init-student"), cfg, train=True)
     n_tokens = sum(len(r.tokens) for r in rows)
     for group in micro_batches(rows, cfg.micro_tokens, lm.device):
-        stage.accumulate(cfg, lm, teacher_lm, [rows[i] for i in group], n_tokens)
-    assert all(p.grad is None for p in teacher_lm.model.parameters())
+        some = [rows[i] for i in group]
+        if name == "grpo":
+            old, ref = ([torch.linspace(a, b, len(r.tokens)).tolist() for r in some]
+                        for a, b in ((-3, -1), (-1, -4)))
+            weights = torch.full((len(some),), 1 / n_tokens)
+            grpo.accumulate(cfg, lm, some, adv[group], weights, old, ref)
+        else:
+            sparse = [adv[group]] if name == "opd" else []
+            module.accumulate(cfg, lm, teacher_lm, some, n_tokens, *sparse)
     return gradients(lm)
-
-
-def gradient_of(stage, world, rows, teacher_lm, **knobs):
-    if stage == "grpo":
-        return grpo_gradient(world, rows, **knobs)
-    name, option = stage.split("-")
-    if name == "opd":
-        return distillation_gradient(opd, world, rows, teacher_lm, estimator=option, **knobs)
-    return distillation_gradient(fkl_warmup, world, rows, teacher_lm, targets=option, **knobs)
 
 
 STAGES = ["grpo", "fkl-soft", "fkl-hard", "opd-full", "opd-token", "opd-return"]
@@ -77,64 +67,74 @@ def close(a, b):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_memory_knobs_never_move_a_gradient(stage, world, rows, teacher_lm):
-    whole = gradient_of(stage, world, rows, teacher_lm)
+def test_memory_knobs_padding_and_row_order_never_move_a_gradient(stage, world, rows, teacher_lm):
+    """Reversed rows have other neighbours, and with micro_tokens=1 there is no padding at all."""
+    args = world, rows, teacher_lm, torch.linspace(-2, 1.5, len(rows))
+    whole = gradient_of(stage, *args)
     assert whole.norm() > 1e-3
-    for knobs in [*MEMORY_KNOBS, dict(gradient_checkpointing=True)]:
-        assert close(gradient_of(stage, world, rows, teacher_lm, **knobs), whole), knobs
+    for knobs in (dict(micro_tokens=1), dict(micro_tokens=60), dict(vocab_chunk=1),
+                  dict(vocab_chunk=7), dict(micro_tokens=45, vocab_chunk=3),
+                  dict(gradient_checkpointing=True)):
+        assert close(gradient_of(stage, *args, **knobs), whole), knobs
+    assert close(gradient_of(stage, world, rows[::-1], teacher_lm, args[-1].flip(0)), whole)
+    assert all(p.grad is None for p in teacher_lm.model.parameters())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_losses_equal_the_plain_version_with_all_logits(temperature, world, rows, teacher_lm):
+def test_losses_equal_the_plain_version_with_all_logits(temperature, trainable_lm, rows,
+                                                        teacher_lm):
     """Row by row, `model(ids).logits`, torch.distributions and autograd: no head, no chunks, no
     padding. What is logged, and the whole gradient."""
-    lm = load_lm(str(world / "init-student"), train=True)
-    pi, teacher, tokens = [], [], []
+    lm, lengths = trainable_lm, [len(r.tokens) for r in rows]
+    pi, teacher = [], []
     for row in rows:
         ids, n = torch.tensor([row.prompt + row.tokens]), len(row.prompt)
         for model, found in ((lm, pi), (teacher_lm, teacher)):
             found.append(model.model(ids).logits[0, n - 1 : -1, : model.vocab] / temperature)
-        tokens += row.tokens
+    tokens = torch.tensor([token for row in rows for token in row.tokens])
     pi, teacher = Categorical(logits=torch.cat(pi)), Categorical(logits=torch.cat(teacher).detach())
-    kl, nll = kl_divergence(pi, teacher), -pi.log_prob(torch.tensor(tokens))
-    log_ratio = (teacher.log_prob(torch.tensor(tokens)) + nll).detach()
+    kl, nll = kl_divergence(pi, teacher), -pi.log_prob(tokens)
+    log_ratio = (teacher.log_prob(tokens) + nll).detach()
+    to_go = torch.cat([x.flip(0).cumsum(0).flip(0) for x in log_ratio.split(lengths)])
     sparse = torch.linspace(-2, 1.5, len(rows))  # an advantage of each row
-    A = torch.tensor([a for a, row in zip(sparse, rows) for _ in row.tokens])
-    half = dict(estimator="full", sparse_weight=0.5)
-    for stage, option, loss, logged in (
-            (opd, dict(estimator="full"), kl, (kl, kl**2)),
-            (opd, dict(estimator="token"), log_ratio * nll, (kl, kl**2)),
-            (opd, half, kl / 2 + A * nll / 2, (kl, kl**2)),
-            (opd, {**half, "estimator": "token"}, (log_ratio + A) * nll / 2, (kl, kl**2)),
-            (fkl_warmup, dict(targets="soft"), kl_divergence(teacher, pi), None),
-            (fkl_warmup, dict(targets="hard"), nll, None)):
+    A = sparse.repeat_interleave(torch.tensor(lengths))
+    for stage, option, loss in (
+            (opd, dict(estimator="full"), kl),
+            (opd, dict(estimator="token"), log_ratio * nll),
+            (opd, dict(estimator="return"), to_go * nll),
+            (opd, dict(estimator="full", sparse_weight=0.5), (kl + A * nll) / 2),
+            (opd, dict(estimator="token", sparse_weight=0.5), (log_ratio + A) * nll / 2),
+            (fkl_warmup, dict(targets="soft"), kl_divergence(teacher, pi)),
+            (fkl_warmup, dict(targets="hard"), nll)):
         cfg = stage.Config(teacher="", student="", temperature=temperature, vocab_chunk=7, **option)
         lm.model.zero_grad()
         (loss.sum() / len(tokens)).backward(retain_graph=True)
         want = gradients(lm)
         lm.model.zero_grad()
-        rewarded = [sparse] if "sparse_weight" in option else []
-        sums = stage.accumulate(cfg, lm, teacher_lm, rows, len(tokens), *rewarded)
-        assert (gradients(lm) - want).norm() <= 1e-5 * want.norm()
-        logged = torch.stack([x.sum() for x in (*(logged or [loss]), pi.entropy())])
-        torch.testing.assert_close(sums.float(), logged, atol=1e-4, rtol=1e-4)
+        advantages = [sparse] if stage is opd else []
+        sums = stage.accumulate(cfg, lm, teacher_lm, rows, len(tokens), *advantages)
+        assert (gradients(lm) - want).norm() <= 1e-5 * want.norm(), option
+        logged = (kl, kl**2, pi.entropy()) if stage is opd else (loss, pi.entropy())
+        want = torch.stack([x.sum() for x in logged])
+        torch.testing.assert_close(sums.float(), want, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("kl_loss", ["k2", "k3"])
-def test_grpo_loss_equals_the_plain_version(first, kl_loss, world):
+def test_grpo_loss_equals_the_plain_version(first, kl_loss, trainable_lm):
     """Rows as a run samples them, at temperature 0.7: the clipped ratio to pi_old and the KL to
     pi_ref, each with its own log-probs, row by row with `model(ids).logits`. `first` is the first
     update after sampling, where pi_old is the policy itself and its log-probs are not given."""
-    lm = load_lm(str(world / "init-student"), train=True)
+    lm = trainable_lm
     rows = sample(lm, [[3, 15, 11], [3, 7, 20, 4]], 4, max_new_tokens=20, temperature=0.7, seed=())
     old = [torch.tensor(r.logp) for r in rows]
     if not first:  # a policy that has moved, on some tokens beyond the clip
         old = [x + torch.linspace(-0.5, 0.5, len(x)) for x in old]
     ref = [torch.linspace(-1, -4, len(r.tokens)) for r in rows]
     adv = torch.linspace(-2, 1.5, len(rows))
-    losses, clipped = [], 0
-    for row, A, logp_old, logp_ref in zip(rows, adv, old, ref):
+    weights = torch.linspace(0, 0.02, len(rows))
+    loss, clipped = 0.0, 0
+    for row, A, weight, logp_old, logp_ref in zip(rows, adv, weights, old, ref):
         ids, n = torch.tensor([row.prompt + row.tokens]), len(row.prompt)
         logits = lm.model(ids).logits[0, n - 1 : -1, : lm.vocab] / 0.7
         logp = Categorical(logits=logits).log_prob(torch.tensor(row.tokens))
@@ -143,40 +143,18 @@ def test_grpo_loss_equals_the_plain_version(first, kl_loss, world):
         clipped += beyond.sum().item()
         x = logp_ref - logp
         kl = x**2 / 2 if kl_loss == "k2" else x.exp() - x - 1
-        losses.append(-torch.where(beyond, bound, ratio) * A + 0.1 * kl)
-    torch.cat(losses).mean().backward()
+        loss = loss + weight * (0.1 * kl - torch.where(beyond, bound, ratio) * A).sum()
+    loss.backward()
     want = gradients(lm)
     lm.model.zero_grad()
     cfg = grpo.Config(model="", temperature=0.7, kl_coef=0.1, kl_loss=kl_loss, vocab_chunk=7)
-    sums = grpo.accumulate(cfg, lm, rows, adv, None if first else old, ref)
+    old_lists, ref_lists = ([x.tolist() for x in logps] for logps in (old, ref))
+    sums = grpo.accumulate(cfg, lm, rows, adv, weights, None if first else old_lists, ref_lists)
     assert (gradients(lm) - want).norm() <= 1e-5 * want.norm() and want.norm() > 1e-3
-    assert sums[0].item() == clipped and (clipped == 0) == first
+    assert sums[:2].tolist() == [sum(len(r.tokens) for r in rows), clipped]
+    assert (clipped == 0) == first
     gap = sum((x - torch.tensor(r.logp)).abs().sum().item() for x, r in zip(old, rows))
-    assert sums[3].item() == pytest.approx(gap, abs=1e-4)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_padding_and_row_order_never_move_a_gradient(stage, world, rows, teacher_lm):
-    """Reversed rows have other neighbours (and micro_tokens=1, above, has no padding at all)."""
-    adv = dict(adv=torch.linspace(-2, 1.5, len(rows)).flip(0)) if stage == "grpo" else {}
-    whole = gradient_of(stage, world, rows, teacher_lm)
-    assert close(gradient_of(stage, world, rows[::-1], teacher_lm, **adv), whole)
-
-
-@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
-def test_a_masked_row_changes_nothing_and_only_masked_rows_give_zero(aggregation, world, rows):
-    """Rows cut at the limit, under --mask-truncated."""
-    knobs = dict(mask_truncated=True, aggregation=aggregation)
-    kept = [r for r in rows if r.finished]
-    adv = torch.linspace(-2, 1.5, len(rows))
-    keep = torch.tensor([r.finished for r in rows])
-    assert not keep.all()
-    # the KL and old log-probs of `grpo_gradient` depend on the row alone, so only the mask differs
-    alone = grpo_gradient(world, kept, adv[keep], **knobs)
-    assert close(grpo_gradient(world, rows, adv, **knobs), alone)
-    assert not close(grpo_gradient(world, rows, adv), grpo_gradient(world, kept, adv[keep]))
-    cut = [r for r in rows if not r.finished]
-    assert (grpo_gradient(world, cut, adv[:1], **knobs) == 0).all()
+    assert sums[4].item() == pytest.approx(gap, abs=1e-4)
 
 
 def test_micro_batches_keep_every_row_once_within_the_budget(rows):
@@ -190,30 +168,20 @@ def test_micro_batches_keep_every_row_once_within_the_budget(rows):
 
 
 class WideTensors(TorchDispatchMode):
-    """Bytes of live tensors with a dimension of size V or more, and their peak."""
+    """The most bytes that tensors with a dimension of size V had at one time."""
 
     def __init__(self, V):
         super().__init__()
-        self.V, self.live, self.peak, self.seen = V, 0, 0, set()
+        self.V, self.live, self.peak = V, weakref.WeakValueDictionary(), 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.shape[-1] >= self.V:
                 storage = tensor.untyped_storage()
-                if storage.data_ptr() not in self.seen:
-                    self.add(storage.data_ptr(), storage.nbytes())
-                    weakref.finalize(storage, self.drop, storage.data_ptr(), storage.nbytes())
+                self.live[storage.data_ptr()] = storage
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.live.values()))
         return out
-
-    def add(self, pointer, n):
-        self.seen.add(pointer)
-        self.live += n
-        self.peak = max(self.peak, self.live)
-
-    def drop(self, pointer, n):
-        self.seen.discard(pointer)
-        self.live -= n
 
 
 @pytest.mark.parametrize("chunk, bounded", [(8, True), (512, False)])
@@ -225,30 +193,13 @@ def test_log_probs_of_all_tokens_never_exist_at_once(chunk, bounded):
     h, h_teacher = torch.randn(N, D, requires_grad=True), torch.randn(N, D)
     embedding = torch.nn.Linear(D, V, bias=False)
     model = SimpleNamespace(get_output_embeddings=lambda: embedding, device=h.device)
-    lm = LM("head", model, None, V, [], False, "")
+    lm = LM("head", model, None, V, [], "")
 
     def block(head, a, b):
         kl = opd.reverse_kl(*((x @ head.T).log_softmax(-1) for x in (a, b)))
         return kl.sum(), (kl,)
 
     with WideTensors(V) as wide:
-        over_chunks(block, chunk, lm, h, h_teacher)
+        over_chunks(block, chunk, lm, h, b=h_teacher)
     row = 4 * V
     assert (wide.peak <= 10 * 8 * row) == bounded and (wide.peak >= N * row) != bounded
-
-
-def test_fp32_masters_move_where_bf16_weights_stand_still(world):
-    """A few steps of lr 1e-6 change most fp32 weights, and hardly any of them rounded to bf16."""
-    lm = load_lm(str(world / "init-student"), train=True)
-    before = torch.cat([p.detach().flatten().clone() for p in lm.model.parameters()])
-    optimizer = torch.optim.AdamW(lm.model.parameters(), lr=1e-6, weight_decay=0.0)
-    prompt = [3, 15, 11]
-    for step in range(5):
-        rows = sample(lm, [prompt], 4, max_new_tokens=8, temperature=1.0, seed=(step,))
-        cfg = grpo.Config(model="", max_new_tokens=8, kl_coef=0)
-        grpo.accumulate(cfg, lm, rows, torch.tensor([1.0, -1.0, 0.5, -0.5]), None, None)
-        optimizer.step()
-        optimizer.zero_grad()
-    after = torch.cat([p.detach().flatten() for p in lm.model.parameters()])
-    assert (after != before).float().mean() > 0.5
-    assert (after.bfloat16() != before.bfloat16()).float().mean() < 0.05

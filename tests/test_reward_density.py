@@ -1,7 +1,6 @@
 """opd.py --sparse-weight: its ends are OPD and GRPO, on whole runs of the command line's `main`.
 
-The mixture between them is proved by enumeration in test_equations.py, its gradient through a model
-in test_invariance.py.
+What lies between them is proved in test_equations.py and, through a model, in test_invariance.py.
 """
 
 import json
@@ -55,9 +54,8 @@ def test_weight_1_takes_the_step_of_grpo(step, taught):
     old = load_file(taught.model / "model.safetensors")
     assert max((want.weights[n] - old[n]).abs().max() for n in old) > 5e-5
     assert max((want.weights[n] - got.weights[n]).abs().max() for n in old) < 1e-6
-    for name in ("reward", "reward_std", "zero_variance", "no_answer", "gave_up", "tokens"):
-        assert got.line[name] == want.line[name], name
-    for name in ("entropy", "grad_norm"):
+    for name in ("reward", "reward_std", "zero_variance", "no_answer", "gave_up", "tokens",
+                 "entropy", "grad_norm"):
         assert got.line[name] == pytest.approx(want.line[name], rel=2e-3), name
     assert got.labels == want.labels == {f"{taught.data}:all": 8}
 
@@ -71,13 +69,6 @@ def test_weight_0_asks_no_verifier_and_records_no_label(estimator, step, monkeyp
     got = step(opd, estimator=estimator)
     assert "reward" not in got.line and "seconds_verifying" not in got.line
     assert got.labels == {}
-
-
-def test_the_gradient_between_is_the_mixture_of_the_ends(step):
-    """One step has the same rollouts at every weight; a quarter of the way it has 3/4 and 1/4."""
-    dense, mixed, sparse = (step(opd, sparse_weight=w).gradient for w in (0.0, 0.25, 1.0))
-    assert min(dense.norm(), sparse.norm()) > 0.1
-    assert (mixed - 0.75 * dense - 0.25 * sparse).norm() < 1e-5 * mixed.norm()
 
 
 def test_each_response_is_graded_by_the_answer_of_its_own_prompt():

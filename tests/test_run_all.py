@@ -8,7 +8,9 @@ import importlib
 import os
 import shlex
 import shutil
+import signal
 import subprocess
+import time
 
 import pytest
 from conftest import ROOT
@@ -20,6 +22,7 @@ echo "$(printf '%q ' "$@")" >> "$COMMANDS"
 script=$1; out=
 while [ $# -gt 0 ]; do [ "$1" = --out ] && out=$2; shift; done
 [ "$script" = "${FAIL:-}" ] && exit 1
+[ "$script" = "${HANG:-}" ] && exec sleep 60
 [ -n "$out" ] && mkdir -p "$out"
 [ -n "$out" ] && echo '{"run": {"finished": true}}' > "$out/config.json"
 exit 0
@@ -27,27 +30,35 @@ exit 0
 
 
 @pytest.fixture
-def run_all(tmp_path):
-    """run_all(setting, **environment) -> (status, [(script, Config)] of the commands, errors)."""
+def start(tmp_path):
+    """start(setting, **environment) -> the process, its commands in tmp_path/commands."""
     shutil.copy(ROOT / "run_all.sh", tmp_path)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text(STAND_IN)
     (tmp_path / "bin" / "python").chmod(0o755)
 
+    def start(setting, **environment):
+        (tmp_path / "commands").write_text("")
+        env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+               "COMMANDS": str(tmp_path / "commands"), **environment}
+        return subprocess.Popen(["bash", str(tmp_path / "run_all.sh"), setting], env=env, text=True,
+                                stderr=subprocess.PIPE, start_new_session=True)
+
+    return start
+
+
+@pytest.fixture
+def run_all(start, tmp_path):
+    """run_all(setting, **environment) -> (status, [(script, Config)] of the commands, errors)."""
     def run(setting, **environment):
-        log = tmp_path / "commands"
-        log.write_text("")
-        env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "COMMANDS": str(log),
-               **environment}
-        done = subprocess.run(["bash", str(tmp_path / "run_all.sh"), setting], env=env,
-                              capture_output=True, text=True)
-        commands = []
-        for line in log.read_text().splitlines():
+        with start(setting, **environment) as process:
+            errors, commands = process.stderr.read(), []
+        for line in (tmp_path / "commands").read_text().splitlines():
             script, *flags = shlex.split(line)
-            if script != "tests/world.py":
+            if not script.startswith("tests/"):
                 module = importlib.import_module(script.removesuffix(".py"))
                 commands.append((script, common.parse_args(module.Config, "", flags)))
-        return done.returncode, commands, done.stderr
+        return process.returncode, commands, errors
 
     return run
 
@@ -70,7 +81,7 @@ def test_every_route_runs_is_evaluated_and_is_matched(setting, run_all):
     assert CORE <= set(found)
     evaluated = {cfg.out.split("/")[-2] for script, cfg in commands
                  if script == "evaluate.py" and cfg.model}
-    assert CORE | {"base-teacher", "base-student"} <= evaluated
+    assert evaluated == {n for n in found if "warmup" not in n} | {"base-teacher", "base-student"}
     fresh, replay = (common.result_settings(found[name][1]) for name in ("fresh-2h", "replay-1h"))
     assert common.differences(fresh, replay) == "half was '2', is now '1'"  # R5 against R7
     warmup, opd = found["bridge-warmup"][1], found["bridge"][1]
@@ -98,8 +109,6 @@ def test_the_full_world_runs_all_of_table_1_and_beyond_matched(run_all):
     assert status == 0, errors
     found = stages(commands)
     assert CORE | OTHERS <= set(found)
-    assert {cfg.out.split("/")[-2] for script, cfg in commands if script == "evaluate.py" and
-            cfg.model} == {n for n in found if "warmup" not in n}
     for name in ("sft", "opd-only", "sft-teacher"):
         assert not difference(found, f"{name}-fresh-2h", "fresh-2h")
     assert not difference(found, "sft-teacher-replay-1h", "replay-1h")
@@ -119,13 +128,15 @@ def test_the_full_world_runs_all_of_table_1_and_beyond_matched(run_all):
         assert found[name][1].student == found["bridge"][1].student
 
 
-def test_several_seeds_of_the_full_world_are_run_and_compared(run_all):
+def test_several_seeds_of_the_full_world_are_run_and_compared(run_all, tmp_path):
     status, commands, errors = run_all("world-full", SEEDS="0 2")
     assert status == 0, errors
     trained = {cfg.out for script, cfg in commands if script == "grpo.py"}
     assert {"runs/world/fresh-2h", "runs/world-seed2/fresh-2h"} <= trained
-    assert commands[-1][1].table == "runs/world,runs/world-seed2"
-    assert run_all("world-full", SEEDS="0 3", FAIL="opd.py")[0] == 123  # xargs: one has failed
+    last = (tmp_path / "commands").read_text().splitlines()[-1].strip()
+    assert last == "tests/lab/evidence.py runs/world runs/world-seed2"
+    status, _, errors = run_all("world-full", SEEDS="0 3", FAIL="opd.py")
+    assert status == 123 and "seed 3 failed: see runs/logs/seed3.txt" in errors
 
 
 def test_the_papers_settings_run_all_of_table_1_with_the_defaults(run_all):
@@ -143,13 +154,28 @@ def test_the_papers_settings_run_all_of_table_1_with_the_defaults(run_all):
 
 
 def test_the_second_run_does_nothing_and_a_failure_stops_with_a_message(run_all):
-    """After a failure its line stops; the next run does what is missing, the third the table."""
-    status, commands, _ = run_all("world", FAIL="opd.py")
-    assert status == 1 and "fresh-2h" not in stages(commands)
+    """After a failure its line stops, and the other one ends its phase; the next run does what is
+    missing, the third the table."""
+    status, commands, errors = run_all("world", FAIL="opd.py")
+    assert status == 1 and not {"fresh-2h", "sft"} & set(stages(commands))
+    assert "baselines failed: see runs/world/logs/baselines.txt" in errors
     status, commands, _ = run_all("world")
     assert status == 0 and "fresh-2h" in stages(commands) and "cold-grpo" not in stages(commands)
     status, commands, _ = run_all("world")
     assert status == 0 and [script for script, _ in commands] == ["evaluate.py"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_both_lines(number, start, tmp_path):
+    """Also what runs in the background, where a shell ignores Ctrl-C."""
+    with start("world", HANG="fkl_warmup.py") as process:
+        while (tmp_path / "commands").read_text().count("fkl_warmup.py") < 2:
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert process.wait(10) != 0
+    time.sleep(0.2)
+    left = subprocess.run(["ps", "-o", "stat=", "-s", str(process.pid)], capture_output=True)
+    assert all(state.startswith(b"Z") for state in left.stdout.split()), "something still runs"
 
 
 def test_an_unknown_setting_is_refused(run_all):

@@ -1,19 +1,16 @@
-"""The computed sizes, against numbers worked out by hand and the published ones."""
-
-import dataclasses
+"""tests/lab/sizes.py against numbers worked out by hand and the published ones."""
 
 import pytest
+import sizes
+from conftest import ROOT
+from sizes import MODELS, Settings, Shape, step_bytes, step_seconds
 
 import common
-import evaluate
-import grpo
-from conftest import ROOT
-from sizes_table import MODELS, readme_table
 
 # D 8, L 2, H 4 of which 2 have keys, d 2, F 10, V 20: a layer has 2 * 8 * 2 * 6 + 3 * 80 + 16 = 448
 # parameters, what is not in a layer 20 * 8 + 8 = 168 tied, 328 not
-TINY = common.Shape(8, 2, 4, 2, 10, 20, True, head_dim=2)
-LARGE = common.Shape(8, 2, 4, 2, 10, 20, False, head_dim=2)
+TINY = Shape(8, 2, 4, 2, 10, 20, True, head_dim=2)
+LARGE = Shape(8, 2, 4, 2, 10, 20, False, head_dim=2)
 
 
 def test_parameters_by_hand_and_of_models_that_exist(world):
@@ -25,95 +22,85 @@ def test_parameters_by_hand_and_of_models_that_exist(world):
     for name, shape in MODELS.items():
         assert shape.params / 1e9 == pytest.approx(published[name], abs=6e-4)
     lm = common.load_lm(str(world / "init-teacher"))
-    shape = common.read_shape(str(world / "init-teacher"))
+    shape = sizes.read_shape(str(world / "init-teacher"))
     assert shape.params == sum(p.numel() for p in lm.model.parameters())
 
 
+def settings(stage, gpus, **changes):
+    """8 rows, each of 2 + 6 tokens, of which a GPU decodes 2 at once; micro-batches of 16 tokens."""
+    return Settings(stage, gpus, **{"prompts": 4, "rollouts": 2, "max_prompt_tokens": 2,
+                                    "max_new_tokens": 6, "micro_tokens": 16, "sample_rows": 2,
+                                    **changes})
+
+
 def test_memory_by_hand():
-    both = dict(rows=3, longest=5, micro_tokens=10, chunk=7)
-    one = common.step_bytes(TINY, [LARGE], TINY, gpus=1, checkpointing=False, **both)
+    one = step_bytes(settings("grpo", 1), TINY, LARGE, chunk=7)
     assert one == {
         "masters": 4256, "AdamW": 8512, "frozen models": 2448, "gradients": 4256,
-        "weights of the update": 2128, "head and chunk": 8 * 160 + 42, "activations": 8800,
-        "in the update": 15216 + 4256 + 2128 + 1322 + 8800,
-        "weights of the sampler": 2128, "keys and values": 15 * 32,
-        "while sampling": 15216 + 2128 + 480}
-    two = common.step_bytes(TINY, [LARGE], TINY, gpus=2, checkpointing=True, **both)
+        "weights of the update": 2128, "head and chunk": 8 * 160 + 42, "activations": 16 * 2 * 440,
+        "in the update": 15216 + 4256 + 2128 + 1322 + 14080,
+        "weights of the sampler": 2128, "keys and values": 16 * 32,
+        "while sampling": 15216 + 2128 + 512}
+    two = step_bytes(settings("opd", 2, gradient_checkpointing=True), TINY, LARGE, chunk=7)
     assert two == {
         "masters": 2128, "AdamW": 4256, "frozen models": 1224 + 656, "gradients": 2128,
         "weights of the update": 2 * (2 * 2 * 448 + 4 * 168), "head and chunk": 1322,
-        "activations": 10 * (4 * 2 * 8 + 440), "in the update": 8264 + 2128 + 4928 + 1322 + 5040,
-        "weights of the sampler": 2 * 896 + 4 * 168, "keys and values": 480,
-        "while sampling": 8264 + 2464 + 480}
-    far = common.step_bytes(TINY, [], TINY, gpus=2, checkpointing=True, cpu_offload=True, **both)
-    assert far["masters"] == far["AdamW"] == far["gradients"] == 0
-    alone = common.step_bytes(None, [LARGE], LARGE, gpus=2, checkpointing=False, **both)
-    assert alone["while sampling"] == 2448 + 480 and alone["in the update"] == 0
-
-
-def test_sampling_layer_by_layer_by_hand():
-    """In place of a copy: two layers in bf16, and what is not in a layer as it is gathered, in fp32
-    of the trained model (and counted already of a frozen one). A token moves all layers."""
-    both = dict(rows=3, longest=5, micro_tokens=10, chunk=7, checkpointing=True)
-    full, two = (common.step_bytes(TINY, [LARGE], TINY, gpus=2, gather=gather, **both)
-                 for gather in ("full", "layer"))
-    assert two["weights of the sampler"] == 2 * 2 * 448 + 4 * 168
-    assert two == {**full, "weights of the sampler": 2464, "while sampling": 8264 + 2464 + 480}
-    frozen = common.step_bytes(TINY, [LARGE], LARGE, gpus=2, gather="layer", **both)
-    assert frozen["weights of the sampler"] == 2 * 2 * 448
-    alone = common.step_bytes(None, [LARGE], LARGE, gpus=2, gather="layer", **both)
-    assert alone["frozen models"] == 2448 / 2 + 2 * 328
-    assert alone["while sampling"] == 1224 + 656 + 2 * 2 * 448 + 480
-    one = [common.step_bytes(TINY, [], TINY, gpus=1, gather=g, **both) for g in ("full", "layer")]
-    assert one[0] == one[1]  # one process gathers nothing
-    times = [common.step_seconds(TINY, [], TINY, gpus=gpus, rows=8, share=4, prompt=2, response=6,
-                                 micro_tokens=16, checkpointing=False, sample_rows=2, gather=gather)
-             for gpus, gather in ((8, "full"), (8, "layer"), (16, "layer"), (1, "layer"))]
-    moved = 2 * 6 * 2 * 2 * 448  # two batches, six tokens each: two layers of bf16
-    seconds = [time["sampling"] - times[0]["sampling"] for time in times]
-    assert seconds == pytest.approx([0, moved / common.NODE, moved / common.NETWORK, 0])
+        "activations": 16 * (4 * 2 * 8 + 440), "in the update": 8264 + 2128 + 4928 + 1322 + 8064,
+        "weights of the sampler": 2 * 896 + 4 * 168, "keys and values": 512,
+        "while sampling": 8264 + 2464 + 512}
+    for gpus, copy in ((1, 0), (2, 2 * 1224)):  # the teacher samples: no copy in fp32
+        warmup = step_bytes(settings("warmup", gpus), TINY, LARGE)
+        assert warmup["weights of the sampler"] == copy
+    alone = step_bytes(settings("evaluate", 2), LARGE)  # each GPU has the whole model
+    assert alone["while sampling"] == 2448 + 512 and alone["in the update"] == 0
 
 
 def test_seconds_by_hand():
-    found = common.step_seconds(TINY, [LARGE], TINY, gpus=2, rows=8, share=4, prompt=2, response=6,
-                          micro_tokens=16, checkpointing=False, sample_rows=2)
+    found = step_seconds(settings("grpo", 2), TINY, LARGE)
     reads = 2 * 6 * (2 * 1064 + 2 * (2 + 3) * 32)  # two batches, six tokens each
-    assert found["sampling"] == pytest.approx(reads / common.MEMORY)
+    assert found["sampling"] == pytest.approx(reads / sizes.MEMORY)
     attention = 4 * 2 * 4 * 2 * 8 / 2  # 4 L H d * length / 2, a token of 32
-    assert found["update"] == pytest.approx(3 * (2128 + attention) * 32 / common.OPERATIONS)
-    assert found["frozen models"] == pytest.approx((2448 + attention) * 32 / common.OPERATIONS)
-    assert found["between GPUs"] == pytest.approx(2 * 8 * 1064 / common.NODE)
+    assert found["update"] == pytest.approx(3 * (2128 + attention) * 32 / sizes.OPERATIONS)
+    assert found["frozen models"] == pytest.approx((2448 + attention) * 32 / sizes.OPERATIONS)
+    assert found["between GPUs"] == pytest.approx(2 * 8 * 1064 / sizes.NODE)
     assert found["a step"] == pytest.approx(sum(list(found.values())[:-1]))
+    # the warmup's teacher fills 16 rows with several steps' prompts: a step is a quarter of them
+    found = step_seconds(settings("warmup", 2, sample_rows=16), TINY, LARGE)
+    assert found["sampling"] == pytest.approx(6 / 4 * (2448 + 16 * 5 * 32) / sizes.MEMORY)
 
 
-def test_dry_run_reads_no_weights(world, tmp_path, monkeypatch, capsys):
+def test_a_recipe_is_the_sum_of_its_steps():
+    """10 epochs of 8,700 problems, 8 a step, are 10,870 steps; rows that do not fit 80 GB wait."""
+    rows = {row[0]: [float(x.replace(",", "")) for x in row[1:]] for row in
+            (line.strip("| ").split(" | ") for line in
+             sizes.recipe_table("qwen3", 8).splitlines()[2:])}
+    shape = MODELS["Qwen3-8B"]
+    s = Settings("grpo", 8, max_prompt_tokens=sizes.PROMPT, gradient_checkpointing=True)
+    hours = 10_870 * step_seconds(s, shape, shape)["a step"] / 3600
+    assert rows["1 GRPO on Qwen3-8B"][2] == pytest.approx(hours, abs=0.05)
+    *stages, total = rows.values()
+    assert len(stages) == 5 and total == pytest.approx([sum(x) for x in zip(*stages)], abs=0.3)
+    s = Settings("warmup", 8, max_prompt_tokens=sizes.PROMPT, gradient_checkpointing=True)
+    crowded = 1087 * step_seconds(s, MODELS["Qwen3-1.7B"], shape)["a step"] / 3600
+    assert rows["2a warmup of Qwen3-1.7B"][2] > 1.2 * crowded  # 256 rows of 16,384 tokens do not
+
+
+def test_the_command_reads_no_weights_and_takes_the_defaults_of_the_stage(world, monkeypatch,
+                                                                          capsys):
     monkeypatch.setattr(common, "read_weights", lambda *args: pytest.fail("weights were read"))
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    flags = ["--model", str(world / "init-teacher"), "--out", str(tmp_path / "out"), "--dry-run"]
-    cfg = common.parse_args(grpo.Config, "", flags)
-    assert cfg.dry_run == 4 and common.parse_args(grpo.Config, "", [*flags, "8"]).dry_run == 8
-    grpo.main(cfg)
+    sizes.main(["Qwen3-1.7B", "--stage", "opd", "--teacher", str(world / "init-teacher"),
+                "--gpus", "4", "--max-new-tokens", "100"])
     out = capsys.readouterr().out
-    assert "computed, not measured: 4 GPU(s)" in out and "while sampling" in out
-    assert not (tmp_path / "out").exists()
-
-
-def test_dry_run_knows_how_sampling_gathers():
-    """Llama-3.3-70B on 8 GPUs: 2 * 70.55 + 2 * 2.10 GB of whole weights, or 4 * 0.86 + 4 * 2.10;
-    evaluate.py has a model in each process, or an eighth of it, 2 * 2.10 and 4 * 0.86."""
-    shape = MODELS["Llama-3.3-70B"]
-    for cfg, trained, frozen, full, layer in (
-            (grpo.Config(model="", dry_run=8), shape, [], 145.3, 11.8),
-            (evaluate.Config(dry_run=8), None, [shape], 141.1, 25.3)):
-        seconds = []
-        for gather, want in (("full", full), ("layer", layer)):
-            found, times = common.sizes(dataclasses.replace(cfg, gather=gather), trained, frozen,
-                                        shape)
-            have = found["weights of the sampler"] + (found["frozen models"] if frozen else 0)
-            assert have / common.GB == pytest.approx(want, abs=0.05)
-            seconds.append(times["sampling"])
-        assert seconds[1] - seconds[0] == pytest.approx(16384 * 136.9 / 200, rel=1e-3)
+    assert "opd on 4 GPU(s), 8 prompts x 8 responses of 100 tokens" in out
+    assert "while sampling" in out
+    assert [Settings(s).max_prompt_tokens for s in sizes.STAGES] == [3072, 2048, 2048, 2048]
+    evaluation = Settings("evaluate", gpus=2)
+    assert (evaluation.rollouts, evaluation.prompts) == (16, 2 * 512 // 16)
+    for flags, message in (["Qwen3-1.7B", "--stage", "opd"], "needs a --teacher"), (
+            ["nobody-has/this"], "cannot load model"):
+        with pytest.raises(SystemExit, match=message):
+            sizes.main(flags)
 
 
 def test_the_table_of_the_readme_is_the_computed_one():
-    assert readme_table() in (ROOT / "README.md").read_text()
+    assert sizes.models_table() in (ROOT / "README.md").read_text()

@@ -10,7 +10,7 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 import why
-from common import load_lm, sample
+from common import sample
 
 
 def gaussian_gram(rng, M, signal, noise, D=30):
@@ -34,45 +34,21 @@ def test_signal_and_noise_are_unbiased(signal, noise):
     assert 4 * error[0] < noise / 8
 
 
-def test_signal_and_noise_are_the_usual_ones_of_the_gradients_themselves():
-    """From M vectors: |mean|^2 - tr S / M, and tr S with M - 1."""
-    g = np.random.default_rng(1).standard_normal((6, 10)) + 0.5
-    trace = g.var(0, ddof=1).sum()
-    want = (g.mean(0) @ g.mean(0) - trace / 6, trace)
-    np.testing.assert_allclose(why.signal_and_noise(g @ g.T), want)
-
-
 def test_a_bootstrap_never_pairs_a_batch_with_itself():
     """Orthogonal gradients have no common direction, however often one of them is drawn."""
     for counts in ([3, 1, 0], [1, 1, 1], [2, 2, 5]):
-        signal, noise = why.signal_and_noise(2.0 * np.eye(3), np.array(counts))
-        assert (signal, noise) == (0.0, 2.0)
+        assert why.signal_and_noise(2.0 * np.eye(3), np.array(counts)) == (0.0, 2.0)
 
 
 def test_the_interval_holds_the_truth_about_as_often_as_it_says():
-    """SNR 0.2 from 32 batches, 200 times: a 95 % bootstrap interval of so few covers over 85 %."""
+    """SNR 0.2 from 32 batches, 100 times: a 95 % bootstrap interval of so few covers over 85 %."""
     rng, hits = np.random.default_rng(2), 0
-    for _ in range(200):
+    for _ in range(100):
         low, high = why.snr_interval(gaussian_gram(rng, 32, 0.2, 1.0), rng, draws=200)
-        assert low < high
         hits += low <= 0.2 <= high
-    assert 170 <= hits < 200
-
-
-def test_cosine_of_batches_is_that_of_their_gradients():
-    g = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, -2.0]])
-    assert why.mean_cosine(g @ g.T) == pytest.approx((0.5**0.5 + 0 - 0.5**0.5) / 3)
-    rng = np.random.default_rng(3)  # in many directions: SNR / (1 + SNR)
-    gram = gaussian_gram(rng, 64, 1.0, 2.0, D=5000)
-    assert why.mean_cosine(gram) == pytest.approx(1 / 3, abs=0.03)
-
-
-def test_no_gradient_is_no_signal():
-    """As of a student that is never rewarded: in no batch, or in one of three."""
-    rng, gram = np.random.default_rng(4), np.zeros((8, 8))
-    assert why.snr(gram) == why.mean_cosine(gram) == 0 and (why.snr_interval(gram, rng) == 0).all()
-    g = np.array([[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
-    assert why.mean_cosine(g @ g.T) == pytest.approx(1 / 3)
+    assert 85 <= hits < 100
+    gram = np.zeros((8, 8))  # no gradient, as of a student that is never rewarded, is no signal
+    assert why.snr(gram) == 0 and (why.snr_interval(gram, rng) == 0).all()
 
 
 def test_group_shares():
@@ -86,31 +62,29 @@ def some_rows(world, student_lm):
     return sample(student_lm, prompts, 2, max_new_tokens=10, temperature=1.0, seed=(0,))
 
 
+def distributions(lms, row):
+    """Each model's distribution before every token of a row, from `model(ids).logits`."""
+    ids, n = torch.tensor([row.prompt + row.tokens]), len(row.prompt)
+    return [Categorical(logits=lm.model(ids).logits[0, n - 1 : -1, : lm.vocab]) for lm in lms]
+
+
 def test_kl_of_each_state_is_that_of_all_logits(some_rows, student_lm, teacher_lm):
-    """Row by row with `model(ids).logits`; the order of rows may differ."""
-    want = []
-    for row in some_rows:
-        ids, n = torch.tensor([row.prompt + row.tokens]), len(row.prompt)
-        pi, teacher = (Categorical(logits=lm.model(ids).logits[0, n - 1 : -1, : lm.vocab])
-                       for lm in (student_lm, teacher_lm))
-        want.append(kl_divergence(pi, teacher))
+    """Row by row with all logits; the order of rows may differ."""
+    want = [kl_divergence(*distributions((student_lm, teacher_lm), row)) for row in some_rows]
     found = why.state_kls(student_lm, teacher_lm, some_rows)
     torch.testing.assert_close(found.sort().values, torch.cat(want).sort().values,
                                atol=1e-5, rtol=1e-4)
     assert (why.state_kls(student_lm, student_lm, some_rows) == 0).all()
 
 
-def test_gradients_are_those_of_the_losses_written_out(some_rows, world, teacher_lm):
-    """All three from `model(ids).logits` and autograd; rewards of one mixed group in three."""
+def test_gradients_are_those_of_the_losses_written_out(some_rows, trainable_lm, teacher_lm):
+    """All three from all logits and autograd; rewards of one mixed group in three."""
     rewards = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
-    student = load_lm(str(world / "init-student"), train=True)
-    found = why.batch_gradients(student, teacher_lm, some_rows, rewards)
+    found = why.batch_gradients(trainable_lm, teacher_lm, some_rows, rewards)
     losses = {name: 0.0 for name in why.ESTIMATORS}
     c = 0.5 / (0.5**0.5 + 1e-4)  # of one right in two
     for row, A in zip(some_rows, (c, -c, 0, 0, 0, 0)):
-        ids, n = torch.tensor([row.prompt + row.tokens]), len(row.prompt)
-        pi, teacher = (Categorical(logits=lm.model(ids).logits[0, n - 1 : -1, : lm.vocab])
-                       for lm in (student, teacher_lm))
+        pi, teacher = distributions((trainable_lm, teacher_lm), row)
         y = torch.tensor(row.tokens)
         logp = pi.log_prob(y)
         losses["reward"] -= (A * logp).sum()
@@ -118,7 +92,7 @@ def test_gradients_are_those_of_the_losses_written_out(some_rows, world, teacher
         losses["full"] += kl_divergence(pi, teacher).sum()
     n_tokens = sum(len(r.tokens) for r in some_rows)
     for name, loss in losses.items():
-        grads = torch.autograd.grad(loss / n_tokens, list(student.model.parameters()),
+        grads = torch.autograd.grad(loss / n_tokens, list(trainable_lm.model.parameters()),
                                     retain_graph=True)
         want = torch.cat([g.flatten() for g in grads])
         assert (found[name] - want).norm() < 1e-5 * want.norm(), name
@@ -150,8 +124,8 @@ def test_it_prints_three_tables_and_draws_three_pictures(run, tmp_path, capsys):
     assert float(b[0][1]) == 100 and float(b[1][4]) > 10  # untrained: all wrong
     assert [(row[0], row[1]) for row in c] == [(when, what) for when in why.STUDENTS.values()
                                                for what in why.ESTIMATORS.values()]
-    assert [float(x) for x in (*c[0][2:5], c[0][6])] == [0.0] * 4  # never rewarded
-    assert float(c[2][4]) > 0.1 and 0 < float(c[2][6]) <= 1
+    assert [float(x) for x in c[0][2:5]] == [0.0] * 3  # never rewarded
+    assert float(c[2][4]) > 0.1
     pytest.importorskip("matplotlib")
     pictures = sorted((tmp_path / "pictures").iterdir())
     assert [p.name for p in pictures] == ["why-groups.png", "why-kl.png", "why-snr.png"]

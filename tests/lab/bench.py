@@ -1,22 +1,19 @@
-"""How fast the sampler, the losses and whole steps are on the device at hand, beside what one would
-use instead. Prints a table and writes it as JSON.
+"""How fast the sampler and the losses are on this device, beside what one would use instead.
 
-A ratio is of two medians from one run, in which ours and the reference take turns. Models have
-random weights: on CUDA of Qwen3's shapes in bf16, on a CPU small and in fp32. An untrained model
-never stops, so lengths are forced: all equal, or drawn from a log-normal whose 99th percentile is 8
-times its median, as rollouts of a reasoning model are, and cut there.
+Prints a table and writes it as JSON. A ratio is of two medians from one run, in which ours and the
+reference take turns. Models have random weights: on CUDA Qwen3's shapes in bf16, on a CPU a small
+one in fp32. An untrained model never stops, so lengths are forced: all equal, or drawn from a
+log-normal whose 99th percentile is 8 times its median, as rollouts of a reasoning model are. (How
+fast whole steps are, and where their time goes, is in the metrics.jsonl of every run.)
 
-    python tests/bench.py                                  # all parts
-    python tests/bench.py --parts sampling --size 8b       # on a GPU
+    python tests/lab/bench.py                            # sampling and losses
+    python tests/lab/bench.py --parts sampling --size 8b # on a GPU
 """
 
 import argparse
-import json
-import logging
 import platform
 import statistics
 import sys
-import tempfile
 import time
 import weakref
 from pathlib import Path
@@ -25,19 +22,15 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
-                          StoppingCriteria)
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM, StoppingCriteria
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
 import fkl_warmup
 import grpo
 import opd
-from common import LM, Rollout, Row, Step, decode, random_stream
-
-logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
+from common import LM, Rollout, Row, decode, random_stream
 
 SHAPES = {  # hidden, layers, heads, kv heads, head dim, mlp, vocabulary, tied embeddings
     "small": (128, 4, 4, 4, 32, 384, 4096, True),
@@ -99,10 +92,9 @@ def long_tailed(n, longest):
 def ours(lm, prompts, lengths, slots):
     """prompts: (tokens, rollouts) pairs; lengths: of all rollouts; slots: rows decoded at once."""
     limits = iter(lengths)
-    groups = [[Row(Rollout(p, [], [], False), random_stream((0,), p, s), next(limits))
-               for s in range(k)] for p, k in prompts]
-    decode(lm, groups, 1.0, slots, 0.0)
-    assert [len(r.rollout.tokens) for g in groups for r in g] == lengths
+    rows = [Row(p, random_stream((0,), p, s), next(limits)) for p, k in prompts for s in range(k)]
+    decode(lm, rows, 1.0, slots, 0.0)
+    assert [len(row.rollout.tokens) for row in rows] == lengths
 
 
 class StopAt(StoppingCriteria):
@@ -127,36 +119,12 @@ def generate(lm, prompts, lengths, slots):
                           stopping_criteria=[StopAt(ids.shape[1], part)])
 
 
-def generate_batch(lm, prompts, lengths, slots):
-    """transformers' continuous batching."""
-    config = GenerationConfig(**PLAIN, eos_token_id=-1, max_new_tokens=max(lengths))
-    with lm.model.continuous_batching_context_manager(config) as manager:
-        for prompt, length in zip((p for p, k in prompts for _ in range(k)), lengths):
-            manager.add_request(prompt, max_new_tokens=length, eos_token_id=-1)
-        left = len(lengths)
-        while left and manager.is_running():
-            result = manager.get_result(timeout=1)
-            left -= result is not None and result.is_finished()
-    assert not left, "continuous batching stopped"
-    lm.model.set_attn_implementation("sdpa")
-
-
-def bandwidth():
-    """Measured bytes a second of a large copy on the GPU, reading and writing."""
-    x = torch.empty(2**32, dtype=torch.uint8, device="cuda")
-    y = torch.empty_like(x)
-    seconds = turns(5, {"copy": lambda: [y.copy_(x) for _ in range(5)]})["copy"]
-    return 5 * 2 * x.numel() / seconds
-
-
 def bench_sampling(args, device):
     cuda = device == "cuda"
     slots, length, equal, longest = (256, 256, 512, 2048) if cuda else (128, 32, 128, 256)
     model = make_model(args.size, device, torch.bfloat16 if cuda else torch.float32)
-    lm = LM(args.size, model, None, model.config.vocab_size, [], cuda, "bfloat16")
-    rng, rate = np.random.default_rng(1), bandwidth() if cuda else None
-    steps, run_block = [], Step.run_block
-    Step.run_block = lambda *a: steps.append(1) or run_block(*a)
+    lm = LM(args.size, model, None, model.config.vocab_size, [], "bfloat16", cuda)
+    rng = np.random.default_rng(1)
     tail, tails = long_tailed(slots, longest), long_tailed(4 * slots, longest)
     for case, k, lengths in (
             (f"{slots} rows, all {equal} tokens", 1, [equal] * slots),
@@ -166,26 +134,10 @@ def bench_sampling(args, device):
             (f"{4 * slots} rows, {slots} at once, long-tailed to {longest}", 1, tails)):
         ids = rng.integers(2, lm.vocab - 1, (len(lengths) // k, length)).tolist()
         what = lm, [(p, k) for p in ids], lengths, slots
-        functions = {f.__name__: lambda f=f: f(*what) for f in (ours, generate, generate_batch)}
-        try:
-            generate_batch(lm, [(ids[0], 1)], [2], slots)
-        except Exception as error:  # not on every device and version
-            print(f"no generate_batch here: {common.first_line(error)[:90]}")
-            del functions["generate_batch"]
-        del steps[:]
+        functions = {f.__name__: lambda f=f: f(*what) for f in (ours, generate)}
         seconds = turns(args.repeats, functions)
         speeds = {name: sum(lengths) / s for name, s in seconds.items()}
         yield row("sampling", case, "tokens/s", **speeds)
-        if cuda:
-            n_steps = len(steps) / (args.repeats + 1) * common.BLOCK
-            c = model.config
-            kv = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # bytes a token, bf16
-            unread = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size
-            weights = 2 * (sum(p.numel() for p in model.parameters()) - unread)
-            live = kv * sum(length * n + n * (n + 1) // 2 for n in lengths)
-            yield row("sampling", case, "share of the bandwidth limit",
-                      (n_steps * weights + live) / rate / seconds["ours"])
-    Step.run_block = run_block
 
 
 # --- losses ---------------------------------------------------------------------------------------
@@ -226,7 +178,7 @@ class Given(LM):
         embedding = SimpleNamespace(weight=weight)
         model = SimpleNamespace(device=torch.device(device),
                                 get_output_embeddings=lambda: embedding)
-        super().__init__("given", model, None, VOCAB, [], device == "cuda", "float32")
+        super().__init__("given", model, None, VOCAB, [], "float32", device == "cuda")
 
     def states(self, rows):
         return self.hidden, torch.tensor([t for r in rows for t in r.tokens], device=self.device)
@@ -237,7 +189,6 @@ def loss_functions(N, D, device, **chunk):
     student, teacher = Given(N, D, device, True), Given(N, D, device, False)
     tokens = np.random.default_rng(0).integers(0, VOCAB, N).tolist()
     rows = [Rollout([0], tokens, [-10.0] * N, True)]
-    distil = dict(teacher="", student="", **chunk)
 
     def plain(loss):  # of all tokens at once
         def log_probs(lm):
@@ -251,15 +202,15 @@ def loss_functions(N, D, device, **chunk):
         return loss(logp, logp.detach(), torch.ones_like(logp), 0.2, 0.2).mean().backward()
 
     def ours_grpo():
-        cfg = grpo.Config("", kl_coef=0, **chunk)
-        grpo.accumulate(cfg, student, rows, torch.ones(1), None, None)
+        cfg = grpo.Config(kl_coef=0, **chunk)
+        grpo.accumulate(cfg, student, rows, torch.ones(1), grpo.row_weights(rows, cfg), None, None)
 
-    def ours_distil(stage):
-        stage.accumulate(stage.Config(**distil), student, teacher, rows, N)
+    def ours_distil(stage, *sparse):
+        stage.accumulate(stage.Config(**chunk), student, teacher, rows, N, *sparse)
 
     return {"GRPO": (ours_grpo, lambda: plain(grpo.policy_loss)),
             "forward KL": (lambda: ours_distil(fkl_warmup), lambda: plain(fkl_warmup.forward_kl)),
-            "reverse KL": (lambda: ours_distil(opd), lambda: plain(opd.reverse_kl))}
+            "reverse KL": (lambda: ours_distil(opd, torch.zeros(1)), lambda: plain(opd.reverse_kl))}
 
 
 def peak_bytes(function, device):
@@ -287,64 +238,14 @@ def bench_losses(args, device):
     yield row("losses", "reverse KL, 16384 tokens", "peak GiB", peak_bytes(mine, device) / 2**30)
 
 
-# --- whole steps ----------------------------------------------------------------------------------
-
-
-def write_model(path, size, dtype):
-    """A model folder with a tokenizer of words t0, t1, ..."""
-    model = make_model(size, "cpu", dtype)
-    words = {f"t{i}": i for i in range(model.config.vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(words, "t2"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t1", pad_token="t0",
-                            chat_template="{{ messages[0].content }}").save_pretrained(path)
-    model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
-    model.save_pretrained(path)
-
-
-def bench_steps(args, device):
-    cuda = device == "cuda"
-    length, longest, prompts, steps = (256, 2048, 32, 4) if cuda else (32, 256, 16, 4)
-    run = common.decode
-
-    def with_lengths(lm, groups, *rest):
-        rows = [r for group in groups for r in group]
-        for r, limit in zip(rows, long_tailed(len(rows), longest)):
-            r.limit = min(r.limit, limit)
-        run(lm, groups, *rest)
-
-    common.decode = with_lengths
-    with tempfile.TemporaryDirectory() as folder:
-        model, data = f"{folder}/model", f"{folder}/data.jsonl"
-        write_model(model, args.size, torch.bfloat16 if cuda else torch.float32)
-        rng = np.random.default_rng(0)
-        for _ in range(prompts):
-            words = " ".join(f"t{i}" for i in rng.integers(3, 4000, length - 10))
-            common.append_json_line(data, {"problem": words, "answer": "33"})
-        same = dict(data=data, exclude="none", prompts=prompts, steps=steps, show_every=0,
-                    save_every=0, max_new_tokens=longest, lr=1e-9, gradient_checkpointing=cuda)
-        for name, stage, names in (("GRPO", grpo, dict(model=model, mini_batch=prompts)),
-                                   ("OPD", opd, dict(teacher=model, student=model))):
-            stage.main(stage.Config(**names, **same, out=f"{folder}/{name}"))
-            lines = common.read_json_lines(f"{folder}/{name}/metrics.jsonl")[1:]
-            seconds = statistics.median(line["seconds"] for line in lines)
-            case = f"{name}, {prompts} x 8 rows, long-tailed to {longest}"
-            yield row("steps", case, "tokens/s", lines[0]["tokens"] / seconds)
-            for key in lines[0]:
-                if key.startswith("seconds_"):
-                    share = statistics.median(line[key] / line["seconds"] for line in lines)
-                    yield row("steps", case, f"share of {key.removeprefix('seconds_')}", share)
-    common.decode = run
-
-
-PARTS = {"sampling": bench_sampling, "losses": bench_losses, "steps": bench_steps}
+PARTS = {"sampling": bench_sampling, "losses": bench_losses}
 
 
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="sampling,losses,steps", help="[default: all of them]")
+    parser.add_argument("--parts", default=",".join(PARTS), help="[default: all]")
     parser.add_argument("--size", choices=SHAPES, default="1.7b" if device == "cuda" else "small",
                         help="model [default: 1.7b on a GPU, else small]")
     parser.add_argument("--repeats", type=int, default=3, help="turns [default: 3]")

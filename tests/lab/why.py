@@ -1,8 +1,8 @@
 """Why the recipe works, measured on the models of a finished run_all.sh: three tables, and pictures
 of them where matplotlib is installed.
 
-    python tests/why.py runs/world
-    python tests/why.py runs/world-seed1 --seed 1 --pictures /tmp/pictures
+    python tests/lab/why.py runs/world
+    python tests/lab/why.py runs/world-seed1 --seed 1 --pictures /tmp/pictures
 
 a  KL(student || teacher) in every state that the student itself visits, at the start of on-policy
    distillation: of the base student, and of the same after the forward-KL warmup. "1st" is the
@@ -17,8 +17,7 @@ c  How much of a step's gradient is signal. A batch is a step's: P random traini
        signal = |E g|^2      noise = tr Cov g = E|g|^2 - |E g|^2      SNR = signal / noise
 
    A step goes the right way as far as g points along E g; 1 / SNR batches must be averaged for as
-   much signal as noise. The cosine between two independent batches says it in another way: about
-   SNR / (1 + SNR), 1 where they agree, 0 where what one teaches is nothing to the other.
+   much signal as noise.
 """
 
 import argparse
@@ -29,11 +28,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import grpo
 import opd
 from common import (load_lm, load_problems, micro_batches, reward_groups, sample,
                     tokenize_problems)
+from evaluate import markdown
 
 STUDENTS = {"base-student": "without warmup", "bridge-warmup": "after warmup"}  # at OPD's start
 GROUPS = {"base-student": "cold student", "bridge": "bridged student",
@@ -77,19 +77,21 @@ def batch_gradients(student, teacher, rows, rewards):
     """{estimator: the gradient of one step's loss on these rollouts, flat, on the CPU}."""
     n_tokens = sum(len(r.tokens) for r in rows)
 
-    def distil(estimator):
-        cfg = opd.Config(teacher="", student="", estimator=estimator)
-        for group in micro_batches(rows, 0, student.device):
-            opd.accumulate(cfg, student, teacher, [rows[i] for i in group], n_tokens)
+    adv, cfg = grpo.advantages(rewards).flatten(), grpo.Config(kl_coef=0)
+    weights = grpo.row_weights(rows, cfg)
 
-    def reward(_):
-        adv = grpo.advantages(rewards).flatten()
-        grpo.accumulate(grpo.Config(model="", kl_coef=0), student, rows, adv, None, None)
+    def distil(estimator, part, _):
+        opd.accumulate(opd.Config(estimator=estimator), student, teacher, part, n_tokens,
+                       torch.zeros(len(part)))
+
+    def reward(_, part, group):
+        grpo.accumulate(cfg, student, part, adv[group], weights[group], None, None)
 
     found = {}
     for name in ESTIMATORS:
         student.model.zero_grad()
-        (reward if name == "reward" else distil)(name)
+        for group in micro_batches(rows, 0, student.device):
+            (reward if name == "reward" else distil)(name, [rows[i] for i in group], group)
         found[name] = torch.cat([p.grad.flatten().cpu() for p in student.model.parameters()])
     return found
 
@@ -120,14 +122,6 @@ def snr_interval(gram, rng, draws=2000):
     return np.quantile(drawn, (0.025, 0.975))
 
 
-def mean_cosine(gram):
-    """The mean cosine between two different batches' gradients; 0 where one has none."""
-    norms = np.sqrt(np.diag(gram))
-    norms[norms == 0] = np.inf
-    cosines = gram / np.outer(norms, norms)
-    return cosines[~np.eye(len(gram), dtype=bool)].mean()
-
-
 # --- what it prints -------------------------------------------------------------------------------
 
 
@@ -156,20 +150,17 @@ def at_the_start(args, student, teacher, problems):
     return torch.cat(kls).numpy(), torch.cat(first).mean().item(), grams
 
 
-def print_table(title, *rows):
-    print(f"\n{title}\n")
-    print("| " + " | ".join(rows[0]) + " |\n| --- |" + " --: |" * (len(rows[0]) - 1))
-    for row in rows[1:]:
-        print("| " + " | ".join(x if isinstance(x, str) else f"{x:.3g}" for x in row) + " |",
-              flush=True)
+def print_table(title, head, *rows):
+    cells = [[x if isinstance(x, str) else f"{x:.3g}" for x in row] for row in rows]
+    print(f"\n{title}\n\n{markdown(head, cells)}", flush=True)
 
 
 def measure(args):
     """Print the tables; returns what the pictures show of each."""
-    lms = {name: load_lm(str(args.run / name), dtype="fp32", train=name in STUDENTS)
+    cfg = opd.Config(data=str(args.run / "train.jsonl"), exclude="none", dtype="fp32")
+    lms = {name: load_lm(str(args.run / name), cfg, train=name in STUDENTS)
            for name in dict.fromkeys((*STUDENTS, *GROUPS, TEACHER))}
-    problems = tokenize_problems(load_problems(str(args.run / "train.jsonl")),
-                                 lms[TEACHER].tokenizer, thinking=False, max_prompt_tokens=2048)
+    problems = tokenize_problems(load_problems(cfg), lms[TEACHER].tokenizer, cfg)
 
     found = {when: at_the_start(args, lms[name], lms[TEACHER], problems)
              for name, when in STUDENTS.items()}
@@ -194,11 +185,10 @@ def measure(args):
             low, high = snr_interval(gram, np.random.default_rng(args.seed))
             snrs[when, ESTIMATORS[estimator]] = snr(gram), low, high
             table.append((when, ESTIMATORS[estimator], max(signal, 0.0)**0.5, noise**0.5, snr(gram),
-                          f"{low:.3g} to {high:.3g}", mean_cosine(gram)))
+                          f"{low:.3g} to {high:.3g}"))
     print_table(f"c. Gradient of a batch, {args.prompts} prompts x {args.rollouts} rollouts, from "
                 f"{args.batches} batches",
-                ("student", "loss", "√signal", "√noise", "SNR", "95 %", "cosine of two batches"),
-                *table)
+                ("student", "loss", "√signal", "√noise", "SNR", "95 %"), *table)
     return {when: x for when, (x, _, _) in found.items()}, shares, snrs
 
 
@@ -270,7 +260,7 @@ def main(argv=None):
     parser.add_argument("--batches", type=int, default=32, help="M [default: 32]")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="[default: 48]")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn [default: 0]")
-    parser.add_argument("--pictures", type=Path, default=Path(__file__).parent / "pictures",
+    parser.add_argument("--pictures", type=Path, default=Path(__file__).parents[1] / "pictures",
                         help="folder of the pictures [default: tests/pictures]")
     args = parser.parse_args(argv)
     if args.batches < 8:

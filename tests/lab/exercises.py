@@ -1,11 +1,12 @@
 """Exercises: bugs that this field really has, each planted alone, to be found by its figures.
 
-    python tests/exercises.py list                 what each of them does to the figures
-    python tests/exercises.py plant 3 /tmp/three   a copy of the project with bug 3 (or: random)
-    python tests/exercises.py answer 3             the edit, why it is wrong, the test that sees it
+    python tests/lab/exercises.py list                 what each of them does to the figures
+    python tests/lab/exercises.py plant 3 /tmp/three   a copy of the project with bug 3 (or: random)
+    python tests/lab/exercises.py answer 3             the edit, why it is wrong, a test that fails
 
-No run stops at them: the curves look like learning, or like bad luck. Run the command of the list
-here and in the copy (in both: export W=/path/to/runs/world, which `bash run_all.sh` makes).
+No run stops at them: the curves look like learning, or like bad luck. `plant` prints the command
+that shows the fault. Run it here and in the copy, and compare metrics.jsonl (in both first:
+export W=/path/to/runs/world, which `bash run_all.sh` makes).
 """
 
 import difflib
@@ -15,15 +16,15 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DATA = "--data $W/train.jsonl --exclude none --max-new-tokens 48"
 OPD = (f"opd.py --teacher $W/teacher-rl --student $W/bridge-warmup {DATA} --prompts 16 "
        "--rollouts 4 --lr 1e-3")
 GRPO = f"grpo.py --model $W/base-student {DATA} --prompts 32 --mini-batch 32 --lr 5e-4"
 GRADIENT, EQUATION = "tests/test_invariance.py::test_", "tests/test_equations.py::test_"
 
-# symptom: what figures do; measured: clean → planted; line: the command that shows it. The edit:
-# `old`, which is in `file` exactly once, becomes `new`. test: pytest's name of one that fails.
+# symptom: what the figures do; measured: clean → planted; line: the command that shows it; the edit:
+# `old`, which is in `file` exactly once, becomes `new`; test: pytest's name of one that fails.
 Exercise = namedtuple("Exercise", "symptom measured line file old new why test")
 EXERCISES = [
     Exercise(
@@ -121,31 +122,35 @@ def planted(exercise):
 
 def plant(exercise, folder):
     """A copy of the project with the bug in it, and without the exercises, which would tell."""
-    (folder / "tests").mkdir(parents=True, exist_ok=True)
-    for path in (*ROOT.iterdir(), *(ROOT / "tests").iterdir()):
-        if path.suffix in (".py", ".sh", ".md", ".txt") and "exercises" not in path.name:
-            shutil.copy(path, folder / path.relative_to(ROOT))
+    for place in (ROOT, ROOT / "tests", ROOT / "tests" / "lab"):
+        (folder / place.relative_to(ROOT)).mkdir(parents=True, exist_ok=True)
+        for path in place.iterdir():
+            if path.suffix in (".py", ".sh", ".md", ".txt") and "exercises" not in path.name:
+                shutil.copy(path, folder / path.relative_to(ROOT))
     (folder / exercise.file).write_text(planted(exercise))
 
 
+def answer(exercise):
+    texts = [text.splitlines() for text in ((ROOT / exercise.file).read_text(), planted(exercise))]
+    diff = difflib.unified_diff(*texts, exercise.file, exercise.file, n=1, lineterm="")
+    return "\n".join([*diff, "", exercise.why, f"caught by {exercise.test}"])
+
+
 def main(command="", number="", folder=""):
-    shown = [f"{i}. {e.symptom}\n   {e.measured}\n   python {e.line} --out ckpt/{i}\n"
-             for i, e in enumerate(EXERCISES, 1)]
+    symptoms = [f"{i}. {e.symptom}\n   {e.measured}\n   python {e.line} --out ckpt/{i}\n"
+                for i, e in enumerate(EXERCISES, 1)]
     if command == "list":
-        return "\n".join(shown)
+        return "\n".join(symptoms)
     numbers = {str(i + 1): i for i in range(len(EXERCISES))}
     i = random.randrange(len(EXERCISES)) if number == "random" else numbers.get(number)
     if command not in ("plant", "answer") or i is None or (command == "plant") != bool(folder):
         sys.exit(__doc__)
-    exercise = EXERCISES[i]
-    if command == "plant":
-        if Path(folder).exists() and list(Path(folder).iterdir()):
-            sys.exit(f"error: {folder} is not empty")
-        plant(exercise, Path(folder))
-        return f"planted in {folder}"
-    texts = [text.splitlines() for text in ((ROOT / exercise.file).read_text(), planted(exercise))]
-    diff = difflib.unified_diff(*texts, exercise.file, exercise.file, n=1, lineterm="")
-    return "\n".join([shown[i], *diff, "", exercise.why, f"caught by {exercise.test}"])
+    if command == "answer":
+        return f"{symptoms[i]}\n{answer(EXERCISES[i])}"
+    if Path(folder).exists() and list(Path(folder).iterdir()):
+        sys.exit(f"error: {folder} is not empty")
+    plant(EXERCISES[i], Path(folder))
+    return f"planted in {folder}; run here and there:\n   python {EXERCISES[i].line} --out ckpt/run"
 
 
 if __name__ == "__main__":
