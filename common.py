@@ -1815,11 +1815,21 @@ def optimizer_step(lm, optimizer, scheduler, grad_clip):
 MAX_SKIPPED = 5
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Turn an OSError, which a full disk raises without a name, into a UserError with the file's."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def write_text(path, text):
     """Write a text file whole or not at all. Of several processes rank 0 writes."""
     if rank() == 0:
-        Path(f"{path}.tmp").write_text(text, encoding="utf-8")
-        os.replace(f"{path}.tmp", path)
+        with writing(path):
+            Path(f"{path}.tmp").write_text(text, encoding="utf-8")
+            os.replace(f"{path}.tmp", path)
 
 
 def write_json(path, value):
@@ -1834,7 +1844,7 @@ def json_line(value):
 def append_json_line(path, value):
     """Add an object to a .jsonl file. Of several processes rank 0 writes."""
     if rank() == 0:
-        with Path(path).open("a", encoding="utf-8") as file:
+        with writing(path), Path(path).open("a", encoding="utf-8") as file:
             file.write(json_line(value))
 
 
@@ -2070,10 +2080,10 @@ class Run:
         needs none. Another number of processes can load it. Raises UserError if it cannot be
         written, KeyboardInterrupt after one that a signal asked for.
         """
-        signals = all_gather_dict({rank(): self.stop_signal or 0})
-        self.stop_signal = max(signals.values())  # all stop if one process has heard a signal
+        # all stop if one process has heard a signal; what it hears from here on is for the next step
+        heard = max(all_gather_dict({rank(): self.stop_signal or 0}).values())
         due = self.cfg.save_every and (step + 1) % self.cfg.save_every == 0
-        if step + 1 == self.total or not (due or self.stop_signal):
+        if step + 1 == self.total or not (due or heard):
             return
         path = self.out / f"state-{step + 1:08d}"
         beside = path.with_suffix(".tmp")
@@ -2085,14 +2095,14 @@ class Run:
             error = next(iter(failed.failures.values()))[0]
             on_rank_0(shutil.rmtree, beside, True)  # a full disk needs the room
             raise error if isinstance(error, KeyboardInterrupt) else UserError(
-                f"cannot write {path}: {first_line(error)}") from failed
+                f"cannot write {path}, is the disk full? ({first_line(error)})") from failed
         write_json(beside / "run.json", {"steps": step + 1, "made_with": self.made_with,
                                          "scheduler": scheduler.state_dict()})
         if rank() == 0:
             os.rename(beside, path)
             self.delete_checkpoints(but=path)
-        if self.stop_signal:
-            stop_at_once(self.stop_signal, note=f" after {step + 1} steps, all saved")
+        if heard:
+            stop_at_once(heard, note=f" after {step + 1} steps, all saved")
 
     def finish(self, lm):
         """Write the model folder; the record tells the steps and seconds that it took.
