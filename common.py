@@ -557,10 +557,11 @@ def read_rows(source):
         name, *rest = [source] if path.is_dir() else DATA_ALIASES.get(source, source).split(":")
         config, split = {0: (None, ""), 1: (None, *rest)}.get(len(rest), tuple(rest[:2]))
         return pick_split(datasets.load_dataset(name, config), split, source)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, StopIteration,  # which an empty file raises
+            datasets.exceptions.DatasetsError) as error:
         where = "" if path.exists() else " (no such file or folder here, and not on the hub)"
         raise UserError(f"cannot load data {source!r}{where}: "
-                        f"{first_line(error.__cause__ or error)}") from error
+                        f"{first_line(error.__cause__ or error) or 'it is empty'}") from error
 
 
 def pick_split(dataset, split, source):
