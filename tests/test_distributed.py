@@ -201,7 +201,7 @@ def test_evaluation_gives_the_same_bytes(taught, world, tmp_path):
 
 
 def test_a_mistake_of_any_process_is_one_line(line_of, tmp_path):
-    """Of all, in a flag or after models are loaded; of rank 1 alone, when it has sampled a block."""
+    """Of all, in a flag or after models are loaded; of rank 1 alone, after a block of samples."""
     def spoil():
         run_block = common.Step.run_block
 
@@ -234,7 +234,8 @@ def test_split_evenly_gives_each_item_to_one_of_balanced_lists():
 
 
 def test_every_process_makes_as_many_passes(monkeypatch):
-    rows, device = [Rollout([3] * 4, [5] * n, [], True) for n in (30, 2, 2, 2, 9, 1, 1)], torch.device("cpu")
+    rows = [Rollout([3] * 4, [5] * n, [], True) for n in (30, 2, 2, 2, 9, 1, 1)]
+    device = torch.device("cpu")
     assert common.shared_micro_batches(rows, 20, device) == micro_batches(rows, 20, device)
     for n in (2, 3, 9):
         monkeypatch.setattr(common, "world_size", lambda: n)
