@@ -112,23 +112,23 @@ STOP, KILL = (send(number) for number in (signal.SIGTERM, signal.SIGKILL))
 
 @pytest.fixture(scope="module")
 def whole(line_of, tmp_path_factory):
-    """The folder of an OPD run of three steps, in one process and one piece."""
+    """The folder of an OPD run of four steps, in one process and one piece."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    run(line_of("opd", out, "--prompts 4 --rollouts 3 --steps 3"))
+    run(line_of("opd", out, "--prompts 4 --rollouts 3 --steps 4"))
     return out
 
 
 @pytest.mark.parametrize("first, then, before, steps, message", [
-    (2, 1, on_rank_1(STOP), 2, "stopped by SIGTERM after 2 steps, all saved"),
-    (1, 2, in_checkpoint(1, STOP), 2, "stopped by SIGTERM after 2 steps, all saved"),
+    (2, 1, on_rank_1(STOP), 3, "stopped by SIGTERM after 3 steps, all saved"),
+    (1, 2, in_checkpoint(1, STOP), 3, "stopped by SIGTERM after 3 steps, all saved"),
     (2, 2, on_rank_1(KILL), 0, ""),
-    (2, 2, on_rank_1(no_space), 0, "error: cannot write .*state-00000001.* No space left")])
+    (2, 2, on_rank_1(no_space), 0, "error: cannot write .*state-00000002.* No space left")])
 def test_a_run_goes_on_with_another_number_of_processes(first, then, before, steps, message,
                                                         line_of, whole, tmp_path):
     """One process of the first run hears a signal while it writes a checkpoint, and all end after
     the next step; or it is killed there, or its disk is full."""
     parts = tmp_path / "parts"
-    line = line_of("opd", parts, "--prompts 4 --rollouts 3 --steps 3")
+    line = line_of("opd", parts, "--prompts 4 --rollouts 3 --steps 4 --save-every 2")
     found = group(line, first, before)
     assert 0 not in [got.status for got in found]
     text = "\n".join(got.err for got in found)
