@@ -1818,7 +1818,7 @@ MAX_SKIPPED = 5
 
 @contextlib.contextmanager
 def writing(path):
-    """Turn an OSError, which a full disk raises without a name, into a UserError with the file's."""
+    """Turn an OSError, which on a full disk names no file, into a UserError that names it."""
     try:
         yield
     except OSError as error:
@@ -2081,7 +2081,7 @@ class Run:
         needs none. Another number of processes can load it. Raises UserError if it cannot be
         written, KeyboardInterrupt after one that a signal asked for.
         """
-        # all stop if one process has heard a signal; what it hears from here on is for the next step
+        # all stop if one process has heard a signal; a signal from here on is for the next step
         heard = max(all_gather_dict({rank(): self.stop_signal or 0}).values())
         due = self.cfg.save_every and (step + 1) % self.cfg.save_every == 0
         if step + 1 == self.total or not (due or heard):
