@@ -472,7 +472,7 @@ def read_rows(source):
     except (OSError, ValueError, RuntimeError, StopIteration, csv.Error,
             datasets.exceptions.DatasetsError) as error:  # StopIteration: an empty file in a folder
         where = "" if path.exists() else " (no such file or folder here, nor on the hub)"
-        cause = first_line(error.__cause__ or error)
+        cause = first_line(error.__cause__ or error) or "it is empty"
         raise UserError(f"cannot load data {source!r}{where}: {cause}") from error
     if isinstance(data, dict):
         split = split or (next(iter(data)) if len(data) == 1 else "train")
@@ -1639,11 +1639,21 @@ def optimizer_step(lm, optimizer, cfg, updates):
 MAX_SKIPPED = 5  # steps in a row without an update end a run: the weights are at fault, not data
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Turn an OSError, which on a full disk names no file, into a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def write_text(path, text):
     """Write a text file whole or not at all. Of several processes rank 0 writes."""
     if rank() == 0:
-        Path(f"{path}.tmp").write_text(text, encoding="utf-8")
-        os.replace(f"{path}.tmp", path)
+        with writing(path):
+            Path(f"{path}.tmp").write_text(text, encoding="utf-8")
+            os.replace(f"{path}.tmp", path)
 
 
 def write_json(path, value):
@@ -1657,7 +1667,7 @@ def json_line(value):
 def append_json_line(path, value):
     """Add an object to a .jsonl file. Of several processes rank 0 writes."""
     if rank() == 0:
-        with Path(path).open("a", encoding="utf-8") as file:
+        with writing(path), Path(path).open("a", encoding="utf-8") as file:
             file.write(json_line(value))
 
 
@@ -1850,10 +1860,10 @@ class Run:
         """Write a checkpoint every save_every steps, and when SIGTERM or Ctrl-C asked for the end.
         Every process writes its shards beside; then the folder is renamed, and only then the older
         one is deleted. Any number of processes can load it. UserError if it cannot be written."""
-        # all stop if one process has heard a signal
-        self.stop_signal = max(all_gather_dict({rank(): self.stop_signal}).values())
+        # all stop if one process has heard a signal; one that comes later is for the next step
+        heard = max(all_gather_dict({rank(): self.stop_signal}).values())
         due = self.cfg.save_every and steps % self.cfg.save_every == 0
-        if not (due or self.stop_signal):
+        if not (due or heard):
             return
         path = self.out / f"state-{steps:08d}"
         beside = path.with_suffix(".tmp")
@@ -1864,13 +1874,13 @@ class Run:
             on_rank_0(shutil.rmtree, beside, True)  # a full disk needs the room
             error = next(iter(failed.failures.values()))[0]
             raise error if isinstance(error, KeyboardInterrupt) else UserError(
-                f"cannot write {path}: {first_line(error)}") from failed
+                f"cannot write {path}, is the disk full? ({first_line(error)})") from failed
         write_json(beside / "made_with.json", self.made_with)
         if rank() == 0:
             os.rename(beside, path)
             self.delete_checkpoints(but=path)
-        if self.stop_signal:
-            stop_at_once(self.stop_signal, note=f" after {steps} steps, all saved")
+        if heard:
+            stop_at_once(heard, note=f" after {steps} steps, all saved")
 
     def delete_checkpoints(self, but=None):
         for path in set(self.out.glob("state-*")) - {but}:

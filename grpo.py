@@ -127,7 +127,8 @@ def accumulate(cfg, policy, rows, adv, weights, old, ref):
     clip_high = cfg.clip_high or cfg.clip
 
     def per_token(lists):  # (N,)
-        return lists and torch.tensor([x for row in lists for x in row], device=tokens.device)
+        if lists is not None:  # [] is a micro-batch without rows
+            return torch.tensor([x for row in lists for x in row], device=tokens.device)
 
     def chunk(head, h, y, sampled, A, weight, old=None, ref=None):
         all_logp = policy.logits(h, head, cfg.temperature).log_softmax(-1)  # (n, V)
