@@ -1759,14 +1759,14 @@ class Run:
 
     def open(self, parents):
         """Lock the folder and write the run's record. Returns it, None if the run has finished."""
+        foreign = (self.out / "config.json").exists() and not read_record(self.out)
+        check(not foreign, f"{self.out} holds a model of another program; choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.out / ".lock", self.out)
         parents = [str(Path(p).resolve()) if Path(p).is_dir() else p for p in parents]
         record = {**describe_run(self.cfg), "parents": parents, "finished": False,
                   "labels": {}}  # data: labelled problems that the run learns from
         old = read_record(self.out)
-        foreign = (self.out / "config.json").exists() and not old
-        check(not foreign, f"{self.out} holds a model of another program; choose another --out")
         if old and (old["finished"] or (self.out / "metrics.jsonl").exists()):
             differ = differences(old["settings"], record["settings"])
             check(not differ, f"{self.out} holds a run with other settings ({differ}); choose "
