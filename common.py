@@ -370,9 +370,9 @@ def check_architecture(lm, sampled):
         lm.model.reshard()  # before `Run.steps` may load other weights
 
 
-def check_pair(teacher, student, thinking):
-    """Raise UserError, saying what differs, for a teacher and a student of different tokens or
-    prompts (of this mode): both KLs compare them id by id."""
+def check_pair(teacher, student, thinking=False):
+    """Raise UserError, saying what differs, if a teacher and a student do not have the same tokens,
+    prompts (of this mode) and some stop token: both KLs compare them id by id."""
     t, s, differ = teacher.tokenizer, student.tokenizer, []
     if unlike := set(t.get_vocab().items()) ^ set(s.get_vocab().items()):
         differ.append(f"vocabulary ({teacher.vocab} and {student.vocab} tokens; e.g. "
@@ -382,6 +382,8 @@ def check_pair(teacher, student, thinking):
     a, b = (build_prompt(x, "1+1=?", thinking, tokenize=False) for x in (t, s))
     if a != b:
         differ.append(f"chat template ({a!r} and {b!r})")
+    if not set(teacher.stop_ids) & set(student.stop_ids):
+        differ.append(f"stop tokens ({teacher.stop_ids} and {student.stop_ids})")
     check(not differ, f"teacher {teacher.name} and student {student.name} cannot be compared token "
                       f"by token; they differ in: {'; '.join(differ)}")
 
@@ -478,6 +480,7 @@ def read_rows(source):
         split = split or (next(iter(data)) if len(data) == 1 else "train")
         check(split in data, f"data {source!r} has no split {split!r}, but: {', '.join(data)}")
         data = data[split]
+    check(len(data), f"data {source!r} is empty")
     return data
 
 

@@ -301,7 +301,7 @@ def test_incomplete_batches_never_repeat_an_item_nor_starve_one():
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("gone.jsonl", None, "no such data file"),
+    ("gone.jsonl", None, "no such file"),
     ("nobody-has/this-set", None, "cannot load data"),
     ("not a name at all", None, "cannot load data"),
     ("bad.json", "{", "bad.json.*property name"),

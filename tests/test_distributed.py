@@ -19,7 +19,7 @@ from test_faults import in_checkpoint, no_space, send
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import common
-from common import Rollout, StageConfig, UserError, micro_batches, split_evenly
+from common import Rollout, StageConfig, UserError, micro_batches
 
 
 @pytest.fixture(scope="module")
@@ -220,17 +220,6 @@ def test_a_mistake_of_any_process_is_one_line(line_of, tmp_path):
         assert 0 not in [got.status for got in found]
         text = "".join(got.err for got in found)
         assert text.count("error: ") == text.count(message) == 1 and "Traceback" not in text, text
-
-
-def test_split_evenly_gives_each_item_to_one_of_balanced_lists():
-    generator = torch.Generator().manual_seed(0)
-    for n in (1, 2, 3, 8):
-        for items in (0, 1, 2, 7, 40):
-            costs = torch.randint(1, 100, (items,), generator=generator).tolist()
-            found = split_evenly(costs, n)
-            assert len(found) == n and sorted(sum(found, [])) == list(range(items))
-            totals = [sum(costs[i] for i in share) for share in found]
-            assert max(totals) - min(totals) <= max(costs, default=0)
 
 
 def test_every_process_makes_as_many_passes(monkeypatch):

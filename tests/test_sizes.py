@@ -103,4 +103,4 @@ def test_the_command_reads_no_weights_and_takes_the_defaults_of_the_stage(world,
 
 
 def test_the_table_of_the_readme_is_the_computed_one():
-    assert sizes.models_table() in (ROOT / "README.md").read_text()
+    assert sizes.models_table() in (ROOT / "tests" / "README.md").read_text()

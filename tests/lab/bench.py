@@ -50,7 +50,7 @@ def make_model(size, device, dtype):
         eos_token_id=1, tie_word_embeddings=tied, max_position_embeddings=40960)
     with torch.device(device):
         model = Qwen3ForCausalLM(config).to(dtype).eval().requires_grad_(False)
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("ours")
     model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
     return model
 

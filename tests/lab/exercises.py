@@ -52,7 +52,7 @@ EXERCISES = [
     Exercise(
         "GRPO's groups differ in reward, yet `grad_norm` is 0 and nothing is learnt",
         "`grad_norm` at step 0: 0.14 → exactly 0", f"{GRPO} --kl-coef 0 --steps 5",
-        "grpo.py", "old = old if logp_old else logp.detach()", "old = old if logp_old else logp",
+        "grpo.py", "old = logp.detach() if old is None", "old = logp if old is None",
         "pi_old must be a constant: the gradient of pi / pi is 0.",
         GRADIENT + "grpo_loss_equals_the_plain_version[k2-True]"),
     Exercise(
@@ -67,14 +67,14 @@ EXERCISES = [
     Exercise(
         "GRPO's `sampler_gap` is not 0 with --temperature 0.7; with 1 nothing is wrong",
         "at step 0: 1e-7 → 0.019", f"{GRPO} --kl-coef 0 --temperature 0.7 --steps 5",
-        "grpo.py", "policy.log_probs(h, head, cfg.temperature)", "policy.log_probs(h, head, 1.0)",
+        "grpo.py", "policy.logits(h, head, cfg.temperature)", "policy.logits(h, head, 1.0)",
         "The sampler draws from softmax(logits / T), the loss differentiates softmax(logits).",
         GRADIENT + "grpo_loss_equals_the_plain_version[k2-True]"),
     Exercise(
         "GRPO's `sampler_gap` grows, `k3_ref` does not, and `reward` stalls",
         "step 9: `sampler_gap` 1e-7 → 0.055, `k3_ref` 0.051 → 0.0002, `reward` 0.57 → 0.27",
         f"{GRPO} --mini-batch 8 --kl-coef 0.1 --steps 10",
-        "grpo.py", "in (logp_old, logp_ref))", "in (logp_ref, logp_old))",
+        "grpo.py", "old=per_token(old), ref=per_token(ref)", "old=per_token(ref), ref=per_token(old)",
         "The ratio is to the reference and the KL to pi_old: one policy in the first step only.",
         GRADIENT + "grpo_loss_equals_the_plain_version[k2-False]"),
     Exercise(
@@ -97,7 +97,7 @@ EXERCISES = [
         "`truncated` 0.03 → 0.98",
         "fkl_warmup.py --targets data --student $W/init-student --data $W/corpus-student.jsonl "
         "--prompts 64 --lr 6e-3 --warmup-steps 50 --lr-schedule linear --steps 100",
-        "common.py", "tokens + [lm.tokenizer.eos_token_id], [], True", "tokens, [], True",
+        "fkl_warmup.py", "tokens + [lm.tokenizer.eos_token_id], [], True", "tokens, [], True",
         "The stop token is left out of the loss: nothing teaches the model to end.",
         "tests/test_data.py::test_sft_examples_end_with_eos_and_keep_the_text"),
     Exercise(

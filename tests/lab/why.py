@@ -56,8 +56,9 @@ def state_kls(student, teacher, rows):
         h, h_teacher = (lm.states([rows[i] for i in group])[0] for lm in (student, teacher))
         n = student.chunk_size(0)
         for a, b in zip(h.split(n), h_teacher.split(n)):
-            found.append(opd.reverse_kl(student.log_probs(a, student.head(), 1.0),
-                                        teacher.log_probs(b, teacher.head(), 1.0)).cpu())
+            logp, logq = (lm.logits(x, lm.head(), 1.0).log_softmax(-1)
+                          for lm, x in ((student, a), (teacher, b)))
+            found.append(opd.reverse_kl(logp, logq).cpu())
     return torch.cat(found)
 
 
