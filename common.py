@@ -193,8 +193,10 @@ def run_cli(main, config_class, doc):
         status, message = 128 + number, (f"stopped by {signal.Signals(number).name}{note}; the "
                                          "same command goes on from what is saved")
     except Exception:  # a defect; or another process has ended, whose message comes first
+        on_stop(signal.SIG_DFL)
         time.sleep(wait)
         raise
+    on_stop(signal.SIG_DFL)  # torchrun ends those that wait without a word of theirs
     time.sleep(wait * (os.environ.get("RANK") != "0"))
     print(message, file=sys.stderr)
     sys.exit(status)
@@ -611,84 +613,77 @@ def count_steps(cfg, n_items):
 
 # ---------- 4 verifier: response, answer -> right or wrong ----------------------------------------
 
-
-# Two answers are equal if they are the same text once normalised, or read as the same value: a
-# Fraction; where that is not exact, a number of 400 digits; or (kind, parts) for a list, tuple,
-# set of reals, ratio, matrix or equation. Letters take random rationals, so expressions are
-# equal if their numbers are, at three points. Nothing is solved, expanded or run.
+# The flow: the answer is taken out of the response (extract_answer), rewritten in one notation
+# (_normalise), split into tokens and computed (_Reader); then two values are compared
+# (_values_equal). A value is a number or a Composite, such as a list or a matrix. A number is a
+# Fraction or, where it is not exact, has 400 digits. Letters get random numbers, so two expressions
+# are equal if their values are equal at three points. Nothing is solved, expanded or executed.
 #
-# Refused, because a reading would be a guess, are words that are no unit (33 or more), `2 3`,
-# improper mixed numbers, false chains (34 = 33), ellipses, sums and integrals: they equal only the
-# same text. Given up, because the work could not be bounded before it is done, are texts beyond
-# 2,000 characters, 400 tokens, 30 levels, 25,000 bits of an exact number or 10^±200 of another. A
-# hedge (several values, a range, a letter too many) is a value of its own, and equals no other.
+# Refused are answers outside the grammar, because their meaning would be a guess: words that are no
+# unit (33 or more), `2 3`, improper mixed numbers, ellipses, sums, integrals. They equal only the
+# same text. Given up are answers beyond a limit: 2,000 characters, 400 tokens, 30 levels, 25,000
+# bits of an exact number, 10^±200 of others. Several values, ranges, extra letters equal no number.
 _MAX_RESPONSE, _MAX_CHARS, _MAX_TOKENS, _MAX_DEPTH = 200_000, 2_000, 400, 30
 _MAX_BITS, _MAX_LOG2, _DIGITS, _TOLERANCE = 25_000, 690, 400, 375  # 2^690 = 10^207
-_Unreadable = SyntaxError  # not in the grammar: only the same text can match
-_TooMuch = RecursionError  # in the grammar, but beyond a limit
+_Refused, _GivenUp = SyntaxError, RecursionError
+
+
+def _require(condition, error=_Refused):
+    """Returns the condition; raises the error if it does not hold."""
+    if not condition:
+        raise error
+    return condition
+
 
 # --- where the answer stands
-_BRACE = re.compile(r"(\\(?:boxed|fbox)\s*)?\{|\}|\\[{}]")
-_JOINER = re.compile(  # what may stand between boxes of one list; a new line needs a conjunction
-    r"(?=[^\n]*\Z|[^,;]*(?:and|or|[,;]))(?:[ ]?[a-z]{3,}(?=[ ]and[ ]))?"  # a unit
-    r"(?:[\s$&,;*]|\\[()\[\],;:! ]|\\q?quad|and\b|or\b"
-    r"|\\(?:text|mbox)\{(?:[\s,]*|[a-z() ]*\b(?:and|or)\b[\s,]*)\})*"
-    r"(?:[A-Za-z](?:_\{?\w\}?)?\s?=\s?)?\$?")
+_BRACE = re.compile(r"(\\(?:boxed|fbox)\s*)?(?<!\\)\{|(?<!\\)\}")
+_AND_TEXT = r"\\(?:text|mbox)\{(?:[\s,]*|[a-z() ]*\b(?:and|or)\b[\s,]*)\}"
+_LIST_SIGN = rf"(?:[\s$&,;*]|\\[()\[\],;:! ]|\\q?quad|and\b|or\b|{_AND_TEXT})"
+_GAP = re.compile(  # between boxes a new line only beside a conjunction; then a unit, signs, "x ="
+    r"(?=[^\n]*\Z|[^,;]*(?:and|or|[,;]))(?: ?[a-z]{3,}(?= and ))?"
+    rf"{_LIST_SIGN}*(?:[A-Za-z](?:_\{{?\w\}}?)?\s?=\s?)?\$?")
 _ANSWER_LINE = re.compile(r"(?i)(?<![a-z])answer(?:\s{1,4}is)?[*_ \t]{0,6}[:：]"
                           r"(?: {0,4}the (?:final )?answer is:?)?")
 
 
 def extract_answer(response: str) -> str | None:
-    r"""The text of the last \boxed after </think>, else of the last "Answer:" line, else None.
-
-    >>> extract_answer(r"<think>\boxed{1}</think> \boxed{2} and \boxed{\frac{3}{4}}, \boxed{5")
-    '2 and \\frac{3}{4}'
-    >>> extract_answer("**Answer:** 33."), extract_answer("<think> so \\boxed{33}")
-    ('33.', None)
-    """
+    r"""The text of the last \boxed after </think>, else of the last "Answer:", else None."""
     text = response.rpartition("</think>")[2]
     if "<think>" in text:
         return None
     text = re.sub(r"(\\boxed|\\fbox) (-?\d+(?:\.\d+)?)", r"\1{\2}", text[-_MAX_RESPONSE:])
-    return (_boxed(text) or _answer_line(text)).strip() or None
+    answer = _last_boxes(text)
+    if not answer:  # the line or formula behind the last "Answer:" without its markup
+        line = ["", *_ANSWER_LINE.split(text)[1:]][-1][:_MAX_CHARS].lstrip(" \t\r\n*_`")
+        closing = {"\\[": r"\\\]", "$$": r"\$\$"}.get(line[:2])
+        line = re.split(rf"{closing or chr(10)}|<\||</|\. I hope", line[2 if closing else 0:])[0]
+        answer = line.strip(" \t*_`")
+    return answer.strip() or None
 
 
-def _boxed(text):
-    """The last balanced box, with those joined to it, or ""; in one pass."""
-    opened, boxes, answer, edge = [], [], "", None
-    for m in _BRACE.finditer(text):
-        if m[1] or m[0] == "{":
-            opened.append(m)
-        elif m[0] == "}" and opened:
-            start = opened.pop()
-            boxes += [(start, m)] if start[1] else []
-    for start, end in reversed(boxes):
-        if edge is not None and end.end() > edge:
-            continue  # a box in a box
+def _last_boxes(text):
+    """Returns the text of the last complete box, with the boxes that form a list with it, or ""."""
+    open_braces, pairs = [], []
+    for brace in _BRACE.finditer(text):
+        if brace[0] != "}":
+            open_braces.append(brace)
+        elif open_braces:
+            pairs.append((open_braces.pop(), brace))
+    answer, edge = None, len(text)  # edge: where the boxes of the answer begin
+    for start, end in reversed(pairs):
+        if not start[1] or end.end() > edge:
+            continue  # no box, or a box in a box
         gap, box = text[end.end():edge], text[start.end():end.start()]
-        if edge is not None and (len(gap + answer) > _MAX_CHARS or not _JOINER.fullmatch(gap)):
+        if answer is not None and (len(gap + answer) > _MAX_CHARS or not _GAP.fullmatch(gap)):
             break  # an earlier thought
-        answer = f"{box} and {answer}" if edge is not None and box != answer else box
-        edge = start.start()
-    return answer
+        answer, edge = box if answer in (None, box) else f"{box} and {answer}", start.start()
+    return answer or ""
 
 
-def _answer_line(text):
-    """What follows the last "Answer:", undressed, or ""."""
-    _, *answers = _ANSWER_LINE.split(text)
-    rest = answers[-1][:_MAX_CHARS].lstrip(" \t\r\n*_`") if answers else ""
-    opening = rest[:2] if rest[:2] in ("\\[", "$$") else ""
-    line = rest.removeprefix(opening).split({"\\[": "\\]", "$$": "$$"}.get(opening, "\n"))[0]
-    return re.split(r"<\||</|\. I hope", line)[0].strip(" \t*_`")
-
-
-# --- normalisation
-_GREEK = """alpha beta gamma delta epsilon zeta eta theta kappa mu nu xi pi rho sigma tau phi chi
-    psi omega""".split()
+# --- normalisation: each notation is rewritten in one
 _NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 _FUNCTIONS = dict(ln="log", lg="log10", arcsin="asin", arccos="acos", arctan="atan", abs="fabs") | {
     name: name for name in "sin cos tan sec csc cot log floor ceil".split()}
-_EXACT = {"floor": math.floor, "ceil": math.ceil, "fabs": abs}
 _SPACES = r"""left right displaystyle mathbf mathbb mathcal mathit boldsymbol bm boxed fbox pounds
     euro big Big bigg Bigg bigl bigr Bigl Bigr rm bf it large Large underline text textbf mbox
     mathrm"""
@@ -698,107 +693,171 @@ _SPELLINGS = r"""* \times \cdot \ast | / \div | ± \pm | ∓ \mp | ^ ** | : \col
     \varnothing | ' \prime | ° \circ \degree | \{ \lbrace | \} \rbrace | ( \langle | ) \rangle
     \rfloor \rceil | \floor( \lfloor | \ceil( \lceil | ‖ \lvert \rvert \vert \mid | \frac \dfrac
     \tfrac \cfrac | \binom \dbinom \tbinom | e^ \exp exp | π pi | φ \varphi | ε \varepsilon | λ
-    \lambda | l \ell | ħ \hbar"""
-_WORDS = {word: row.split()[0] for row in _SPELLINGS.split("|") for word in row.split()[1:]}
-_WORDS |= {name: f"\\{name} " for name in [*_FUNCTIONS, "sqrt"]}
-_WORDS |= {name: f" {number} " for number, name in enumerate(_NUMBERS)}
-_WORDS |= {f"\\{name}": " " for name in _SPACES.split()}
-_WORDS |= {f"\\{name}": unicodedata.lookup(f"greek small letter {name}") for name in _GREEK}
-_UNITS = """cm mm km kg mL ft in yd lb lbs oz hr hrs min sec mph kph sq deg pts day Hz kHz
-    MHz eV keV MeV GeV Pa kPa atm mol nm kJ kW kV Mpc AU erg USD per pct yes no No odd""".split()
-_HEDGE = (  # words that are no units, nor may stand before a value
-    r"\b(?:not?|never|none|if|when|for|mod\w*|more|less|fewer|least|most|than|to|but|only|half"
-    r"|third|quarter|base|twice|times|squared|cubed|factorial|negative|minus|plus|over|under"
-    r"|above|below|either|wrong|incorrect|false"
-    r"|\w*(?:ten|hundred|thousand|illion|dozen)(?:th)?)s?\b")
-_NOT_UNIT = re.compile(_HEDGE + "|[=<>∪∨]")
-_TEXT = r"\\(?:text\w{0,6}|mbox|mathrm|operatorname)\s*\{\s*"
-_UNIT_TEXT = r"(?:[^{}\d=^]|\^\{?-?\d\}?)*"
-_EXPONENT = r"(?: ?\^ ?(?:\{[^{}]*\}|-?\d))?"
-_CHARS = str.maketrans(dict(zip("−–×·⋅÷⁄′⩽⩾∣|\"\u200b", "--***//'≤≥‖‖  ")) | {
+    \lambda | l \ell | ħ \hbar"""  # the first of each row replaces the others
+_SYMBOLS = {word: row.split()[0] for row in _SPELLINGS.split("|") for word in row.split()[1:]}
+_SYMBOLS |= {name: f"\\{name} " for name in [*_FUNCTIONS, "sqrt"]}
+_SYMBOLS |= {name: f" {number} " for number, name in enumerate(_NUMBERS)}
+_SYMBOLS |= {f"\\{name}": " " for name in _SPACES.split()}
+_SYMBOLS |= {f"\\{unicodedata.name(x).split()[-1].lower()}": x for x in "αβγδεζηθκμνξπρστφχψω"}
+_CHARACTERS = str.maketrans(dict(zip("−–×·⋅÷⁄′⩽⩾∣|\"\u200b", "--***//'≤≥‖‖  ")) | {
     "√": "\\sqrt ", "∅": "\\{\\}", "\f": "\\f", "\b": "\\b"})
+_UNITS = re.compile("[cmkn]m|kg|mL|ft|in|yd|lbs?|oz|hrs?|min|sec|[mk]ph|sq|deg|pts|day|[kM]?Hz|atm|"
+                    "[kMG]?eV|[kG]?Pa|mol|k[JWV]|Mpc|AU|erg|USD|per|pct|yes|[nN]o|odd")
+_QUALIFIER = r"\b(?:" + "|".join(r"""not? never none if when for mod\w* more less fewer least most
+    than to but only half third quarter base twice times squared cubed factorial negative minus plus
+    over under above below either wrong incorrect false
+    \w*(?:ten|hundred|thousand|illion|dozen)(?:th)?""".split()) + r")s?\b"  # changes a value
 
 
-def _word(m):
-    """A symbol for a command or a run of letters; quotes for a run that is no product."""
+def _symbol(m):
+    """Returns the symbol for a command or a run of letters; quotes a run that is no product."""
     word = m[0]
-    long = len(word) > 3 and word.isalpha() and not word.isupper()
-    return _WORDS.get(word.strip('"')) or (f'"{word}"' if long or word in _UNITS else word)
+    is_word = len(word) > 3 and word.isalpha() and not word.isupper() or _UNITS.fullmatch(word)
+    return _SYMBOLS.get(word.strip('"')) or (f'"{word}"' if is_word else word)
 
 
-def _unit(m):
-    """Drops the units behind a value, but a single letter only if the rest has none."""
-    words = m[0].strip(' "').lower()
+def _without_unit(m):
+    """Returns a space for units behind a value; the same text for a letter or for a qualifier."""
+    unit = m[0].strip(' "').lower()
     before = re.sub('.*=|"[^"]*"', "", m.string[:m.start()])
-    letter = len(words) == 1 and re.search(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", before)
-    return m[0] if letter or _NOT_UNIT.search(words) else " "
+    is_letter = len(unit) == 1 and re.search(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", before)
+    return m[0] if is_letter or re.search(_QUALIFIER + "|[=<>∪∨]", unit) else " "
 
 
-_TABLE = [(re.compile(row[0]), *row[1:]) for row in (  # pattern, replacement, example, its result
-    (r"(?s)(?<!\\)\\\\(?=[A-Za-z\\])(?!.*\\end)", r"\\", r"\\frac{1}{2}", r"\frac{1}{2}"),
-    (r"\\mathbb\s*\{?R\}?", r"(-∞,∞)", r"x \in \mathbb{R}", "x ∈ (-∞,∞)"),
-    (r"(\d)\s*(?:\{\s*,\s*\}|,\\!)\s*(?=\d{3})", r"\1", r"10{,}080; 32,\!348", "10080; 32348"),
-    (r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}", lambda m: "({}.{}+{}/{}/{})".format(
-        m[1] or 0, m[2], m[3], 10 ** len(m[3]) - 1, 10 ** len(m[2])),
-     r"0.1\overline{6}", "(0.1+6/9/10)"),
-    (r"\\!|(?<!\\)\\[()\[\]]|\\(?:text)?color ?\{\w+\}|\\hspace\*? ?\{[^{}]*\}", "",
-     r"\(33\); \color{red}{33}", "33; {33}"),
-    (r"\\\$|\\?%|[$€£¥¢~]|\\q?quad|(?<!\\)\\(?:[,;:> ]|$)", " ",
-     r"$\$36$; 28\%; 10\,000", "36 ; 28 ; 10000"),
-    ("(?i)^(?!.*" + _HEDGE + r")\s*(\\text\w*\s*\{)?\s*(?:[a-z][a-z()]*\s+){0,20}"
-     r"(?:is|are|equals|answer(?=:))\b\s*:?\s*(?(1)\})(?=\s*(?:[-\d\\(.]|[a-z](?![a-z])))", "",
-     "The area of $x$ is 12", "12"),
-    (r"\\begin\s*\{\w+\*?\}(?:\s*\{[lcr|]*\})?", " ⟦ ", r"\begin{pmatrix}1&2", "⟦ 1&2"),
-    (r"(?:\\\\)?\s*\\end\s*\{\w+\*?\}", " ⟧ ", r"3\\ \end{array}", "3 ⟧"),
-    (r"(?<=\d)[eE]([+-]?\d+)", r"*10^{\1}", "1.5e-3", "1.5*10^{-3}"),
-    (r"(?i)[,;]*\s*(?<![a-z\\])(?:and|or)(?![a-z])", "∨", "2, 3, and 5", "2, 3∨ 5"),
-    (r"(?<=[\d}/*])\s*" + _TEXT + r"([A-Za-cf-hj-z])\s*\}", r'"\1"', r"5\text{ V}", "5"),
-    (_TEXT + rf"(?!(?:{'|'.join(_FUNCTIONS)})\b)({_UNIT_TEXT}[A-Za-z]{{2}}{_UNIT_TEXT})\}}",
-     r'"\1"', r"\text{more}", '"more"'),
-    (_TEXT + r"([^{}]*)\}", r" \1 ", r"\text{(B)}", "(B)"),
-    (r"[,;]\s*∨", "∨", r"3, \text{ and } 5", "3∨ 5"),
-    (r'"[^"]*"|\\?[^\W\d_]+|[<>]=|\*\*|(?<=[x-z ])!=', _word,
-     r"\dfrac\pi2 <= x", r"\fracπ2 ≤ x"),
-    (r"\s+", " ", "x\n + 1", "x + 1"),
-    (r"- ?(?=\\\{)", "∖", r"\mathbb{R} - \{3\}", r"(-∞,∞) ∖\{3\}"),
-    (r" ?(?:\^ ?\{ ?° ?\}|\^? ?°)(?: ?[CF](?!\w))?", "°", r"75^{\circ}; 9^\circ C", "75°; 9°"),
-    (r"\^ ?\{ ?('[' ]*)\}|\^ ?('+)", r"\1\2", r"y^{\prime\prime}", "y''"),
-    (r'(?<!\d)\(?(\d+)\)? ?_? ?\{? ?"? ?base ?"? ?\{?(\d+)\}*', r"\1_\2", "6 base 7", "6_7"),
-    (r"\\(frac|binom) ?(\d) ?(?=[\d{\\])", r"\\\1{\2}", r"\frac4{x}", r"\frac{4}{x}"),
-    (r"\\(frac|binom) ?(\{[^{}]*\}) ?(\d)(?!\d)", r"\\\1\2{\3}", r"\frac43", r"\frac{4}{3}"),
-    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}", r"{5 \choose 3}", r"\binom{5 }{ 3}"),
-    (r"(?<=\d) ?[xX] ?(?=10 ?\^)", "*", "2.5 x 10^3", "2.5*10^3"),
-    (r"^ ?\\\{ ?[a-z] ?(?:∈ ?\(-∞,∞\) ?)?[‖:](.*)\\\} ?$", r"\1", r"\{x \mid x > 5\}", "x > 5"),
-    (r"‖([^‖]*)‖", r"\\abs(\1)", "|x|", r"\abs(x)"),
-    (r"^ ?(?:\w ?)?≈| ?≈ ?-?\d[\d.]* ?(?=$|[,;)}])", "", r"x = 1/3 \approx 0.33", "x = 1/3"),
+_TEXT = r"\\(?:text\w{0,6}|mbox|mathrm|operatorname)\s*\{\s*"
+_NO_DIGIT = r"(?:[^{}\d=^]|\^\{?-?\d\}?)*"  # but exponents, as in m^2
+_WORDS_BEFORE = r"(?:[a-z][a-z()]*\s+){0,20}(?:is|are|equals|answer(?=:))\b\s*:?\s*"
+_VALUE_AHEAD = r"(?=\s*(?:[-\d\\(.]|[a-z](?![a-z])))"
+_VALUE_BEHIND = r"""(?:(?<=[\d)}\]°'.π])|(?<=(?<![A-Za-z])[b-zB-HJ-Z]))"""
+_EXPONENT = r"(?: ?\^ ?(?:\{[^{}]*\}|-?\d))?"
+_UNIT = rf'[/*]? ?"[^"]*"{_EXPONENT} ?(?:[/*] ?[mgsNJK](?![A-Za-z]){_EXPONENT} ?)*'
+_TABLE = [(re.compile(pattern), replacement) for pattern, replacement in (
+    # \\frac, the set of the reals, thousands (10{,}080, 32,\!348), 0.1\overline{6} -> (0.1+6/9/10)
+    (r"(?s)(?<!\\)\\\\(?=[A-Za-z\\])(?!.*\\end)", r"\\"),
+    (r"\\mathbb\s*\{?R\}?", r"(-∞,∞)"),
+    (r"(\d)\s*(?:\{\s*,\s*\}|,\\!)\s*(?=\d{3})", r"\1"),
+    (r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}",
+     lambda m: f"({m[1] or 0}.{m[2]}+{m[3]}/{10 ** len(m[3]) - 1}/{10 ** len(m[2])})"),
+    # formula signs \( \), colours, spaces, currencies, percent
+    (r"\\!|(?<!\\)\\[()\[\]]|\\(?:text)?color ?\{\w+\}|\\hspace\*? ?\{[^{}]*\}", ""),
+    (r"\\\$|\\?%|[$€£¥¢~]|\\q?quad|(?<!\\)\\(?:[,;:> ]|$)", " "),
+    # words before the answer (The area of $x$ is 12 -> 12), matrices, powers of ten (1.5e-3)
+    (rf"(?i)^(?!.*{_QUALIFIER})\s*(\\text\w*\s*\{{)?\s*{_WORDS_BEFORE}(?(1)\}}){_VALUE_AHEAD}", ""),
+    (r"\\begin\s*\{\w+\*?\}(?:\s*\{[lcr|]*\})?", " ⟦ "),
+    (r"(?:\\\\)?\s*\\end\s*\{\w+\*?\}", " ⟧ "),
+    (r"(?<=\d)[eE]([+-]?\d+)", r"*10^{\1}"),
+    # conjunctions (2, 3, and 5 -> 2, 3∨ 5), quotes for words and units in \text, but not for (B)
+    (r"(?i)[,;]*\s*(?<![a-z\\])(?:and|or)(?![a-z])", "∨"),
+    (r"(?<=[\d}/*])\s*" + _TEXT + r"([A-Za-cf-hj-z])\s*\}", r'"\1"'),
+    (rf"{_TEXT}(?!(?:{'|'.join(_FUNCTIONS)})\b)({_NO_DIGIT}[A-Za-z]{{2}}{_NO_DIGIT})\}}", r'"\1"'),
+    (_TEXT + r"([^{}]*)\}", r" \1 "),
+    (r"[,;]\s*∨", "∨"),
+    # symbols (\le -> ≤), one space, differences (R - \{3\}), degrees (^{\circ}), primes, 6 base 7
+    (r'"[^"]*"|\\?[^\W\d_]+|[<>]=|\*\*|(?<=[x-z ])!=', _symbol),
+    (r"\s+", " "),
+    (r"- ?(?=\\\{)", "∖"),
+    (r" ?(?:\^ ?\{ ?° ?\}|\^? ?°)(?: ?[CF](?!\w))?", "°"),
+    (r"\^ ?\{ ?('[' ]*)\}|\^ ?('+)", r"\1\2"),
+    (r'(?<!\d)\(?(\d+)\)? ?_? ?\{? ?"? ?base ?"? ?\{?(\d+)\}*', r"\1_\2"),
+    # fractions and binomials without braces (\frac43), 5 \choose 3; 2.5 x 10^3 -> 2.5*10^3
+    (r"\\(frac|binom) ?(\d) ?(?=[\d{\\])", r"\\\1{\2}"),
+    (r"\\(frac|binom) ?(\{[^{}]*\}) ?(\d)(?!\d)", r"\\\1\2{\3}"),
+    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
+    (r"(?<=\d) ?[xX] ?(?=10 ?\^)", "*"),
+    # sets with a condition (\{x \mid x > 5\} -> x > 5), |x|, approximations (1/3 ≈ 0.33 -> 1/3)
+    (r"^ ?\\\{ ?[a-z] ?(?:∈ ?\(-∞,∞\) ?)?[‖:](.*)\\\} ?$", r"\1"),
+    (r"‖([^‖]*)‖", r"\\abs(\1)"),
+    (r"^ ?(?:\w ?)?≈| ?≈ ?-?\d[\d.]* ?(?=$|[,;)}])", ""),
+    # thousands (58,500); mixed numbers: 3\frac12 -> (3+1/2), but 3 5/2 -> ?3 5/2, which is refused
     (r"(?<![\d.,(\[{_])(?<!\d )[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d)\]}]|,\d|\\})",
-     lambda m: re.sub(r"\D", "", m[0]), "58,500; 1 000; (58,500)", "58500; 1000; (58,500)"),
+     lambda m: re.sub(r"\D", "", m[0])),
     (r"(?<![\d.^_/])(\d+) ?(?:(\\frac ?\{) ?|(?<= ))(\d+) ?(?(2)\} ?\{ ?|/)(\d+)(?(2) ?\})",
-     lambda m: f"({m[1]}+{m[3]}/{m[4]})" if 0 < int(m[3]) < int(m[4]) else f"?{m[0]}",
-     r"3\frac12; 3½; 3 5/2", "(3+1/2); (3+1/2); ?3 5/2"),
-    (r"[., :;]+$", lambda m: m[0] if ".." in m[0] else "", "33. ", "33"),
+     lambda m: f"({m[1]}+{m[3]}/{m[4]})" if 0 < int(m[3]) < int(m[4]) else f"?{m[0]}"),
+    # the end of a sentence, but no ellipsis; units behind a value (5 m/s, 0.99m^2, 15 "cm"^2)
+    (r"[., :;]+$", lambda m: m[0] if ".." in m[0] else ""),
     (r"(?<=\d)( [mgshLJNWVK](?:/[smhL])?|m/s|(?:(?<=\.\d)|(?<=\.\d\d))m(?=\^))(\^?\{?\d\}?)? ?$",
-     r' "\1\2"', "5 m/s; 0.99m^2", "5 m/s; 0.99"),
-    (r"""(?:(?<=[\d)}\]°'.π])|(?<=(?<![A-Za-z])[b-zB-HJ-Z]))"""
-     rf' ?(?:[/*]? ?"[^"]*"{_EXPONENT} ?(?:[/*] ?[mgsNJK](?![A-Za-z]){_EXPONENT} ?)*)+'
-     r"(?! ?(?:[\w({^]|\.\d|\\[a-z]))", _unit,
-     r"15\mbox{ cm}^2; 5x meters; 33 more", '15 ; 5x ; 33 "more"'),
+     r' "\1\2"'),
+    (rf"{_VALUE_BEHIND} ?(?:{_UNIT})+(?! ?(?:[\w({{^]|\.\d|\\[a-z]))", _without_unit),
 )]
 
 
 def _normalise(text):
-    r"""One spelling for every notation, on both sides; words that are no letters get quotes.
-
-    >>> [(row[2], _normalise(row[2])) for row in _TABLE if _normalise(row[2]) != row[3]]
-    []
-    """
-    if len(text) > _MAX_CHARS:
-        raise _TooMuch
+    """Returns the answer in one notation; words that are no products of letters get quotes."""
+    _require(len(text) <= _MAX_CHARS, _GivenUp)
     text = re.sub("[¼-¾⅐-⅞]", r" \g<0>", re.sub("[⁰¹²³⁴-⁹⁻ⁿ]+", r"^{\g<0>}", text))
-    text = unicodedata.normalize("NFKC", text).translate(_CHARS)
-    for pattern, new, *_ in _TABLE:
-        text = pattern.sub(new, text)
+    text = unicodedata.normalize("NFKC", text).translate(_CHARACTERS)
+    for pattern, replacement in _TABLE:
+        text = pattern.sub(replacement, text)
     return " ".join(text.split())
+
+
+# --- values
+# The kinds, each with an example and its `form`: what two equal values share beside their parts
+_NUMBER = "number"      # 3/4: a Fraction or a number of mpmath, and no Composite
+_WORDS = "words"        # "no solution": the words
+_LIST = "list"          # 1, 2 or {1, 2}: its parts may stand in any order
+_TUPLE = "tuple"        # (1, 2): the brackets
+_REALS = "reals"        # (1, 2]: ">>", it starts just after 1 and stops just after 2
+_RATIO = "ratio"        # 3:4
+_MATRIX = "matrix"      # ⟦1 & 2⟧: the separators, "&" in a row and "\\" after a row
+_EQUATION = "equation"  # x = 5: the name on the left, if any; the parts are all sides
+_CHAIN = "chain"        # f(1) < f(2): the signs
+Composite = dataclasses.make_dataclass("Composite", ["kind", "parts", ("form", str, "")])
+_local = threading.local()  # its mp: mpmath (the numbers of sympy) at 400 digits, for this thread
+
+
+def _kind(value):
+    return value.kind if isinstance(value, Composite) else _NUMBER
+
+
+def _approximate(x):
+    """Returns a number with 400 digits; gives up if it is too small or too large for them."""
+    _require(_kind(x) == _NUMBER)
+    value = _local.mp.convert(x)
+    in_range = not isinstance(x, Fraction) or x == 0 or abs(_local.mp.mag(value)) <= _MAX_LOG2
+    return _require(in_range, _GivenUp) and value
+
+
+def _calculate(operation, x, y):
+    """Returns x + y or x * y, exact if both are; a matrix is computed entry by entry."""
+    if _kind(y) == _MATRIX and (operation is operator.mul or getattr(x, "form", "") == y.form):
+        others = [x] * len(y.parts) if operation is operator.mul else x.parts
+        entries = [_calculate(operation, *pair) for pair in zip(others, y.parts)]
+        return Composite(_MATRIX, entries, y.form)
+    if not (isinstance(x, Fraction) and isinstance(y, Fraction)):
+        return operation(_approximate(x), _approximate(y))
+    value = operation(x, y)
+    _require(max(map(int.bit_length, value.as_integer_ratio())) <= _MAX_BITS, _GivenUp)
+    return value
+
+
+def _as_reals(x):
+    """Returns a number, a list, an interval or a set of reals as a set of reals."""
+    kind = _kind(x)
+    if kind == _REALS:
+        return x
+    if kind == _LIST:
+        return _combine_sets(any, *(_as_reals(_approximate(part)) for part in x.parts))
+    if kind == _TUPLE and len(x.parts) == 2:
+        return Composite(_REALS, x.parts, x.form.translate(str.maketrans("([])", "><><")))
+    _require(kind in (_NUMBER, _EQUATION))
+    return Composite(_REALS, [x.parts[-1] if kind == _EQUATION else x] * 2, "<>")
+
+
+def _combine_sets(is_member, *sets):
+    """Returns the union (any), the intersection (all) or another combination of sets of reals."""
+    with _local.mp.workdps(_TOLERANCE):
+        steps = [((+_approximate(number), side), which, place % 2, number)
+                 for which, reals in enumerate(sets)
+                 for place, (number, side) in enumerate(zip(reals.parts, reals.form))]
+    inside, result = [False] * len(sets), {}  # inside: which sets hold the present number
+    for position, which, stops, number in sorted(steps, key=lambda step: step[:3]):
+        _require(inside[which] == stops, ValueError)  # (2,1) is no interval
+        was_member, inside[which] = is_member(inside), not stops
+        if is_member(inside) != was_member:
+            if result.pop(position, None) is None:  # else one set stops where another starts
+                result[position] = number
+    return Composite(_REALS, [*result.values()], "".join(side for _, side in result))
 
 
 # --- a parser that computes
@@ -806,343 +865,266 @@ def _normalise(text):
 #   items  := item (separator item)*        a comma, ";" or, in bare answers, "∨" ("and", "or"), "∪"
 #   item   := expr (("=" | "∈" | "≠" | "<" | "≤" | ">" | "≥") expr)*
 #   expr   := base, then from loose to tight: ":" "∖" | + - | * / and no sign | ^ ! °
-#   base   := number | name | sign expr | "words" | \frac arg arg | \binom arg arg
+#   base   := number | name | sign expr | "words" | \frac base base | \binom base base
 #           | ( items ) and its kin [ ] { } \{ \} and matrices, ⟦ items ⟧ with "&" and "\\"
-#           | \sqrt [expr] arg | \sin^arg expr and its kin (\abs, \floor)
+#           | \sqrt [expr] base | \sin^base expr and its kin (\abs, \floor)
 #   name   := letter, \vec{...} or digits_base, with its primes and its subscript, is one token
-# Kinds: "set" (also lists), "()" and other brackets (tuples, and intervals with finite ends), "∪"
-# (sets of reals, as cuts), ":" (ratios), "⟦" and its separators (matrices), "=" and the name on the
-# left (equations), "chain" and its signs, and quoted words.
 _NAME = (r"(?:[^\W\d_]|\d+(?=_)|\\(?:hat|vec|d?dot|tilde|angle|bar|over[a-z]+|widehat)"
          r"(?:\s?\{[^{}]*\}|(?:\s?[^\W\d_])+))'*(?:_\s?(?:\d+|[^\W_]|\{[^{}]*\}))?'*")
 _TOKEN = re.compile(rf'"[^"]*"|{_NAME}|\d+(?:\.\d*)?|\.\d+|\\[A-Za-z]+|\\.|\S')
 _FACTOR = re.compile(r"[^\W_]|[({[⟦∞]|\\(?:\{|..)")  # begins a factor without a sign before it
-_LEFT_SIDE = re.compile(  # x, a_1, y', f(x), f^{-1}(x), P(A) | AB, |AB| | "Area" | {x,y} | ratios
-    rf"""(?:m(?=\\angle))?{_NAME}(?:\^\{{?-1\}}?)?(?:\([\w,∩∪‖'"]*\))?
-    |(?:\\abs)?[(\[]?[A-Z]{{1,4}}[)\]]?|"[^"]*"|(?:\(|\\\{{){_NAME}(?:,{_NAME})*(?:\)|\\\}})
-    |\\frac\{{(?:d\w|[A-Z]+)\}}\{{(?:d\w|[A-Z]+)\}}|(?:{_NAME}|[A-Z]+)(?::(?:{_NAME}|[A-Z]+))+""",
-    re.X)
-_UNKNOWN = re.compile(  # of an inequality: x, x_1, f(x), -x, |x|
-    r"(-?)(\\abs\()?(?![πei∞])[^\W\d_](?:_\{?\w\}?|\([^\W\d_]\))?\)?")
-_BRACKETS = {  # opening: separators, closings
-    "{": (", ; ∨ ∪", "}"), "(": (", ;", ") ]"), "[": (", ;", ") ]"), "\\{": (", ;", "\\}"),
-    "⟦": (r"& \\", "⟧")}
-_LABEL = re.compile(r"\(?([A-H])(?:\)|[.:] ) ?((?=.*\d)(?:(?!\b[A-H]\b)[^∪∨])*)")  # (B) 12, B. 12
-
-
-class _Arithmetic(threading.local):
-    """Mpmath (the numbers of sympy) at 400 digits, one for each thread."""
-
-    def __init__(self):
-        self.mp = MPContext()
-        self.mp.dps = _DIGITS
-
-
-_local = _Arithmetic()
-
-
-def _refuse(reason=_Unreadable):
-    raise reason
-
-
-def _kind(x):
-    return x[0] if isinstance(x, tuple) else ""
-
-
-def _inexact(x):
-    """A number of 400 digits, unless it is too small or large to be told from others."""
-    value = _refuse() if _kind(x) else _local.mp.convert(x)
-    if isinstance(x, Fraction) and x and abs(_local.mp.mag(value)) > _MAX_LOG2:
-        raise _TooMuch
-    return value
-
-
-def _join(op, x, y):
-    """x + y or x * y: exact if both are; a factor goes into the entries of a matrix."""
-    if _kind(y)[:1] == "⟦" and (op is operator.mul or _kind(x) == y[0] and len(x[1]) == len(y[1])):
-        rows = [x] * len(y[1]) if op is operator.mul else x[1]
-        return y[0], [_join(op, a, b) for a, b in zip(rows, y[1])]
-    if not (isinstance(x, Fraction) and isinstance(y, Fraction)):
-        return op(_inexact(x), _inexact(y))
-    value = op(x, y)
-    size = max(value.numerator.bit_length(), value.denominator.bit_length())
-    return value if size <= _MAX_BITS else _refuse(_TooMuch)
-
-
-def _cuts(x):
-    """A set of reals as its cuts (number, behind), where it begins and ends in turn.
-
-    (1,2] is [(1, True), (2, True)], 3 is [(3, False), (3, True)]; a list of intervals is no set.
-    """
-    kind, parts = x if _kind(x) else ("", x)
-    if kind in ("∪", "set"):
-        return parts if kind == "∪" else _combine(any, *(_cuts(_inexact(part)) for part in parts))
-    if kind in ("()", "(]", "[)", "[]") and len(parts) == 2:
-        return [(parts[0], kind[0] == "("), (parts[1], kind[1] == "]")]
-    number = parts[-1] if kind[:1] == "=" else _refuse() if kind else x
-    return [(number, False), (number, True)]
-
-
-def _combine(member, *sets):
-    """The cuts of a union (any), an intersection (all) or another combination of sets."""
-    with _local.mp.workdps(_TOLERANCE):
-        cuts = [(+_inexact(cut[0]), cut[1], k, place % 2, cut)
-                for k, cuts in enumerate(sets) for place, cut in enumerate(cuts)]
-    inside, result = [False] * len(sets), []
-    for point in sorted(cuts, key=lambda point: point[:4]):
-        *where, k, ends, _ = point
-        if inside[k] != ends:
-            raise ValueError  # (2,1)
-        before, inside[k] = member(inside), not ends
-        if member(inside) != before and result and list(result[-1][:2]) == where:
-            result.pop()
-        elif member(inside) != before:
-            result.append(point)
-    return [cut for *_, cut in result]
-
-
-def _gathered(items, united=False):
-    """The value of a list: its only item, the union of sets of reals, or a set of other values."""
-    if len(items) > 1 and (united or any(_kind(x) == "∪" for x in items)):
-        return "∪", _combine(any, *map(_cuts, items))
-    return items[0] if len(items) == 1 else ("set", items)
-
-
-def _solutions(sides, signs, at, minus, absolute):
-    """The cuts of the numbers x for which x ≠ a, x < a, a < x, a < x < b, with -x or |x| for x."""
-    inf = _local.mp.inf
-    cuts = [(sides[0], signs[0] == "<") if at else (-inf, True),
-            (sides[-1], signs[-1] == "≤") if at < len(signs) else (inf, False)]
-    if signs == "≠":
-        cuts = [(-inf, True), (sides[1 - at], False), (sides[1 - at], True), (inf, False)]
-    mirrored = [(_join(operator.mul, Fraction(-1), x), not behind) for x, behind in cuts[::-1]]
-    if absolute:
-        return "∪", _combine(all if cuts[0][0] == -inf else any, cuts, mirrored)
-    return "∪", mirrored if minus else cuts
+_QUANTITY = rf"(?:{_NAME}|[A-Z]+)"
+_LEFT_SIDE = re.compile("|".join((  # what may stand left of "=" or "∈" as a name of the value
+    rf"(?:m(?=\\angle))?{_NAME}(?:\^\{{?-1\}}?)?(?:\([\w,∩∪‖'\"]*\))?",  # a_1, y', f(x), f^{-1}(x)
+    r"(?:\\abs)?[(\[]?[A-Z]{1,4}[)\]]?|\"[^\"]*\"",  # AB, |AB|, "Area"
+    rf"(?:\(|\\\{{){_NAME}(?:,{_NAME})*(?:\)|\\\}})",  # (x,y), \{x,y\}
+    rf"\\frac\{{(?:d\w|[A-Z]+)\}}\{{(?:d\w|[A-Z]+)\}}|{_QUANTITY}(?::{_QUANTITY})+")))  # AB:CD
+_UNKNOWN = re.compile(r"(-?)(\\abs\()?(?![πei∞])[^\W\d_](?:_\{?\w\}?|\([^\W\d_]\))?\)?")  # x, -x
+_BRACKETS = {"{": (", ; ∨ ∪", "}"), "(": (", ;", ") ]"), "[": (", ;", ") ]"),
+             "\\{": (", ;", "\\}"), "⟦": (r"& \\", "⟧")}  # opening: separators, closings
+_RATIOS, _SUMS, _PRODUCTS, _POWERS = range(4)  # what an expression may hold outside brackets
+_FRACTIONAL, _LARGE, _NATURAL = range(3), range(3, 6), range(6, 12)  # sample points
 
 
 class _Reader:
-    """Reads one answer with random values for its letters: at points 0 to 2 in (0, 1), [1, 3) and
-    ±[1, 3); from 3 large ones, for what is rounded; from 6 natural numbers, for what is counted."""
+    """Computes the value of an answer at a sample point, with random numbers for its letters."""
 
     def __init__(self, text, point):
-        self.toks, self.point, self.letters = _TOKEN.findall("{" + text + "}") + [""], point, set()
-        self.i = self.depth = self.trig = 0
-        if len(self.toks) > _MAX_TOKENS:
-            raise _TooMuch
+        self.tokens, self.at = _TOKEN.findall("{" + text + "}") + [""], 0  # at: the next token
+        self.point, self.letters = point, set()
+        self.depth = self.functions = 0  # how many expressions and functions are not yet complete
+        _require(len(self.tokens) <= _MAX_TOKENS, _GivenUp)
 
     def take(self, *wanted):
-        """The next token if it is one of those wanted (any, if none are named), else ""."""
-        tok = self.toks[self.i] if not wanted or self.toks[self.i] in wanted else ""
-        self.i += tok != ""
-        return tok
+        """Moves behind the next token if it is one of those wanted; returns it, else ""."""
+        token = self.tokens[self.at] if self.tokens[self.at] in wanted else ""
+        self.at += token != ""
+        return token
 
     def item(self):
-        """An expression, or an equation, membership, interval like 1 < x ≤ 2, or other chain."""
-        outer, sides, signs, bound = self.letters, [], "", None
+        """Reads an expression, or several with signs of comparison between them."""
+        outer, sides, signs = self.letters, [], ""
         while len(sides) == len(signs):
-            start, self.letters = self.i, set()
-            value = self.expr(-1)
-            sides.append((value, "".join(self.toks[start:self.i]), self.letters))
+            start, self.letters = self.at, set()
+            value = self.expression(_RATIOS)
+            sides.append((value, "".join(self.tokens[start:self.at]), self.letters))
             signs += self.take(*"=∈≠<≤>≥")
         if signs[:1] in tuple(">≥"):
             sides, signs = sides[::-1], signs[::-1].translate(str.maketrans("<≤>≥", ">≥<≤"))
         values, texts, letters = map(list, zip(*sides))
-        name, form, value = _LEFT_SIDE.fullmatch(texts[0]), signs.replace("≤", "<"), values[0]
-        unknown = [(k, *m.groups()) for k, m in enumerate(map(_UNKNOWN.fullmatch, texts)) if m]
-        if form in ("<", "≠", "<<") and [k for k, *_ in unknown] in ([0], [1])[form == "<<":]:
-            bound, value = unknown[0][0], _solutions(values, signs, *unknown[0])
-        elif form == "∈" and name:
-            value = ("∪", _cuts(values[1])) if _kind(values[1]) in ("()", "[]") else values[1]
-            bound = 0
-        elif set(signs) == {"="}:
-            bound, value = (0, ("=" + name[0], values)) if name else (None, ("=", values))
-        elif signs:
-            value = "chain" + signs, values
-        self.letters = outer.union(*(own for k, own in enumerate(letters) if k != bound))
+        value, name_at = _relation(values, texts, signs) if signs else (values[0], None)
+        self.letters = outer.union(*(own for place, own in enumerate(letters) if place != name_at))
         return value
 
-    def expr(self, power=0):
-        """Ratios and differences of sets bind at 0, sums at 1, products at 2, powers always."""
+    def expression(self, loosest=_SUMS):
+        """Reads an expression that ends before a sign that binds looser than `loosest`."""
         self.depth += 1
-        if self.depth > _MAX_DEPTH:
-            raise _TooMuch
-        start, left = self.i, self.prefix()
-        while tok := self.toks[self.i]:
-            if tok[0].isdecimal() and (self.i == start + 1 or self.toks[self.i - 1] in ")}" and (
-                    self.toks[self.i + 1] != "^")):
-                raise _Unreadable  # 3 3 is neither 9 nor 33, (3)3 not 9; 2^{3} 3^{2} is 72
-            if power < 0 and self.take(":"):
-                left = ":", [*(left[1] if _kind(left) == ":" else [left]), self.expr()]
-            elif power < 0 and self.take("∖"):
-                cuts = _cuts(left if _kind(left) else _refuse()), _cuts(self.expr())
-                left = "∪", _combine(lambda inside: inside == [True, False], *cuts)
-            elif power < 1 and tok in "+-":
-                left = _join(operator.add, left, self.expr(1))
-            elif power < 2 and (tok in "*/" or _FACTOR.match(tok)):
-                sign, right = self.take("*", "/"), self.expr(2)
+        _require(self.depth <= _MAX_DEPTH, _GivenUp)
+        start, left = self.at, self.base()
+        while token := self.tokens[self.at]:
+            before, after = self.tokens[self.at - 1], self.tokens[self.at + 1]
+            if token[0].isdecimal():  # 3 3 is neither 9 nor 33, (3)3 not 9; 2^{3} 3^{2} is 72
+                _require(self.at > start + 1 and (before not in ")}" or after == "^"))
+            if loosest <= _RATIOS and self.take(":"):
+                left = Composite(_RATIO, [left, self.expression()])
+            elif loosest <= _RATIOS and self.take("∖"):
+                _require(_kind(left) != _NUMBER)
+                left, right = _as_reals(left), _as_reals(self.expression())
+                left = _combine_sets(lambda inside: inside == [True, False], left, right)
+            elif loosest <= _SUMS and token in "+-":
+                left = _calculate(operator.add, left, self.expression(_PRODUCTS))
+            elif loosest <= _PRODUCTS and (token in "*/" or _FACTOR.match(token)):
+                sign, right = self.take("*", "/"), self.expression(_POWERS)
                 right = self.power(right, Fraction(-1)) if sign == "/" else right
-                left = _join(operator.mul, left, right)
+                left = _calculate(operator.mul, left, right)
             elif self.take("^"):
-                left = self.power(left, self.prefix(2))
+                left = self.power(left, self.base(_POWERS))
             elif self.take("!"):
                 left = self.count(math.factorial, left)
             elif self.take("°"):
-                left = _join(operator.mul, _local.mp.pi / 180, left) if self.trig else left
+                left = _calculate(operator.mul, +_local.mp.degree, left) if self.functions else left
             else:
                 break
         self.depth -= 1
         return left
 
-    def prefix(self, power=1):
-        mp, tok = _local.mp, self.take() or _refuse()
-        if tok in "+-":
-            return _join(operator.mul, Fraction(tok + "1"), self.expr(power))
-        if tok in "πei∞":
-            return {"π": +mp.pi, "e": +mp.e, "i": mp.mpc(0, 1), "∞": mp.inf}[tok]
-        if re.fullmatch(_NAME, tok):
-            name = re.sub(r"[{} ]", "", tok)
-            self.letters.add(name)
-            crc = zlib.crc32(f"{name} {self.point}".encode("utf-8", "replace"))
-            if self.point >= 6:
-                return Fraction(crc % 40 + 5)
-            value = Fraction(crc % 20011 + 10007, (30029, 10007, 10007, 97, 89, 83)[self.point])
-            return -value if self.point == 2 and crc % 3 else value
-        if tok[0].isdecimal() or tok[0] == "." and len(tok) > 1:
-            return Fraction(tok)
-        if tok in _BRACKETS:
-            return self.bracket(tok)
-        if tok == "\\frac":
-            top, bottom = self.prefix(2), self.prefix(2)
-            return _join(operator.mul, self.power(bottom, Fraction(-1)), top)
-        if tok == "\\binom":
-            return self.count(math.comb, self.prefix(2), self.prefix(2))
-        if tok == "\\sqrt":
-            index = self.expr() if (given := self.take("[")) else Fraction(2)
-            x = self.prefix(2) if not given or self.take("]") else _refuse()
-            return self.power(x, self.power(index, Fraction(-1)))
-        if tok[0] == '"':
-            return tok, []
-        return self.function(_FUNCTIONS.get(tok[1:]) or _refuse())
+    def base(self, loosest=_PRODUCTS):
+        """Reads what a power may be taken of; behind a sign, an expression as of `loosest`."""
+        mp, token = _local.mp, _require(self.take(self.tokens[self.at]))
+        if token in "+-":
+            return _calculate(operator.mul, Fraction(token + "1"), self.expression(loosest))
+        if token in "πei∞":
+            return {"π": +mp.pi, "e": +mp.e, "i": mp.mpc(0, 1), "∞": mp.inf}[token]
+        if re.fullmatch(_NAME, token):
+            name = re.sub(r"[{} ]", "", token)
+            self.letters.add(name)  # it has the same random number wherever it stands
+            random = zlib.crc32(f"{name} {self.point}".encode("utf-8", "replace"))
+            if self.point in _NATURAL:
+                return Fraction(random % 40 + 5)
+            signed = -10007 if random % 3 else 10007
+            return Fraction(random % 20011 + 10007, (30029, 10007, signed, 97, 89, 83)[self.point])
+        if token[0].isdecimal() or token[0] == "." and len(token) > 1:
+            return Fraction(token)
+        if token in _BRACKETS:
+            return self.bracket(token)
+        if token == "\\frac":
+            top, bottom = self.base(_POWERS), self.base(_POWERS)
+            return _calculate(operator.mul, self.power(bottom, Fraction(-1)), top)
+        if token == "\\binom":
+            return self.count(math.comb, self.base(_POWERS), self.base(_POWERS))
+        if token == "\\sqrt":
+            index = self.expression() if (has_index := self.take("[")) else Fraction(2)
+            _require(not has_index or self.take("]"))
+            return self.power(self.base(_POWERS), self.power(index, Fraction(-1)))
+        if token[0] == '"':
+            return Composite(_WORDS, [], token)
+        return self.function(_require(_FUNCTIONS.get(token[1:])))
 
     def bracket(self, opening):
-        """What stands in brackets: an item, a list, a tuple, an interval or a matrix."""
+        """Reads what stands in brackets: an item, a list, a tuple, an interval or a matrix."""
         separators, closings = map(str.split, _BRACKETS[opening])
-        items, taken = [], ""
-        if self.toks[self.i] != "\\}":  # the empty set
+        taken, items = "", [] if self.tokens[self.at] == "\\}" else [self.item()]
+        while separator := self.take(*separators):
+            taken += separator
             items.append(self.item())
-            while separator := self.take(*separators):
-                taken += separator
-                items.append(self.item())
-        kind = opening + (self.take(*closings) or _refuse())
+        brackets = opening + _require(self.take(*closings))
+        if len(items) == 1:
+            return items[0]
         if opening in ("{", "\\{"):
-            return _gathered(items, "∪" in taken)
-        mp = _local.mp
-        infinite = any(isinstance(x, mp.mpf) and mp.isinf(x) for x in items)
-        if len(items) == 2 and (kind in ("(]", "[)") or infinite):
-            return "∪", _cuts((kind, items))
-        return items[0] if len(items) == 1 else ("⟦" + taken if opening == "⟦" else kind, items)
+            if "∪" in taken or any(_kind(item) == _REALS for item in items):
+                return _combine_sets(any, *map(_as_reals, items))
+            return Composite(_LIST, items)
+        kind, form = (_MATRIX, taken) if opening == "⟦" else (_TUPLE, brackets)
+        value, inf = Composite(kind, items, form), _local.mp.inf
+        is_interval = len(items) == 2 and (form in ("(]", "[)") or inf in items or -inf in items)
+        return _as_reals(value) if is_interval else value
 
     def function(self, name):
-        """sin^2 x, log_2 8, cos 2x, sin b cos a: the argument ends before a function or bracket."""
-        base = self.prefix() if self.take("_") else +_local.mp.e
-        power = self.prefix() if self.take("^") else Fraction(1)
-        self.trig += 1
-        closed = self.toks[self.i] in ("(", "[")
-        x = self.prefix() if closed else self.expr(2)
-        while not closed and _FACTOR.match(tok := self.toks[self.i]) and tok[0] not in "(\\":
-            x = _join(operator.mul, x, self.expr(2))
-        self.trig -= 1
+        """Reads on in sin^2 x, log_2 8, sin b cos a: x ends before a function or a bracket."""
+        base = self.base() if self.take("_") else +_local.mp.e
+        power = self.base() if self.take("^") else Fraction(1)
+        self.functions += 1
+        closed = self.tokens[self.at] in ("(", "[")
+        x = self.base() if closed else self.expression(_POWERS)
+        while not closed and _FACTOR.match(token := self.tokens[self.at]) and token[0] not in "(\\":
+            x = _calculate(operator.mul, x, self.expression(_POWERS))
+        self.functions -= 1
         if power == -1 and name in ("sin", "cos", "tan"):
             name, power = "a" + name, Fraction(1)
-        exact = isinstance(x, Fraction) and _EXACT.get(name)
-        value = Fraction(exact(x)) if exact else self.call(name, x)
-        return self.power(value / _local.mp.log(_inexact(base)) if name == "log" else value, power)
+        exact = {"floor": math.floor, "ceil": math.ceil, "fabs": abs}.get(name)
+        value = Fraction(exact(x)) if exact and isinstance(x, Fraction) else self.call(name, x)
+        value = value / _local.mp.log(_approximate(base)) if name == "log" else value
+        return self.power(value, power)
 
     def power(self, x, y):
-        """x^y, refused before the work if large; odd roots are real."""
+        """Returns x^y; gives up before a large result is computed; odd roots are real."""
         if isinstance(x, Fraction) and isinstance(y, Fraction) and y.denominator == 1:
-            size = max(x.numerator.bit_length(), x.denominator.bit_length())
+            size = max(map(int.bit_length, x.as_integer_ratio()))
             if size * abs(y) <= _MAX_BITS or abs(x) in (0, 1):
                 return x ** int(y)
-        base, exponent = _inexact(x), _inexact(y)
-        if base and max(1, abs(_local.mp.mag(base))) * abs(exponent) > _MAX_LOG2:
-            raise _TooMuch
-        if isinstance(y, Fraction) and y.denominator % 2 and not _local.mp.im(base) and base < 0:
+        base, exponent, mp = _approximate(x), _approximate(y), _local.mp
+        _require(not base or not max(1, abs(mp.mag(base))) * abs(exponent) > _MAX_LOG2, _GivenUp)
+        if isinstance(y, Fraction) and y.denominator % 2 and not mp.im(base) and base < 0:
             return (-1) ** y.numerator * self.call("power", -base, exponent)
         return self.call("power", base, exponent)
 
     def count(self, function, *args):
-        """A factorial or binomial of natural numbers; undefined for others."""
-        if not all(isinstance(x, Fraction) and x.denominator == 1 for x in args) or (
-                not 0 <= args[-1] <= args[0]):
-            raise ValueError
-        return Fraction(function(*map(int, args))) if args[0] <= 2_500 else _refuse(_TooMuch)
+        """Returns a factorial or binomial of natural numbers; it is undefined for others."""
+        _require(all(isinstance(x, Fraction) and x.denominator == 1 for x in args), ValueError)
+        _require(0 <= args[-1] <= args[0], ValueError)
+        _require(args[0] <= 2_500, _GivenUp)
+        return Fraction(function(*map(int, args)))
 
     def call(self, name, *args):
-        """An inexact function, refused if large, or if not real though a letter is negative."""
-        mp, args = _local.mp, [_inexact(x) for x in args]
+        """Returns the value of a function of mpmath; gives up if it is too large."""
+        mp, args = _local.mp, [_approximate(x) for x in args]
         value = getattr(mp, name)(*args)
-        if value and mp.mag(value) > _MAX_LOG2:
-            raise _TooMuch
-        if self.point == 2 and self.letters and mp.im(value) and not any(map(mp.im, args)):
-            raise ValueError
+        _require(not value or not mp.mag(value) > _MAX_LOG2, _GivenUp)
+        if self.point == 2 and self.letters:  # a negative letter may make it complex: undefined
+            _require(not mp.im(value) or any(map(mp.im, args)), ValueError)
         return value
 
 
+def _relation(values, texts, signs):
+    """Returns the value of sides with signs between them, and the place of its name or None."""
+    name = _LEFT_SIDE.fullmatch(texts[0])
+    if set(signs) == {"="}:
+        return Composite(_EQUATION, values, name[0] if name else ""), 0 if name else None
+    if signs == "∈" and name:
+        interval = _kind(values[1]) == _TUPLE and values[1].form in ("()", "[]")
+        return _as_reals(values[1]) if interval else values[1], 0
+    unknowns = [(place, m) for place, m in enumerate(map(_UNKNOWN.fullmatch, texts)) if m]
+    pattern = [place for place, _ in unknowns], signs.replace("≤", "<")
+    if pattern not in (([0], "<"), ([1], "<"), ([0], "≠"), ([1], "≠"), ([1], "<<")):
+        return Composite(_CHAIN, values, signs), None
+    place, (minus, absolute), inf = unknowns[0][0], unknowns[0][1].groups(), _local.mp.inf
+    numbers = [values[0] if place else -inf, values[-1] if place < len(signs) else inf]
+    form = ("<" if signs[:place] == "≤" else ">") + (">" if signs[place:] == "≤" else "<")
+    if signs == "≠":
+        numbers, form = [-inf, values[1 - place], values[1 - place], inf], "><><"
+    reals = Composite(_REALS, numbers, form)
+    mirrored = [_calculate(operator.mul, Fraction(-1), number) for number in reversed(numbers)]
+    mirrored = Composite(_REALS, mirrored, form[::-1].translate(str.maketrans("<>", "><")))
+    if absolute:  # |x| < a is -a < x < a, |x| > a is x < -a or x > a
+        return _combine_sets(all if numbers[0] == -inf else any, reals, mirrored), place
+    return mirrored if minus else reals, place
+
+
 # --- comparison
-def _read(text, point):
-    """The value of an answer at a sample point, and its free letters; ± is a list of two."""
-    texts = {text.translate(str.maketrans("±∓", signs)) for signs in ("+-", "-+")}
+_LABEL = re.compile(r"\(?([A-H])(?:\)|[.:] ) ?((?=.*\d)(?:(?!\b[A-H]\b)[^∪∨])*)")  # (B) 12, B. 12
+
+
+def _evaluate(text, point):
+    """Returns the value of an answer at a sample point, and its letters; ± is a list of two."""
     parts = []
-    for signed in sorted(texts):
-        reader = _Reader(signed, point)
-        value = reader.prefix()
-        if reader.toks[reader.i]:
-            raise _Unreadable
-        parts += value[1] if _kind(value) == "set" and len(texts) == 2 else [value]
-    return parts[0] if len(texts) == 1 else ("set", parts), reader.letters
+    for signs in ("+-", "-+"):
+        reader = _Reader(text.translate(str.maketrans("±∓", signs)), point)
+        value = reader.base()
+        _require(not reader.tokens[reader.at])
+        if not re.search("[±∓]", text):
+            return value, reader.letters
+        parts += value.parts if _kind(value) == _LIST else [value]
+    return Composite(_LIST, parts), reader.letters
 
 
-def _same(x, y):
-    """Whether two values are equal; so are x = 5 and 5, and f(x) = 5 and y = 5."""
+def _values_equal(x, y):
+    """Returns whether two values are equal; so are x = 5 and 5, and f(x) = 5 and y = 5."""
+    x, y = sorted((x, y), key=lambda value: (_kind(value) != _EQUATION, _kind(value)))
     a, b = _kind(x), _kind(y)
-    if a == b == "":
-        if isinstance(x, Fraction) and isinstance(y, Fraction):
-            return x == y
-        x, y = _inexact(x), _inexact(y)
-        near = abs(x - y) <= _local.mp.mpf(10) ** -_TOLERANCE * max(1, abs(x))
-        return bool(near if _local.mp.isfinite(x) and _local.mp.isfinite(y) else x == y)
-    if b[:1] == "=" != a[:1] or b == "set" and a == "()":
-        return _same(y, x)
-    if a[:1] == "=" != b[:1]:  # a chain without a name must hold
-        return all(_same(side, y) for side in (x[1] if a == "=" else x[1][-1:]))
-    if a[:1] == "=" and "=" not in (a, b) and (a == b or re.search('["(]', a + b)):
-        return _same(x[1][-1], y[1][-1])
-    if "∪" in (a, b):
-        x, y = _cuts(x), _cuts(y)
-        return [cut[1] for cut in x] == [cut[1] for cut in y] and all(
-            _same(this, that) for (this, _), (that, _) in zip(x, y))
-    if a == b == "set":
-        return all(any(_same(this, that) for that in there)
-                   for here, there in ((x[1], y[1]), (y[1], x[1])) for this in here)
-    names = {_kind(v) for v in x[1] if _kind(v)[:1] == "=" != _kind(v)} if a == "set" else set()
-    named = b == "()" and len(names) == len(y[1])  # x = 1, y = 2 is (1,2)
-    return (a == b or named) and len(x[1]) == len(y[1]) and all(map(_same, x[1], y[1]))
+    if isinstance(x, Fraction) and isinstance(y, Fraction):
+        return x == y
+    if a == b == _NUMBER:
+        x, y, mp = _approximate(x), _approximate(y), _local.mp
+        tolerance = mp.mpf(10) ** -_TOLERANCE * max(1, abs(x))
+        return bool(x == y or mp.isfinite(x) and abs(x - y) <= tolerance)
+    if a == _EQUATION != b:  # a chain without a name must hold
+        return all(_values_equal(side, y) for side in (x.parts[-1:] if x.form else x.parts))
+    if a != b and _REALS in (a, b):
+        return _values_equal(_as_reals(x), _as_reals(y))
+    alike = a == b and x.form == y.form
+    if a == b == _EQUATION and x.form and y.form and (alike or re.search('["(]', x.form + y.form)):
+        return _values_equal(x.parts[-1], y.parts[-1])
+    if a == b == _LIST:
+        return all(any(_values_equal(this, that) for that in there)
+                   for here, there in ((x.parts, y.parts), (y.parts, x.parts)) for this in here)
+    if (a, b) == (_LIST, _TUPLE) and y.form == "()":  # x = 1, y = 2 is (1,2)
+        names = {part.form for part in x.parts if _kind(part) == _EQUATION and part.form}
+        alike = len(names) == len(y.parts)
+    return alike and len(x.parts) == len(y.parts) and all(map(_values_equal, x.parts, y.parts))
 
 
 def _proportional(pairs):
-    """Whether two equations are multiples of each other at all sample points."""
-    if any(_kind(x)[:1] != "=" or len(x[1]) != 2 for pair in pairs for x in pair):
+    """Returns whether two equations are multiples of each other at all sample points."""
+    if any(_kind(x) != _EQUATION or len(x.parts) != 2 for pair in pairs for x in pair):
         return False
-    gaps = [[_inexact(left) - _inexact(right) for _, (left, right) in pair] for pair in pairs]
-    finite = all(_local.mp.isfinite(gap) for pair in gaps for gap in pair)
+    gaps = [[_approximate(x.parts[0]) - _approximate(x.parts[1]) for x in pair] for pair in pairs]
     (a, b), *others = gaps
-    return bool(others and finite and a and b) and all(_same(a * d, b * c) for c, d in others)
+    usable = a and b and others and all(map(_local.mp.isfinite, sum(gaps, [])))
+    return bool(usable) and all(_values_equal(a * d, b * c) for c, d in others)
 
 
-def _key(text):
-    """What stands for an answer without a reading; case counts unless it is a word or a choice."""
+def _text_key(text):
+    """Returns the text without its spelling variants: case counts, but not in words and choices."""
     text = re.sub(r"([_^])\{(?:([^\W\d])\}|(\d)\}(?!\d))", r"\1\2\3", text)
     words = re.fullmatch(r'["\[({\s]*([A-Za-z"\s]+?)["\])}\s.]*', text)
     key = re.sub(r'"|(?<!\d)\s+|\s+(?![\d.])', "", words[1] if words else text)  # 3 3 is not 33
@@ -1151,79 +1133,69 @@ def _key(text):
 
 @functools.lru_cache(maxsize=512)  # the samples of a problem often agree
 def _equal(given, gold):
-    """Whether two answers are equal: as texts, or as values at all sample points."""
+    """Returns whether two answers are equal: as texts, or as values at all sample points."""
     if given.strip() == gold.strip():
         return bool(gold.strip())
+    if not hasattr(_local, "mp"):
+        _local.mp = MPContext()
+        _local.mp.dps = _DIGITS
     given, gold = _normalise(given), _normalise(gold)
     for label, other in ((_LABEL.fullmatch(given), gold), (_LABEL.fullmatch(gold), given)):
         if label and not _LABEL.fullmatch(other):  # (B) 12 is B and 12
             given, gold = label[1 if re.fullmatch(r"\(?[A-Ha-h]\)?", other) else 2], other
-    if _key(given) == _key(gold):
-        return _key(given) != ""
+    if _text_key(given) == _text_key(gold):
+        return _text_key(given) != ""
     pairs, both = [], given + gold
-    counts, rounds = re.search(r"!|\\binom", both), re.search(r"\\floor|\\ceil", both)
-    for point in range(6, 12) if counts else range(3, 6) if rounds else range(3):
+    counted, rounded = re.search(r"!|\\binom", both), re.search(r"\\floor|\\ceil", both)
+    for point in _NATURAL if counted else _LARGE if rounded else _FRACTIONAL:
         try:
-            (x, letters), (y, more) = _read(given, point), _read(gold, point)
+            (x, letters), (y, more_letters) = _evaluate(given, point), _evaluate(gold, point)
         except (ZeroDivisionError, ValueError, OverflowError):
             continue  # undefined at this point
         pairs.append((x, y))
-        if bool(letters) != bool(more) and _kind(x)[:1] + _kind(y)[:1] != "==":
+        if bool(letters) != bool(more_letters) and not _kind(x) == _kind(y) == _EQUATION:
             return False  # a letter too many
-        if not letters | more:
+        if not letters | more_letters:
             break
-    return bool(pairs) and (all(_same(*pair) for pair in pairs) or _proportional(pairs))
+    return bool(pairs) and (all(_values_equal(*pair) for pair in pairs) or _proportional(pairs))
 
 
 def answers_equal(a: str, b: str) -> bool:
-    r"""Whether two bare answers have one value; False where that cannot be told. Never raises.
-
-    >>> answers_equal(r"\frac{14}{3}", "14/3"), answers_equal("0.333", "1/3")
-    (True, False)
-    """
+    """Returns whether two answers have one value; False where that is not known. Never raises."""
     try:
         return _equal(a, b)
-    except Exception:  # unreadable, beyond a limit, or an internal error: not known to be equal
+    except Exception:  # refused, given up, or an internal error
         return False
 
 
 def grade(response: str, answer: str) -> str:
-    r""""correct", "wrong", "no_answer", or "gave_up" (a limit, an internal error). Never raises.
-
-    >>> [grade(text, "033") for text in (r"so $\boxed{33}$.", "it is 33", r"\boxed{9^{9^{9}}}")]
-    ['correct', 'no_answer', 'gave_up']
-    """
+    """Returns "correct", "wrong", "no_answer" or "gave_up" (a limit, an error). Never raises."""
     try:
         given = extract_answer(response)
         if given is None:
             return "no_answer"
-        return "correct" if _equal(given, _boxed(answer) or answer) else "wrong"
-    except _Unreadable:
+        return "correct" if _equal(given, _last_boxes(answer) or answer) else "wrong"
+    except _Refused:
         return "wrong"
     except Exception:  # counted apart from wrong, and never raised into training
         return "gave_up"
 
 
 def verify(response: str, answer: str) -> bool:
-    """Whether the answer of the response is right."""
+    """Returns whether the answer of the response is right."""
     return grade(response, answer) == "correct"
 
 
 def reward_groups(lm, rows, answers):
-    """The sparse reward R in {0, 1} of each group of K rollouts, an answer each: (P, K).
-
-    Also returns what is logged of it: its mean, the mean std inside a group, the shares of groups
-    without any spread, of responses without an answer, and of verdicts at the verifier's limits.
-    """
+    """Returns the reward in {0, 1} of K rollouts for each of P answers, (P, K), and what to log."""
     k = len(rows) // len(answers)
     texts = [lm.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in rows]
     verdicts = [grade(text, answers[i // k]) for i, text in enumerate(texts)]
     rewards = torch.tensor([float(v == "correct") for v in verdicts]).view(-1, k)  # (P, K)
     spread = rewards.std(-1)
+    shares = {name: verdicts.count(name) / len(rows) for name in ("no_answer", "gave_up")}
     return rewards, {"reward": rewards.mean().item(), "reward_std": spread.mean().item(),
-                     "zero_variance": (spread == 0).float().mean().item(),
-                     "no_answer": verdicts.count("no_answer") / len(rows),
-                     "gave_up": verdicts.count("gave_up") / len(rows)}
+                     "zero_variance": (spread == 0).float().mean().item(), **shares}
 
 
 # ---------- 5 sampler: prompts -> rollouts --------------------------------------------------------
@@ -1787,7 +1759,8 @@ class Run:
         self.lm = lm
         self.tensors = {"model": dict(lm.model.named_parameters()),  # of a checkpoint, whatever
                         "optimizer": optimizer.state_dict()["state"]}  # they will hold
-        self.made_with = {"weights": fingerprint(lm), "teacher": teacher and fingerprint(teacher)}
+        self.made_with = {**self.record["settings"], "weights": fingerprint(lm),
+                          "teacher_weights": teacher and fingerprint(teacher)}
         path, start, self.metrics = on_rank_0(self.newest_checkpoint)
         if path:
             dcp.load(self.tensors, checkpoint_id=path)  # fills them in place

@@ -10,7 +10,7 @@ The random numbers of a sample depend on (seed, prompt, sample index), not on ba
 
     python evaluate.py --model ckpt/bridge --data math500,aime24,aime25
     python evaluate.py --model runs/world/bridge --data runs/world/test.jsonl --max-new-tokens 48
-    python evaluate.py --table runs/world    # the runs of a folder; of several: tests/lab/evidence.py
+    python evaluate.py --table runs/world    # the runs of a folder; several: tests/lab/evidence.py
 """
 
 import math

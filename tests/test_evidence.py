@@ -192,7 +192,7 @@ def test_pictures_are_drawn_and_small(seeds, drawn, every_picture, tmp_path):
 
 
 def test_pictures_without_their_runs_or_matplotlib_are_left_out(tmp_path, monkeypatch, capsys):
-    """Two orderings' routes only: no curves, budgets or densities. Pictures are beside the table."""
+    """Two orderings' routes only: no curves, budgets, densities. Pictures are beside the table."""
     folders = fake_seeds(tmp_path, {"cold-grpo": (0.1, 0.2, 0.3), "bridge": (0.2, 0.3, 0.5)})
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)

@@ -60,7 +60,7 @@ def test_the_named_test_catches_the_bug(number, verdicts):
 
 @pytest.mark.parametrize("number", range(1, len(EXERCISES) + 1))
 def test_a_copy_differs_in_the_planted_edit_only(number, tmp_path):
-    """And has no list of exercises, which would tell. The command is told, the answer when asked."""
+    """It has no list of exercises, which would tell. The command is told, the answer if asked."""
     exercise, folder = EXERCISES[number - 1], tmp_path / "copy"
     told = exercises.main("plant", str(number), str(folder))
     assert str(folder) in told and f"python {exercise.line}" in told
@@ -107,5 +107,6 @@ def test_other_words_get_the_usage(words):
 def test_the_readme_has_every_exercise():
     readme = " ".join((ROOT / "tests" / "README.md").read_text().split())
     for number, exercise in enumerate(EXERCISES, 1):
-        assert f"{number}. {exercise.symptom}. Seen: {exercise.measured}" in readme
+        symptom = exercise.symptom[0].upper() + exercise.symptom[1:]
+        assert f"{number}. {symptom}. Seen: {exercise.measured}" in readme
         assert not tells(readme, exercise)

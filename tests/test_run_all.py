@@ -82,7 +82,8 @@ def test_every_route_runs_is_evaluated_and_is_matched(setting, run_all):
     evaluated = {cfg.out.split("/")[-2] for script, cfg in commands
                  if script == "evaluate.py" and cfg.model}
     assert evaluated == {n for n in found if "warmup" not in n} | {"base-teacher", "base-student"}
-    fresh, replay = (common.describe_run(found[name][1])["settings"] for name in ("fresh-2h", "replay-1h"))
+    fresh, replay = (common.describe_run(found[name][1])["settings"]
+                     for name in ("fresh-2h", "replay-1h"))
     assert common.differences(fresh, replay) == "half was '2', is now '1'"  # R5 against R7
     warmup, opd = found["bridge-warmup"][1], found["bridge"][1]
     for name in ("opd-only", "sft"):  # as many updates on as many rows as the two-stage bridge

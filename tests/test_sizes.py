@@ -17,17 +17,17 @@ def test_parameters_by_hand_and_of_models_that_exist(world):
     assert (TINY.layer, TINY.outer, TINY.params) == (448, 168, 1064)
     assert LARGE.params == 1224 and TINY.cache == 4 * 2 * 2 * 2
     assert TINY.activation == 24 * 8 + 14 * 12 + 8 * 10 == 440
-    published = {"Qwen3-1.7B": 1.721, "Qwen3-8B": 8.191, "Qwen3-14B": 14.768,
+    published = {"Qwen3-0.6B": 0.596, "Qwen3-1.7B": 1.721, "Qwen3-8B": 8.191, "Qwen3-14B": 14.768,
                  "Llama-3.1-8B": 8.030, "Llama-3.3-70B": 70.554}
     for name, shape in MODELS.items():
         assert shape.params / 1e9 == pytest.approx(published[name], abs=6e-4)
-    lm = common.load_lm(str(world / "init-teacher"))
+    lm = common.load_lm(str(world / "init-teacher"), common.StageConfig())
     shape = sizes.read_shape(str(world / "init-teacher"))
     assert shape.params == sum(p.numel() for p in lm.model.parameters())
 
 
 def settings(stage, gpus, **changes):
-    """8 rows, each of 2 + 6 tokens, of which a GPU decodes 2 at once; micro-batches of 16 tokens."""
+    """8 rows, each of 2 + 6 tokens; a GPU decodes 2 at once; micro-batches of 16 tokens."""
     return Settings(stage, gpus, **{"prompts": 4, "rollouts": 2, "max_prompt_tokens": 2,
                                     "max_new_tokens": 6, "micro_tokens": 16, "sample_rows": 2,
                                     **changes})

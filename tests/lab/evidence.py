@@ -1,4 +1,4 @@
-"""What several seeds of one setting say together: means, verdicts on the paper's orderings, pictures.
+"""What several seeds of one setting say together: means, verdicts on orderings, pictures.
 
     python tests/lab/evidence.py runs/world runs/world-seed1 runs/world-seed2
     python tests/lab/evidence.py runs/world,runs/world-seed1 --pictures tests/pictures

@@ -23,7 +23,7 @@ OPD = (f"opd.py --teacher $W/teacher-rl --student $W/bridge-warmup {DATA} --prom
 GRPO = f"grpo.py --model $W/base-student {DATA} --prompts 32 --mini-batch 32 --lr 5e-4"
 GRADIENT, EQUATION = "tests/test_invariance.py::test_", "tests/test_equations.py::test_"
 
-# symptom: what the figures do; measured: clean → planted; line: the command that shows it; the edit:
+# symptom: what the figures do; measured: clean → planted; line: the command that shows it; edit:
 # `old`, which is in `file` exactly once, becomes `new`; test: pytest's name of one that fails.
 Exercise = namedtuple("Exercise", "symptom measured line file old new why test")
 EXERCISES = [
@@ -40,7 +40,7 @@ EXERCISES = [
         f"{OPD} --steps 1 --micro-tokens 256",
         "opd.py", "loss.sum() / n_tokens, (kl", "loss.sum() / len(tokens), (kl",
         "Each micro-batch is divided by its own tokens: a sum of means, not the update's mean.",
-        GRADIENT + "memory_knobs_never_move_a_gradient[opd-full]"),
+        GRADIENT + "memory_knobs_padding_and_row_order_never_move_a_gradient[opd-full]"),
     Exercise(
         "OPD's `kl` rises a hundredfold, and `entropy` with it",
         "`kl`, from 0.018, last 10 steps: 0.032 → 2.7; `entropy`, from 0.044: 0.027 → 0.243",
@@ -74,7 +74,8 @@ EXERCISES = [
         "GRPO's `sampler_gap` grows, `k3_ref` does not, and `reward` stalls",
         "step 9: `sampler_gap` 1e-7 → 0.055, `k3_ref` 0.051 → 0.0002, `reward` 0.57 → 0.27",
         f"{GRPO} --mini-batch 8 --kl-coef 0.1 --steps 10",
-        "grpo.py", "old=per_token(old), ref=per_token(ref)", "old=per_token(ref), ref=per_token(old)",
+        "grpo.py", "old=per_token(old), ref=per_token(ref)",
+        "old=per_token(ref), ref=per_token(old)",
         "The ratio is to the reference and the KL to pi_old: one policy in the first step only.",
         GRADIENT + "grpo_loss_equals_the_plain_version[k2-False]"),
     Exercise(
