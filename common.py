@@ -64,28 +64,22 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # checkpoints of one process
 
-
 # ---------- 1 settings: a dataclass whose trailing comments are the help texts --------------------
-
 
 class UserError(Exception):
     """A mistake that the user can mend; shown as one line, without a stack trace."""
-
 
 def check(condition, message):
     """Raise UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
 
-
 def first_line(error):
     return str(error).strip().split("\n")[0]
-
 
 @dataclass
 class StageConfig:
     """The flags that all three stages have; each stage's Config adds its own."""
-
     # --- models and data
     data: str = "dapo"  # problems, DAPO-Math-17K (Table 1): file, folder, hub name or alias
     half: Literal["1", "2", "all"] = "all"  # which half of the deduplicated problems (Table 1)
@@ -109,10 +103,8 @@ class StageConfig:
     save_every: int = 50  # steps between checkpoints; 0: only one when it is told to stop
     show_every: int = 10  # steps between printed rollouts; 0 is never
 
-
 AT_LEAST_1 = {"epochs", "mini_batch", "prompts", "rollouts", "samples", "sample_rows",
               "max_new_tokens", "max_prompt_tokens"}  # no other number may be negative
-
 
 def field_comments(config_class):
     """{field name: (group title, trailing comment)}, read from the source of a Config dataclass.
@@ -126,13 +118,11 @@ def field_comments(config_class):
                 comments[field[1]] = (title, field[2])
     return comments
 
-
 def parse_args(config_class, doc, argv=None):
     """Command line -> Config. Every field is a flag: `max_new_tokens` is `--max-new-tokens`; the
     default None makes it required. Raises UserError for an unknown flag or a refused value."""
     def refuse(message):
         raise UserError(f"{message} (--help lists the flags)")
-
     comments, groups = field_comments(config_class), {}
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -159,17 +149,14 @@ def parse_args(config_class, doc, argv=None):
     check(getattr(cfg, "grad_clip", 1) > 0, "--grad-clip must be positive")
     return cfg
 
-
 def on_stop(handler):
     """From now on SIGTERM and Ctrl-C call handler(signal number, frame)."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
 
-
 def stop_at_once(number, _frame=None, note=""):
     """Signal handler: raise KeyboardInterrupt, which `run_cli` turns into one line."""
     raise KeyboardInterrupt(number, note)
-
 
 def run_cli(main, config_class, doc):
     """Run main(cfg); a user's mistake, a full disk, SIGTERM or Ctrl-C ends it with one line. The
@@ -201,17 +188,14 @@ def run_cli(main, config_class, doc):
     print(message, file=sys.stderr)
     sys.exit(status)
 
-
 # ---------- 2 models: weights, tokenizer, stop tokens, chat prompt --------------------------------
 
 # Asks for the form that the verifier reads. ours: Qwen's own wording for mathematics.
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
-
 @dataclass
 class LM:
     """A causal language model with what every script needs beside its weights."""
-
     name: str
     model: torch.nn.Module
     tokenizer: object
@@ -272,11 +256,9 @@ class LM:
         return torch.cat([pick(self.logits(h, head, temperature).log_softmax(-1), y)
                           for h, y in blocks])
 
-
 def pick(logp, tokens):
     """The entries of these tokens: (n, V), (n,) -> (n,)."""
     return logp.gather(-1, tokens[:, None]).squeeze(-1)
-
 
 def describe_lm(name):
     """An LM of a Hugging Face folder or hub name without its weights (model is None). Raises
@@ -295,9 +277,8 @@ def describe_lm(name):
     check(tokenizer.chat_template, f"{name}: no chat template; take an instruct model")
     check(vocab <= config.vocab_size, f"{name}: {vocab} tokens but {config.vocab_size} embeddings")
     check(stop_ids, f"{name}: neither generation_config.json nor the tokenizer names a stop token")
-    saved_dtype = str(config.dtype or "float32").removeprefix("torch.")
-    return LM(name, None, tokenizer, vocab, sorted(stop_ids), saved_dtype)
-
+    dtype = str(config.dtype or "float32").removeprefix("torch.")
+    return LM(name, None, tokenizer, vocab, sorted(stop_ids), dtype)
 
 @contextlib.contextmanager
 def load_errors_as_one_line(name):
@@ -307,7 +288,6 @@ def load_errors_as_one_line(name):
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load model {name!r} (neither a model folder here nor one that the "
                         f"hub gives us): {first_line(error)}") from error
-
 
 def load_lm(name, cfg, train=False, shard=True):
     """Load a Hugging Face folder or hub name as an LM, with shard=True sharded over all processes.
@@ -339,7 +319,6 @@ def load_lm(name, cfg, train=False, shard=True):
     check_architecture(lm, sampled=train or not shard)
     return lm
 
-
 def read_weights(name, dtype):
     """The model itself, on the CPU. Raises UserError, too, if it is incomplete."""
     with load_errors_as_one_line(name):
@@ -349,7 +328,6 @@ def read_weights(name, dtype):
     check(not info["missing_keys"], f"{name}: its weights files lack {len(info['missing_keys'])} "
           f"tensors of the model, e.g. {min(info['missing_keys'], default='')}")
     return model
-
 
 @torch.no_grad()
 def check_architecture(lm, sampled):
@@ -371,7 +349,6 @@ def check_architecture(lm, sampled):
     if isinstance(lm.model, FSDPModule):
         lm.model.reshard()  # before `Run.steps` may load other weights
 
-
 def check_pair(teacher, student, thinking=False):
     """Raise UserError, saying what differs, if a teacher and a student do not have the same tokens,
     prompts (of this mode) and some stop token: both KLs compare them id by id."""
@@ -389,7 +366,6 @@ def check_pair(teacher, student, thinking=False):
     check(not differ, f"teacher {teacher.name} and student {student.name} cannot be compared token "
                       f"by token; they differ in: {'; '.join(differ)}")
 
-
 def build_prompt(tokenizer, problem, thinking, tokenize=True):
     """Problem text -> prompt token ids (with tokenize=False, text): the one format of all scripts.
     ours: one user message, no system prompt; the paper states none. Qwen3 thinks unless it is told
@@ -398,7 +374,6 @@ def build_prompt(tokenizer, problem, thinking, tokenize=True):
     return tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=tokenize, return_dict=False,
         enable_thinking=thinking, date_string="26 Jul 2024")
-
 
 def save_lm(lm, out, run_record):
     """Write a Hugging Face folder that any tool can load, in the dtype that the model came in. The
@@ -423,7 +398,6 @@ def save_lm(lm, out, run_record):
         os.replace(path, Path(out) / path.name)
     beside.rmdir()
 
-
 def fingerprint(lm):
     """A short hash that names a policy: up to 8,191 evenly spaced entries of every tensor."""
     digest = hashlib.sha256()
@@ -433,8 +407,7 @@ def fingerprint(lm):
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + entries.tobytes())
     return digest.hexdigest()[:16]
 
-
-# ---------- 3 data: any schema -> problems; deduplicate, drop contradictions, decontaminate, halve 
+# ---------- 3 data: any schema -> problems without copies and contradictions, in two halves -------
 
 DATA_ALIASES = {  # name: hub dataset:split
     "dapo": "BytedTsinghua-SIA/DAPO-Math-17k:train",
@@ -446,35 +419,35 @@ DATA_ALIASES = {  # name: hub dataset:split
 DAPO_PREFIX = re.compile(r"^Solve the following math problem step by step\..*?problem\.\s*", re.S)
 DAPO_SUFFIX = re.compile(r'\s*Remember to put your answer on its own line after "Answer:"\.\s*$')
 
-
 @dataclass(frozen=True)
 class Problem:
     problem: str
     answer: str
     prompt: tuple = ()  # token ids, filled in by `tokenize_problems`
 
-
 def read_rows(source):
     """Rows (dicts) of a data source; UserError if it cannot be found or read. A source is a .json,
     .jsonl, .csv or .parquet file, a folder of them or of `save_to_disk`, an alias (see above) or
     `owner/name[[:config]:split]` of the hub; without a split the only one, or train."""
-    import datasets  # takes a second, which --help and mistakes in the flags should not wait for
-
-    datasets.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)
-    path, kind, split = Path(source), Path(source).suffix.lstrip("."), ""
+    path, kind, split = Path(source), Path(source).suffix, ""
     try:
-        if kind in ("json", "jsonl", "csv", "parquet"):
-            data = (read_text_rows(path) if kind != "parquet" else
-                    datasets.load_dataset(kind, data_files=glob.escape(source), split="train"))
-        elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            data = datasets.load_from_disk(source)
+        if kind in (".json", ".jsonl", ".csv"):
+            data = read_text_rows(path)
         else:
-            name, *rest = [source] if path.is_dir() else DATA_ALIASES.get(source, source).split(":")
-            *config, split = rest or [""]
-            data = datasets.load_dataset(name, *config)
-    except (OSError, ValueError, RuntimeError, StopIteration, csv.Error,
-            datasets.exceptions.DatasetsError) as error:  # StopIteration: an empty file in a folder
+            import datasets  # takes a second
+
+            datasets.utils.logging.disable_progress_bar()
+            datasets.utils.logging.set_verbosity(logging.CRITICAL)
+            if kind == ".parquet":
+                data = datasets.load_dataset("parquet", data_files=glob.escape(source), split="train")
+            elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+                data = datasets.load_from_disk(source)
+            else:
+                name, *rest = [source] if path.is_dir() else (
+                    DATA_ALIASES.get(source, source).split(":"))
+                *config, split = rest or [""]
+                data = datasets.load_dataset(name, *config)
+    except Exception as error:  # each library raises its own kinds
         where = "" if path.exists() else " (no such file or folder here, nor on the hub)"
         cause = first_line(error.__cause__ or error) or "it is empty"
         raise UserError(f"cannot load data {source!r}{where}: {cause}") from error
@@ -484,7 +457,6 @@ def read_rows(source):
         data = data[split]
     check(len(data), f"data {source!r} is empty")
     return data
-
 
 def read_text_rows(path):
     """Rows of a .json, .jsonl or .csv file. `datasets` would fit each column to one type, guessed
@@ -501,7 +473,6 @@ def read_text_rows(path):
           f"{path} is not a list of JSON objects")
     return rows
 
-
 def find_question(row):
     """The question of a row: `problem`, `question` or `prompt` (text or chat), or None."""
     fields = (row.get(name) for name in ("problem", "question", "prompt"))
@@ -509,7 +480,6 @@ def find_question(row):
     if isinstance(question, list):
         question = next((m["content"] for m in reversed(question) if m["role"] == "user"), None)
     return DAPO_SUFFIX.sub("", DAPO_PREFIX.sub("", str(question))).strip() if question else question
-
 
 def to_problem(row, source):
     """One row of any schema that we know -> Problem; UserError without a question or an answer. Of
@@ -530,12 +500,10 @@ def to_problem(row, source):
         answer = extract_answer(answer) or answer
     return Problem(question, answer.strip())
 
-
 def problem_key(text):
     """Text reduced to what makes two problems the same: no case, space, dollar, \\left, \\right."""
     text = unicodedata.normalize("NFKC", text).lower()
     return re.sub(r"\\left|\\right|\\[,;!: ]|[\s$]", "", text)
-
 
 def deduplicate(problems, counts):
     """{key: Problem}, one per question, none with contradicting answers; adds to counts."""
@@ -550,7 +518,6 @@ def deduplicate(problems, counts):
     bad = {key for key, (a, *more) in answers.items() if not all(answers_equal(a, b) for b in more)}
     counts["with contradicting answers"] += len(bad)
     return {key: item for key, item in first.items() if key not in bad}
-
 
 def load_problems(cfg):
     """Problems of cfg.data: deduplicated, without contradictions, decontaminated, then halved.
@@ -575,13 +542,11 @@ def load_problems(cfg):
     check(chosen, f"data {cfg.data!r} (half {cfg.half}) holds no problem")
     return [unique[key] for key in chosen]
 
-
 def tokenize_problems(problems, tokenizer, cfg):
     """Fill in the prompt ids; problems whose prompt is over the limit are counted and skipped."""
     prompts = (tuple(build_prompt(tokenizer, p.problem, cfg.thinking)) for p in problems)
     filled = [dataclasses.replace(p, prompt=ids) for p, ids in zip(problems, prompts)]
     return skip_long_prompts(filled, cfg)
-
 
 def skip_long_prompts(items, cfg):
     """The items whose prompt has at most --max-prompt-tokens; UserError if none has."""
@@ -591,25 +556,17 @@ def skip_long_prompts(items, cfg):
     check(short, f"every prompt is longer than --max-prompt-tokens {cfg.max_prompt_tokens}")
     return short
 
-
 def batch_indices(n_items, per_step, step, seed):
     """Which items step number `step` (from 0) uses: a pure function, so no iterator need be saved.
-
-    Every epoch is a new permutation, without what does not fill its last batch.
-
-    >>> batch_indices(4, 2, 0, seed=0) + batch_indices(4, 2, 1, seed=0)
-    [2, 0, 1, 3]
-    """
+    Every epoch is a new permutation, without what does not fill its last batch."""
     epoch, i = divmod(step, n_items // per_step)
     order = np.random.default_rng([seed, epoch]).permutation(n_items)
     return order[i * per_step : (i + 1) * per_step].tolist()
-
 
 def count_steps(cfg, n_items):
     """Steps: --steps, or if that is 0 --epochs of the items. UserError without a batch."""
     check(n_items >= cfg.prompts, f"--prompts {cfg.prompts} a step, but only {n_items} problems")
     return cfg.steps or max(1, cfg.epochs * (n_items // cfg.prompts))
-
 
 # ---------- 4 verifier: response, answer -> right or wrong ----------------------------------------
 
@@ -627,13 +584,11 @@ _MAX_RESPONSE, _MAX_CHARS, _MAX_TOKENS, _MAX_DEPTH = 200_000, 2_000, 400, 30
 _MAX_BITS, _MAX_LOG2, _DIGITS, _TOLERANCE = 25_000, 690, 400, 375  # 2^690 = 10^207
 _Refused, _GivenUp = SyntaxError, RecursionError
 
-
 def _require(condition, error=_Refused):
     """Returns the condition; raises the error if it does not hold."""
     if not condition:
         raise error
     return condition
-
 
 # --- where the answer stands
 _BRACE = re.compile(r"(\\(?:boxed|fbox)\s*)?(?<!\\)\{|(?<!\\)\}")
@@ -644,7 +599,6 @@ _GAP = re.compile(  # between boxes a new line only beside a conjunction; then a
     rf"{_LIST_SIGN}*(?:[A-Za-z](?:_\{{?\w\}}?)?\s?=\s?)?\$?")
 _ANSWER_LINE = re.compile(r"(?i)(?<![a-z])answer(?:\s{1,4}is)?[*_ \t]{0,6}[:：]"
                           r"(?: {0,4}the (?:final )?answer is:?)?")
-
 
 def extract_answer(response: str) -> str | None:
     r"""The text of the last \boxed after </think>, else of the last "Answer:", else None."""
@@ -659,7 +613,6 @@ def extract_answer(response: str) -> str | None:
         line = re.split(rf"{closing or chr(10)}|<\||</|\. I hope", line[2 if closing else 0:])[0]
         answer = line.strip(" \t*_`")
     return answer.strip() or None
-
 
 def _last_boxes(text):
     """Returns the text of the last complete box, with the boxes that form a list with it, or ""."""
@@ -678,7 +631,6 @@ def _last_boxes(text):
             break  # an earlier thought
         answer, edge = box if answer in (None, box) else f"{box} and {answer}", start.start()
     return answer or ""
-
 
 # --- normalisation: each notation is rewritten in one
 _NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
@@ -708,13 +660,11 @@ _QUALIFIER = r"\b(?:" + "|".join(r"""not? never none if when for mod\w* more les
     over under above below either wrong incorrect false
     \w*(?:ten|hundred|thousand|illion|dozen)(?:th)?""".split()) + r")s?\b"  # changes a value
 
-
 def _symbol(m):
     """Returns the symbol for a command or a run of letters; quotes a run that is no product."""
     word = m[0]
     is_word = len(word) > 3 and word.isalpha() and not word.isupper() or _UNITS.fullmatch(word)
     return _SYMBOLS.get(word.strip('"')) or (f'"{word}"' if is_word else word)
-
 
 def _without_unit(m):
     """Returns a space for units behind a value; the same text for a letter or for a qualifier."""
@@ -722,7 +672,6 @@ def _without_unit(m):
     before = re.sub('.*=|"[^"]*"', "", m.string[:m.start()])
     is_letter = len(unit) == 1 and re.search(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", before)
     return m[0] if is_letter or re.search(_QUALIFIER + "|[=<>∪∨]", unit) else " "
-
 
 _TEXT = r"\\(?:text\w{0,6}|mbox|mathrm|operatorname)\s*\{\s*"
 _NO_DIGIT = r"(?:[^{}\d=^]|\^\{?-?\d\}?)*"  # but exponents, as in m^2
@@ -780,7 +729,6 @@ _TABLE = [(re.compile(pattern), replacement) for pattern, replacement in (
     (rf"{_VALUE_BEHIND} ?(?:{_UNIT})+(?! ?(?:[\w({{^]|\.\d|\\[a-z]))", _without_unit),
 )]
 
-
 def _normalise(text):
     """Returns the answer in one notation; words that are no products of letters get quotes."""
     _require(len(text) <= _MAX_CHARS, _GivenUp)
@@ -789,7 +737,6 @@ def _normalise(text):
     for pattern, replacement in _TABLE:
         text = pattern.sub(replacement, text)
     return " ".join(text.split())
-
 
 # --- values
 # The kinds, each with an example and its `form`: what two equal values share beside their parts
@@ -805,10 +752,8 @@ _CHAIN = "chain"        # f(1) < f(2): the signs
 Composite = dataclasses.make_dataclass("Composite", ["kind", "parts", ("form", str, "")])
 _local = threading.local()  # its mp: mpmath (the numbers of sympy) at 400 digits, for this thread
 
-
 def _kind(value):
     return value.kind if isinstance(value, Composite) else _NUMBER
-
 
 def _approximate(x):
     """Returns a number with 400 digits; gives up if it is too small or too large for them."""
@@ -816,7 +761,6 @@ def _approximate(x):
     value = _local.mp.convert(x)
     in_range = not isinstance(x, Fraction) or x == 0 or abs(_local.mp.mag(value)) <= _MAX_LOG2
     return _require(in_range, _GivenUp) and value
-
 
 def _calculate(operation, x, y):
     """Returns x + y or x * y, exact if both are; a matrix is computed entry by entry."""
@@ -830,7 +774,6 @@ def _calculate(operation, x, y):
     _require(max(map(int.bit_length, value.as_integer_ratio())) <= _MAX_BITS, _GivenUp)
     return value
 
-
 def _as_reals(x):
     """Returns a number, a list, an interval or a set of reals as a set of reals."""
     kind = _kind(x)
@@ -842,7 +785,6 @@ def _as_reals(x):
         return Composite(_REALS, x.parts, x.form.translate(str.maketrans("([])", "><><")))
     _require(kind in (_NUMBER, _EQUATION))
     return Composite(_REALS, [x.parts[-1] if kind == _EQUATION else x] * 2, "<>")
-
 
 def _combine_sets(is_member, *sets):
     """Returns the union (any), the intersection (all) or another combination of sets of reals."""
@@ -858,7 +800,6 @@ def _combine_sets(is_member, *sets):
             if result.pop(position, None) is None:  # else one set stops where another starts
                 result[position] = number
     return Composite(_REALS, [*result.values()], "".join(side for _, side in result))
-
 
 # --- a parser that computes
 #   answer := "{" items "}"
@@ -884,7 +825,6 @@ _BRACKETS = {"{": (", ; ∨ ∪", "}"), "(": (", ;", ") ]"), "[": (", ;", ") ]")
              "\\{": (", ;", "\\}"), "⟦": (r"& \\", "⟧")}  # opening: separators, closings
 _RATIOS, _SUMS, _PRODUCTS, _POWERS = range(4)  # what an expression may hold outside brackets
 _FRACTIONAL, _LARGE, _NATURAL = range(3), range(3, 6), range(6, 12)  # sample points
-
 
 class _Reader:
     """Computes the value of an answer at a sample point, with random numbers for its letters."""
@@ -1044,7 +984,6 @@ class _Reader:
             _require(not mp.im(value) or any(map(mp.im, args)), ValueError)
         return value
 
-
 def _relation(values, texts, signs):
     """Returns the value of sides with signs between them, and the place of its name or None."""
     name = _LEFT_SIDE.fullmatch(texts[0])
@@ -1069,10 +1008,8 @@ def _relation(values, texts, signs):
         return _combine_sets(all if numbers[0] == -inf else any, reals, mirrored), place
     return mirrored if minus else reals, place
 
-
 # --- comparison
 _LABEL = re.compile(r"\(?([A-H])(?:\)|[.:] ) ?((?=.*\d)(?:(?!\b[A-H]\b)[^∪∨])*)")  # (B) 12, B. 12
-
 
 def _evaluate(text, point):
     """Returns the value of an answer at a sample point, and its letters; ± is a list of two."""
@@ -1085,7 +1022,6 @@ def _evaluate(text, point):
             return value, reader.letters
         parts += value.parts if _kind(value) == _LIST else [value]
     return Composite(_LIST, parts), reader.letters
-
 
 def _values_equal(x, y):
     """Returns whether two values are equal; so are x = 5 and 5, and f(x) = 5 and y = 5."""
@@ -1112,7 +1048,6 @@ def _values_equal(x, y):
         alike = len(names) == len(y.parts)
     return alike and len(x.parts) == len(y.parts) and all(map(_values_equal, x.parts, y.parts))
 
-
 def _proportional(pairs):
     """Returns whether two equations are multiples of each other at all sample points."""
     if any(_kind(x) != _EQUATION or len(x.parts) != 2 for pair in pairs for x in pair):
@@ -1122,14 +1057,12 @@ def _proportional(pairs):
     usable = a and b and others and all(map(_local.mp.isfinite, sum(gaps, [])))
     return bool(usable) and all(_values_equal(a * d, b * c) for c, d in others)
 
-
 def _text_key(text):
     """Returns the text without its spelling variants: case counts, but not in words and choices."""
     text = re.sub(r"([_^])\{(?:([^\W\d])\}|(\d)\}(?!\d))", r"\1\2\3", text)
     words = re.fullmatch(r'["\[({\s]*([A-Za-z"\s]+?)["\])}\s.]*', text)
     key = re.sub(r'"|(?<!\d)\s+|\s+(?![\d.])', "", words[1] if words else text)  # 3 3 is not 33
     return key.lower() if words and ('"' in text or len(key) > 2 or key in "ABCD") else key
-
 
 @functools.lru_cache(maxsize=512)  # the samples of a problem often agree
 def _equal(given, gold):
@@ -1159,14 +1092,12 @@ def _equal(given, gold):
             break
     return bool(pairs) and (all(_values_equal(*pair) for pair in pairs) or _proportional(pairs))
 
-
 def answers_equal(a: str, b: str) -> bool:
     """Returns whether two answers have one value; False where that is not known. Never raises."""
     try:
         return _equal(a, b)
     except Exception:  # refused, given up, or an internal error
         return False
-
 
 def grade(response: str, answer: str) -> str:
     """Returns "correct", "wrong", "no_answer" or "gave_up" (a limit, an error). Never raises."""
@@ -1180,11 +1111,9 @@ def grade(response: str, answer: str) -> str:
     except Exception:  # counted apart from wrong, and never raised into training
         return "gave_up"
 
-
 def verify(response: str, answer: str) -> bool:
     """Returns whether the answer of the response is right."""
     return grade(response, answer) == "correct"
-
 
 def reward_groups(lm, rows, answers):
     """Returns the reward in {0, 1} of K rollouts for each of P answers, (P, K), and what to log."""
@@ -1196,7 +1125,6 @@ def reward_groups(lm, rows, answers):
     shares = {name: verdicts.count(name) / len(rows) for name in ("no_answer", "gave_up")}
     return rewards, {"reward": rewards.mean().item(), "reward_std": spread.mean().item(),
                      "zero_variance": (spread == 0).float().mean().item(), **shares}
-
 
 # ---------- 5 sampler: prompts -> rollouts --------------------------------------------------------
 #
@@ -1210,18 +1138,14 @@ def reward_groups(lm, rows, answers):
 
 BLOCK = 8  # tokens between two looks at which rows have ended; an ended row wastes half of them
 PAGE = {"cpu": 32, "cuda": 256}  # tokens of a page; what suits `attend_pages` there
-FAR = 1 << 40  # first position of a page that belongs to no row
-
 
 @dataclass
 class Rollout:
     """One response to one prompt, as token ids."""
-
     prompt: list
     tokens: list  # the stop token, if there is one, is the last of them and is trained on
     logp: list  # log pi(token) when it was sampled, at the sampling temperature
     finished: bool  # ended by a stop token; False: cut at max_new_tokens
-
 
 class Row:
     """A rollout that is being sampled: at most `limit` tokens with the uniforms of `stream`."""
@@ -1243,7 +1167,6 @@ class Row:
         self.rollout.finished = n == stop
         self.ended = n == stop or len(self.rollout.tokens) == self.limit
 
-
 def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256, kv_gib=0.0,
            done=None):
     """Sample k rollouts of each prompt from softmax(logits / temperature); temperature 0 is greedy.
@@ -1260,15 +1183,12 @@ def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256
     rows = [Row(p, random_stream(seed, p, j), max_new_tokens, i)
             for i, p in enumerate(prompts) for j in range(k)]
     rollouts, left = [row.rollout for row in rows], [k] * len(prompts)
-
     def on_end(row):
         left[row.index] -= 1
         if left[row.index] == 0 and done:
             done(row.index, rollouts[row.index * k : (row.index + 1) * k])
-
     decode(lm, rows, temperature, sample_rows, kv_gib, on_end)
     return rollouts
-
 
 @torch.inference_mode()
 def decode(lm, rows, temperature, sample_rows, kv_gib, on_end=lambda row: None):
@@ -1288,13 +1208,11 @@ def decode(lm, rows, temperature, sample_rows, kv_gib, on_end=lambda row: None):
                     on_end(row)
             live = [row for row in live if not row.ended]
 
-
 def random_stream(seed, prompt, index):
     """The uniforms of one rollout: a counter-based generator keyed by a hash of its identity."""
     identity = repr((tuple(seed), tuple(prompt), index)).encode()
     key = int.from_bytes(hashlib.blake2b(identity, digest_size=16).digest(), "little")
     return np.random.Generator(np.random.Philox(key=key))
-
 
 class PagedCache:
     """Keys and values of the live rows, in pages 1 to `used` of a pool (layers, 2, pages, page, kv
@@ -1379,7 +1297,6 @@ class PagedCache:
 
             lm.body(input_ids=ids.to(lm.device), use_cache=False, attend=attend)
 
-
 def cache_bytes(lm, kv_gib):
     """Bytes for keys and values. kv_gib 0: half of a CPU's memory, or 80 % of what is free on a GPU
     after autocast's bf16 copies of the weights."""
@@ -1390,7 +1307,6 @@ def cache_bytes(lm, kv_gib):
         copies = sum(2 * p.numel() for p in lm.model.parameters() if p.dtype != torch.bfloat16)
         return 0.8 * (torch.cuda.mem_get_info(lm.device)[0] - copies)
     return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
 
 class Step:
     """One token for every live row. All that it reads and writes is in tensors of `state`, so that
@@ -1423,7 +1339,7 @@ class Step:
     def make_state(self, live, B, W, pages):
         """Tensors of B rows of at most W pages each; rows beyond the live ones are padding."""
         state = {"table": np.zeros((B, W), int), "owner": np.zeros(pages + 1, int),
-                 "first": np.full(pages + 1, FAR), "position": np.zeros(B, int),
+                 "first": np.full(pages + 1, 1 << 40), "position": np.zeros(B, int),
                  "token": np.zeros(B, int), "uniforms": np.zeros((B, BLOCK)), "t": np.zeros(1, int),
                  "tokens": np.zeros((B, BLOCK), int), "logps": np.zeros((B, BLOCK), np.float32)}
         for i, row in enumerate(live):
@@ -1475,7 +1391,6 @@ class Step:
         state["position"] += 1
         state["t"] += 1
 
-
 def attend_pages(q, keys, values, used, scaling):
     """Attention inside each page, of one query over the page's first `used` keys. q: (m, H, D),
     keys, values: (m, page, kv heads, D), used: (m,). Returns (m, H, D) and, to put pages together,
@@ -1497,7 +1412,6 @@ def attend_pages(q, keys, values, used, scaling):
     out, lse = weights @ values / mass, top + mass.log()  # -1e30 swallows the log
     return out.view(q.shape), lse.view(m, -1)
 
-
 def inverse_cdf(weights, uniform):
     """Draw from (rows, V) weights with a uniform per row (rows, 1): the first id whose CDF exceeds
     it, (rows, 1), never one of weight 0. Summed in two levels, blocks of 64 and then inside one
@@ -1513,7 +1427,6 @@ def inverse_cdf(weights, uniform):
     rest = torch.minimum(rest, inner[:, -1:] * (1 - 2**-52)).clamp(min=0)
     return block * 64 + torch.searchsorted(inner, rest, right=True)
 
-
 def attention(module, query, key, value, attention_mask, scaling, attend=None, **kwargs):
     """What attention layers call, query (B, H, T, dim) -> (B, T, H, dim): PyTorch's own, causal,
     where the caller of the model has not given another, `attend`."""
@@ -1523,12 +1436,9 @@ def attention(module, query, key, value, attention_mask, scaling, attend=None, *
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
     return attend(module, query, key, value, scaling), None
 
-
 transformers.AttentionInterface.register("ours", attention)
 
-
 # ---------- 6 log-probs: rollouts -> micro-batches -> chunks of (n, V) ----------------------------
-
 
 def micro_batches(rows, micro_tokens, device, share=None):
     """Row indices, all or those of a share, in groups of at most micro_tokens padded tokens (or one
@@ -1543,7 +1453,6 @@ def micro_batches(rows, micro_tokens, device, share=None):
         else:
             groups.append([i])
     return groups
-
 
 def over_chunks(fn, chunk, lm, hidden, **constants):
     """Forward and backward of a loss over blocks of `chunk` tokens; returns what it logs, summed.
@@ -1569,15 +1478,12 @@ def over_chunks(fn, chunk, lm, hidden, **constants):
     torch.autograd.backward((hidden, weight), (torch.cat(grads), head_grad.to(weight.dtype)))
     return sums.cpu()
 
-
 def flat(values, rows):
     """One number a row (B,) -> one a response token (N,), fp32, in the order of `LM.states`."""
     lengths = torch.tensor([len(r.tokens) for r in rows], dtype=torch.long)
     return values.float().repeat_interleave(lengths)
 
-
 # ---------- 7 optimizer ---------------------------------------------------------------------------
-
 
 def make_optimizer(lm, cfg):
     """AdamW on the fp32 masters (tied weights once)."""
@@ -1590,7 +1496,6 @@ def make_optimizer(lm, cfg):
         optimizer.state[p] = {"step": torch.zeros((), device=p.device if fused else "cpu"),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
-
 
 def optimizer_step(lm, optimizer, cfg, updates):
     """Clip the gradient, update, drop the gradient. Returns its norm before clipping; if that is
@@ -1608,11 +1513,9 @@ def optimizer_step(lm, optimizer, cfg, updates):
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
 
-
 # ---------- 8 run folder: settings, metrics, checkpoints, resume ----------------------------------
 
 MAX_SKIPPED = 5  # steps in a row without an update end a run: the weights are at fault, not data
-
 
 @contextlib.contextmanager
 def writing(path):
@@ -1622,7 +1525,6 @@ def writing(path):
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
-
 def write_text(path, text):
     """Write a text file whole or not at all. Of several processes rank 0 writes."""
     if rank() == 0:
@@ -1630,21 +1532,17 @@ def write_text(path, text):
             Path(f"{path}.tmp").write_text(text, encoding="utf-8")
             os.replace(f"{path}.tmp", path)
 
-
 def write_json(path, value):
     write_text(path, json.dumps(value, indent=2) + "\n")
 
-
 def json_line(value):
     return json.dumps(value, ensure_ascii=False) + "\n"
-
 
 def append_json_line(path, value):
     """Add an object to a .jsonl file. Of several processes rank 0 writes."""
     if rank() == 0:
         with writing(path), Path(path).open("a", encoding="utf-8") as file:
             file.write(json_line(value))
-
 
 def read_json_lines(path, limit=None):
     """The first `limit` objects of a .jsonl file, [] without one. What follows is cut off: a line
@@ -1655,7 +1553,6 @@ def read_json_lines(path, limit=None):
         os.truncate(path, sum(map(len, lines)))
     return [read_json(path, line) for line in lines]
 
-
 def read_json(path, data=None):
     """The value of a JSON file, or of `data` from it. Raises UserError if it is damaged."""
     try:
@@ -1663,12 +1560,10 @@ def read_json(path, data=None):
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
-
 def read_record(folder):
     """The "run" record in a folder's config.json, {} if there is none."""
     path = Path(folder) / "config.json"
     return read_json(path).get("run", {}) if path.is_file() else {}
-
 
 def lock(path, name):
     """Lock a file until it is closed or the process ends. UserError if another process has locked
@@ -1683,7 +1578,6 @@ def lock(path, name):
         print(f"{name} cannot be locked ({error.strerror}): let no other run write there")
     return file
 
-
 def describe_run(cfg):
     """How a folder came to be: command line, settings that can change a result, versions, git."""
     comments = field_comments(type(cfg))
@@ -1696,12 +1590,10 @@ def describe_run(cfg):
     return {"command": shlex.join(sys.argv), "settings": settings,
             "versions": {"python": sys.version.split()[0], **versions}, "git": git or "unknown"}
 
-
 def differences(old, new):
     """What differs between two dicts of settings, as text; "" if nothing does."""
     return "; ".join(f"{k} was {old.get(k)!r}, is now {new.get(k)!r}"
                      for k in sorted(old | new) if old.get(k) != new.get(k))
-
 
 def progress(*args, disable=False, **kwargs):
     """tqdm; into a log file it writes a line every ten seconds only."""
@@ -1709,13 +1601,11 @@ def progress(*args, disable=False, **kwargs):
     return tqdm(*args, disable=disable or rank() > 0, dynamic_ncols=True, mininterval=interval,
                 maxinterval=60, **kwargs)
 
-
 def rounded(value):
     """A number with four significant digits; ints stay, what JSON cannot hold becomes None."""
     if isinstance(value, int):
         return value
     return float(f"{value:.4g}") if math.isfinite(value) else None
-
 
 class Run:
     """An output folder while a stage writes to it, and the stage's progress on the screen.
@@ -1726,8 +1616,7 @@ class Run:
         """parents: the models that the run starts from. Ends the program if the run has finished;
         UserError for a folder that is another program's or run's, or in use."""
         self.cfg, self.out, self.metrics = cfg, Path(cfg.out), []
-        self.seconds_before = 0.0  # of work outside the steps: sampling a teacher's rollouts
-        self.stop_signal = 0
+        self.stop_signal, self.seconds_before = 0, 0.0  # in which a teacher's rollouts were sampled
         self.record = on_rank_0(self.open, parents)
         if not self.record:
             sys.exit(0)
@@ -1873,7 +1762,6 @@ class Run:
             self.lock.close()
         print(f"{self.out}: {len(self.metrics)} steps in {seconds:.0f} s, model saved")
 
-
 # ---------- 9 processes: torchrun starts them, FSDP2 shards the models ----------------------------
 #
 # Each process runs the same script and knows all rollouts of a step. The work is divided:
@@ -1882,14 +1770,11 @@ class Run:
 #              so that the gradients of all processes add up to that of a single one
 #   writing    rank 0 only; but of a checkpoint each process writes its shards
 
-
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
-
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
-
 
 @contextlib.contextmanager
 def process_group(device):
@@ -1908,7 +1793,6 @@ def process_group(device):
     dist.barrier()  # nobody leaves while another still writes
     dist.destroy_process_group()
 
-
 def on_rank_0(fn, *args):
     """fn(*args), called on rank 0 only. All processes return its result, or raise its UserError."""
     result = [None, None]
@@ -1923,7 +1807,6 @@ def on_rank_0(fn, *args):
         raise result[1]
     return result[0]
 
-
 def all_gather_dict(part):
     """A dict on each process -> all of them put together, on every process."""
     parts = [part] * world_size()
@@ -1931,13 +1814,11 @@ def all_gather_dict(part):
         dist.all_gather_object(parts, part)
     return {key: value for part in parts for key, value in part.items()}
 
-
 def all_reduce_sum(tensor):
     """The sum over the processes of a tensor that each has."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
-
 
 def shared_micro_batches(rows, micro_tokens, device):
     """`micro_batches` of this process's share of the rows, which all processes have. The rows are
@@ -1947,7 +1828,6 @@ def shared_micro_batches(rows, micro_tokens, device):
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt + rows[i].tokens))
     groups = [micro_batches(rows, micro_tokens, device, order[i::n]) for i in range(n)]
     return groups[rank()] + [[]] * (max(map(len, groups)) - len(groups[rank()]))
-
 
 def sample_shared(lm, prompts, k, cfg, seed, done=None):
     """`sample` with cfg's settings; the prompts are divided among the processes, and all return all
@@ -1963,7 +1843,6 @@ def sample_shared(lm, prompts, k, cfg, seed, done=None):
             done(i, groups[i])
     return [row for i in range(len(prompts)) for row in groups[i]]
 
-
 def sample_and_write(lm, prompts, k, cfg, seed, write):
     """`sample_shared` for more prompts than memory holds; write(i, rollouts) takes them: of a
     single process as soon as they have ended, of several at the end of fewer at once."""
@@ -1971,7 +1850,6 @@ def sample_and_write(lm, prompts, k, cfg, seed, write):
     for start in range(0, len(prompts), size):
         sample_shared(lm, prompts[start : start + size], k, cfg, seed,
                       done=lambda i, rollouts: write(start + i, rollouts))
-
 
 def shard_model(lm, source, device):
     """Shard lm.model, which has shapes only, and fill it from `source`, which only rank 0 has. Each
@@ -2002,11 +1880,9 @@ def shard_model(lm, source, device):
     model.sharded_body = lambda **inputs: model.base_model(**inputs)[:1]
     register_fsdp_forward_method(model, "sharded_body")
 
-
 def full_tensor(tensor):
     """A sharded tensor put together, which all processes must call; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
 
 @contextlib.contextmanager
 def gathered(lm):

@@ -26,7 +26,6 @@ from common import (DATA_ALIASES, append_json_line, build_prompt, check, describ
                     read_json, read_json_lines, read_record, read_rows, run_cli, sample_and_write,
                     to_problem, write_json, write_text)
 
-
 @dataclass
 class Config:
     # --- what to do
@@ -47,7 +46,6 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     sample_rows: int = 512  # rows decoded at once
     kv_gib: float = 0.0  # GiB of the sampler's keys and values; 0: what the device can spare
-
 
 # The paper's avg@16 in %, (MATH-500, AIME 2024, AIME 2025) or MATH-500 alone (Tables 2-6 and 8); ()
 # where it prints none. Settings and routes are named as the folders that run_all.sh writes. The
@@ -74,11 +72,9 @@ PAPER = {
                                "bridge": (62.1, 14.9, 9.2)},
 }
 
-
 def pass_at_k(n, c, k):
     """Probability that k of n samples, of which c are right, contain a right one."""
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
 
 def summarise(lines):
     """{figure: value} of a set's lines: shares in [0, 1], tokens; "se" is None for one problem."""
@@ -95,7 +91,6 @@ def summarise(lines):
         "no_answer": float((verdicts == "no_answer").mean()),
         "gave_up": float((verdicts == "gave_up").mean())}
 
-
 def read_sets(cfg):
     """{set name: problems} of --data. Raises UserError for a set that is missing or empty."""
     sets = {}
@@ -106,7 +101,6 @@ def read_sets(cfg):
         check(name not in sets, f"--data {cfg.data}: two sets have one name")
         sets[name] = problems
     return sets
-
 
 def answer_set(cfg, lm, problems, path):
     """Sample the problems that the file at `path` lacks; returns the lines of all problems.
@@ -139,13 +133,11 @@ def answer_set(cfg, lm, problems, path):
         write_text(path, "".join(json_line(lines[i]) for i in sorted(lines)))
     return [lines[i] for i in range(len(problems))]
 
-
 def save_summary(out, model, sets):
     """Add the figures of some sets to OUT/summary.json."""
     path = out / "summary.json"
     stored = read_json(path)["sets"] if path.exists() and not rank() else {}
     write_json(path, {"model": model, "sets": {**stored, **sets}})
-
 
 def evaluate(cfg, out):
     """Answer the sets of --data into the folder `out`; returns {set name: figures}.
@@ -169,7 +161,6 @@ def evaluate(cfg, out):
         write_json(out / "config.json", {"run": {**record, "finished": True}})
     return summary
 
-
 def regrade(cfg, out):
     """Judge all samples in `out` again; returns {set name: figures}. UserError without samples."""
     paths, summary = sorted(out.glob("*.jsonl")), {}
@@ -188,12 +179,10 @@ def regrade(cfg, out):
         save_summary(out, read_record(out).get("model", cfg.model), summary)
     return summary
 
-
 def percent(figures):
     """avg ± standard error of a set, in %: 47.2 ± 1.8"""
     se = f" ± {100 * figures['se']:.1f}" if figures["se"] is not None else ""
     return f"{100 * figures['avg']:.1f}{se}"
-
 
 def paper_row(folder):
     """The paper's numbers for a run of run_all.sh, () if it has none; a world is like qwen3-8b."""
@@ -202,12 +191,10 @@ def paper_row(folder):
     setting = "qwen3-8b" if setting in ("world", "world-gpu") else setting
     return PAPER.get(setting, {}).get(folder.name, ())
 
-
 def markdown(head, rows):
     """A markdown table of strings, the first column to the left, the others to the right."""
     lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
 
 def model_table(model, summary):
     """The table of one model, a row per set."""
@@ -220,7 +207,6 @@ def model_table(model, summary):
                      f"{figures['length']:.0f}", str(paper.get(name, "-"))])
     return markdown(["set", "problems", f"avg@{n} ± SE, %", f"pass@{k}, %", "finished, %",
                      "mean length", "paper, %"], rows)
-
 
 def ancestry(folder):
     """{folder: record} of a run and all runs that it builds on, without base models (plain SFT).
@@ -235,13 +221,11 @@ def ancestry(folder):
         records |= ancestry(parent if parent.is_dir() else Path(folder).parent / parent.name)
     return records
 
-
 def labels_used(records):
     """Distinct labelled problems behind a run: of each source all, or the halves that were used."""
     used = {key: n for record in records for key, n in record["labels"].items()}
     whole = {key.removesuffix(":all") for key in used if key.endswith(":all")}
     return sum(n for key, n in used.items() if key.endswith(":all") or key[:-2] not in whole)
-
 
 def evaluated_runs(root):
     """{run folder: {set: figures}}, PAPER's routes first, in its order. UserError if none."""
@@ -249,7 +233,6 @@ def evaluated_runs(root):
     check(runs, f"no evaluated run in {root} (no {root}/*/eval/summary.json)")
     order = {route: i for i, route in enumerate(PAPER["qwen3-8b"])}
     return {f: runs[f] for f in sorted(runs, key=lambda f: (order.get(f.name, 99), f.name))}
-
 
 def runs_table(root):
     """The table of a folder's evaluated runs, a row each; written to table.md there, too.
@@ -271,7 +254,6 @@ def runs_table(root):
     (Path(root) / "table.md").write_text(table + "\n", encoding="utf-8")
     return table
 
-
 def main(cfg):
     check(cfg.model or (cfg.regrade and cfg.out) or (cfg.table and not cfg.regrade),
           "--model is needed (or --table)")
@@ -282,7 +264,6 @@ def main(cfg):
         print(model_table(cfg.model or out.parent, summary))
     if cfg.table:
         print(on_rank_0(runs_table, cfg.table))
-
 
 if __name__ == "__main__":
     run_cli(main, Config, __doc__)

@@ -38,7 +38,6 @@ from common import (Rollout, Run, StageConfig, all_reduce_sum, append_json_line,
                     read_rows, run_cli, sample_and_write, shared_micro_batches,
                     skip_long_prompts, tokenize_problems, verify)
 
-
 @dataclass
 class Config(StageConfig):  # whose flags all three stages have
     # --- models and data
@@ -60,11 +59,9 @@ class Config(StageConfig):  # whose flags all three stages have
     steps: int = 0  # ours: number of updates; 0 means --epochs
     grad_clip: float = 1.0  # ours: gradient norm limit, as in Table 9
 
-
 def forward_kl(logp, logq):
     """KL(pi_T || pi_theta) in every state, over the vocabulary (Eq. 5): (n, V), (n, V) -> (n,)."""
     return (logq.exp() * (logq - logp)).sum(-1)
-
 
 def teacher_rollouts(cfg, run, teacher, problems):
     """K rollouts of the teacher for each problem, [[Rollout]]; those that no step uses are []."""
@@ -87,7 +84,6 @@ def teacher_rollouts(cfg, run, teacher, problems):
                      for tokens, finished in zip(line["responses"], line["finished"])]
     return groups
 
-
 def read_cache(cfg, teacher, path):
     """{prompt: line} of a cache file, of token ids. Its first line says whose rollouts they are and
     how they were made; raises UserError if that is not what cfg asks for."""
@@ -102,7 +98,6 @@ def read_cache(cfg, teacher, path):
     check(not differ, f"{path} holds rollouts of another policy or setting ({differ}); choose "
                       "another --cache or delete it")
     return {tuple(line["prompt"]): line for line in lines[1:]}
-
 
 def fill_cache(cfg, teacher, path, cache, prompts):
     """Sample the teacher; each prompt becomes a line of the file as soon as it has ended."""
@@ -119,7 +114,6 @@ def fill_cache(cfg, teacher, path, cache, prompts):
     with progress(total=len(prompts), desc="teacher rollouts", disable=not prompts) as bar:
         sample_and_write(teacher, prompts, cfg.rollouts, cfg, (cfg.seed,), write)
 
-
 def correct_only(groups, problems, tokenizer):
     """The responses that the verifier accepts, a list for each problem that has one."""
     groups = [[r for r in rows if verify(tokenizer.decode(r.tokens, skip_special_tokens=True),
@@ -129,7 +123,6 @@ def correct_only(groups, problems, tokenizer):
           f"{len(problems)} problems kept")
     check(correct, "--only-correct: the teacher solves none of these problems")
     return correct
-
 
 def worked_examples(cfg, lm):
     """All rows of --data, a question and a `response` (or `solution`) and eos, as [[Rollout]]."""
@@ -145,7 +138,6 @@ def worked_examples(cfg, lm):
                             tokens + [lm.tokenizer.eos_token_id], [], True))
     return [[row] for row in skip_long_prompts(rows, cfg)]
 
-
 def load_states(cfg, run, student):
     """The teacher (None if no step needs it) and what steps draw from: rows per prompt."""
     if cfg.targets == "data":
@@ -159,7 +151,6 @@ def load_states(cfg, run, student):
     if cfg.only_correct:
         groups = correct_only(groups, problems, teacher.tokenizer)
     return teacher if cfg.targets == "soft" else None, groups
-
 
 def accumulate(cfg, student, teacher, rows, n_tokens):
     """Add the gradient of a micro-batch to the student's, for an update of n_tokens tokens.
@@ -184,7 +175,6 @@ def accumulate(cfg, student, teacher, rows, n_tokens):
         return loss.sum() / n_tokens, (loss, entropy)
 
     return over_chunks(chunk, cfg.vocab_chunk, student, hidden, y=tokens, h_teacher=hidden_teacher)
-
 
 def main(cfg):
     check(cfg.temperature > 0, "--temperature must be positive")
@@ -220,7 +210,6 @@ def main(cfg):
         run.log(name, "entropy", "length", **{name: loss}, entropy=entropy,
                 grad_norms=[grad_norm], rows=rows, note=f"{name} {loss:.3f} nats a token")
     run.finish()
-
 
 if __name__ == "__main__":
     run_cli(main, Config, __doc__)

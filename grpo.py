@@ -35,7 +35,6 @@ from common import (Run, StageConfig, all_gather_dict, all_reduce_sum, batch_ind
                     optimizer_step, over_chunks, pick, reward_groups, run_cli,
                     sample_shared, shared_micro_batches, tokenize_problems)
 
-
 @dataclass
 class Config(StageConfig):  # whose flags all three stages have
     # --- models and data
@@ -61,7 +60,6 @@ class Config(StageConfig):  # whose flags all three stages have
     kl_loss: Literal["k2", "k3"] = "k2"  # ours: KL estimator in the loss; k2 has the right gradient
     steps: int = 0  # ours: number of steps (rollout batches); 0 means --epochs
 
-
 def advantages(rewards, adv_std=True, eps=1e-4):
     """A_i = (R_i - mean) / (std + eps) inside each group: (P, K) -> (P, K).
 
@@ -70,12 +68,10 @@ def advantages(rewards, adv_std=True, eps=1e-4):
     centred = rewards - rewards.mean(-1, keepdim=True)
     return centred / (rewards.std(-1, keepdim=True) + eps) if adv_std else centred
 
-
 def policy_loss(logp, logp_old, adv, clip, clip_high):
     """-min(rho A, clip(rho, 1 - clip, 1 + clip_high) A) per token, all (N,); gradient by logp."""
     ratio = (logp - logp_old).exp()
     return -torch.min(ratio * adv, ratio.clamp(1 - clip, 1 + clip_high) * adv)
-
 
 def kl_penalty(logp, logp_ref, estimator):
     """Estimate of KL(pi_theta || pi_ref) from the sampled token, as a loss: (N,), (N,) -> (N,).
@@ -86,7 +82,6 @@ def kl_penalty(logp, logp_ref, estimator):
     """
     log_ratio = logp_ref - logp
     return log_ratio.square() / 2 if estimator == "k2" else log_ratio.exp() - 1 - log_ratio
-
 
 def row_weights(rows, cfg):
     """Weight of each row's tokens, (B,); the loss of an update is sum(weight * token loss).
@@ -101,7 +96,6 @@ def row_weights(rows, cfg):
     per_row = lengths if cfg.aggregation == "sequence" else cfg.max_new_tokens
     return counts / counts.sum().clamp(min=1) / per_row
 
-
 @torch.no_grad()
 def score(cfg, lm, rows):
     """log pi(y_t|s_t) as constants: a list of floats for each row."""
@@ -113,7 +107,6 @@ def score(cfg, lm, rows):
             logps[i] = row_logp.tolist()
     logps = all_gather_dict(logps)
     return [logps[i] for i in range(len(rows))]
-
 
 def accumulate(cfg, policy, rows, adv, weights, old, ref):
     """Add the gradient of a micro-batch to the policy's.
@@ -147,7 +140,6 @@ def accumulate(cfg, policy, rows, adv, weights, old, ref):
     return over_chunks(chunk, cfg.vocab_chunk, policy, hidden, y=tokens,
                        sampled=per_token([r.logp for r in rows]), A=flat(adv, rows),
                        weight=flat(weights, rows), old=per_token(old), ref=per_token(ref))
-
 
 def main(cfg):
     check(cfg.rollouts > 1, "--rollouts 1: a group of one has no advantage; take at least 2")
@@ -207,7 +199,6 @@ def main(cfg):
                 clip_fraction=clipped, sampler_gap=gap, grad_norms=grad_norms, rows=rows,
                 note=f"answer {answers[0]}, reward {rewards[0, 0]:.0f}")
     run.finish()
-
 
 if __name__ == "__main__":
     run_cli(main, Config, __doc__)

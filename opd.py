@@ -46,7 +46,6 @@ from common import (Run, StageConfig, all_reduce_sum, batch_indices, check, chec
                     over_chunks, pick, reward_groups, run_cli, sample_shared,
                     shared_micro_batches, tokenize_problems)
 
-
 @dataclass
 class Config(StageConfig):  # whose flags all three stages have
     # --- models and data
@@ -67,11 +66,9 @@ class Config(StageConfig):  # whose flags all three stages have
     steps: int = 0  # ours: number of updates; 0 means --epochs
     grad_clip: float = 1.0  # ours: gradient norm limit, as in Table 9
 
-
 def reverse_kl(logp, logq):
     """KL(pi_theta || pi_T) in every state, over the vocabulary (Eq. 4): (n, V), (n, V) -> (n,)."""
     return (logp.exp() * (logp - logq)).sum(-1)
-
 
 def dense_advantages(logp, logq, lengths, returns):
     """log pi_T - log pi_theta of the sampled tokens: the reward of Eq. 1 and the entropy's, (N,).
@@ -85,11 +82,9 @@ def dense_advantages(logp, logq, lengths, returns):
         advantages = torch.cat([row.flip(0).cumsum(0).flip(0) for row in rows])
     return advantages
 
-
 def sparse_advantages(rewards, eps=1e-4):
     """A_i = (R_i - mean) / (std + eps) inside each group, as in grpo.py: (P, K) -> (P, K)."""
     return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + eps)
-
 
 def mixed_loss(dense, logp, adv, sparse_weight):
     """Between the ends of Eq. 3, per token: (1 - lambda) dense + lambda (-A log pi(y)), all (N,).
@@ -97,7 +92,6 @@ def mixed_loss(dense, logp, adv, sparse_weight):
     The second is GRPO's loss: the rollouts are fresh, so its ratio is 1 and its clip is idle.
     """
     return (1 - sparse_weight) * dense - sparse_weight * adv * logp
-
 
 def accumulate(cfg, student, teacher, rows, n_tokens, sparse):
     """Add the gradient of a micro-batch to the student's, for an update of n_tokens tokens.
@@ -128,7 +122,6 @@ def accumulate(cfg, student, teacher, rows, n_tokens, sparse):
 
     return over_chunks(chunk, cfg.vocab_chunk, student, hidden, h_teacher=hidden_teacher, y=tokens,
                        A_sparse=flat(sparse, rows), A=dense)
-
 
 def main(cfg):
     check(cfg.temperature > 0, "--temperature must be positive")
@@ -176,7 +169,6 @@ def main(cfg):
                 grad_norms=[grad_norm], rows=rows,
                 note=f"KL to the teacher {kl:.3f} nats a token")
     run.finish()
-
 
 if __name__ == "__main__":
     run_cli(main, Config, __doc__)

@@ -28,10 +28,8 @@ import common  # noqa: E402
 import fkl_warmup  # noqa: E402
 import world as world_module  # noqa: E402
 
-
 def pytest_configure(config):
     config.addinivalue_line("markers", "soak: long; runs only with -m soak")
-
 
 def pytest_collection_modifyitems(config, items):
     if not config.option.markexpr:
@@ -39,13 +37,11 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in skipped]
         config.hook.pytest_deselected(items=skipped)
 
-
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Folder with train (24), valid (8), test (12), corpora, init-teacher and init-student."""
     folder = tmp_path_factory.mktemp("world")
     return world_module.build(folder, seed=0, documents=200, train=24, valid=8, test=12)
-
 
 @pytest.fixture(scope="session")
 def taught(world, tmp_path_factory):
@@ -59,31 +55,26 @@ def taught(world, tmp_path_factory):
         lr=4e-3, out=str(folder / "model"), prompts=8, steps=5, show_every=0))
     return SimpleNamespace(model=folder / "model", data=folder / "data.jsonl")
 
-
 @pytest.fixture(scope="session")
 def teacher_lm(world):
     """The world's frozen, untrained teacher. Shared: do not change it."""
     return common.load_lm(str(world / "init-teacher"), common.StageConfig())
-
 
 @pytest.fixture(scope="session")
 def student_lm(world):
     """The world's frozen, untrained student. Shared: do not change it."""
     return common.load_lm(str(world / "init-student"), common.StageConfig())
 
-
 @pytest.fixture
 def trainable_lm(world):
     """A fresh trainable copy of the world's student."""
     return common.load_lm(str(world / "init-student"), common.StageConfig(), train=True)
-
 
 # --- command lines in forked processes
 
 STAGES = ("grpo", "fkl_warmup", "opd")
 TIMING = re.compile("seconds.*|tokens_per_second")
 BAR = re.compile(r"\d+%\||^\S+: 0\S+ \[")  # a line of a progress bar
-
 
 @pytest.fixture(scope="session")
 def small_line(world, taught):
@@ -97,15 +88,12 @@ def small_line(world, taught):
 
     return line
 
-
 def nothing(*_, **__):
     pass
-
 
 def forked(line, before=nothing, after=nothing, meanwhile=nothing):
     """Run a command line in one child; see `children`. before() comes first, in the child."""
     return group(line, 1, before, after, meanwhile)[0]
-
 
 def group(line, n, before=nothing, after=nothing, meanwhile=nothing):
     """Run a command line in n children, as torchrun would; see `children`.
@@ -120,7 +108,6 @@ def group(line, n, before=nothing, after=nothing, meanwhile=nothing):
         runpy.run_path(str(ROOT / script), run_name="__main__")
 
     return children(work, n, after, meanwhile)
-
 
 def children(work, n=1, after=nothing, meanwhile=nothing):
     """work() and then after() in each of n forked children, which are one group if there are more.
@@ -158,7 +145,6 @@ def children(work, n=1, after=nothing, meanwhile=nothing):
         found.append(SimpleNamespace(status=statuses[pid], out=texts[0], err="\n".join(err)))
     return found
 
-
 def run_child(work, after, store, rank, n, outputs):
     """The child's part of `children`; it does not return."""
     status, sleep = 1, time.sleep
@@ -184,12 +170,10 @@ def run_child(work, after, store, rank, n, outputs):
         after()
         os._exit(status)
 
-
 def metrics(folder):
     """The lines of metrics.jsonl without what the clock decides."""
     rows = [json.loads(x) for x in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not TIMING.fullmatch(k)} for row in rows]
-
 
 def checkpoints(folder):
     """Names of the checkpoints in a run folder, written or half written."""

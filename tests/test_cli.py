@@ -23,16 +23,13 @@ import common
 
 SCRIPTS = {name: importlib.import_module(name) for name in (*STAGES, "evaluate")}
 
-
 @pytest.fixture
 def line_of(small_line, tmp_path):
     """line_of(stage, flags): a small command line with --out tmp/out."""
     return lambda stage, flags="": small_line(stage, tmp_path / "out", flags)
 
-
 def weights(folder):
     return load_file(Path(folder) / "model.safetensors")
-
 
 # --- two tiny steps of every command line
 
@@ -53,7 +50,6 @@ SMOKE = {  # name: (stage, flags)
         "--weight-decay 0.01 --temperature 0.9 --half 2 --prompts 4 --mini-batch 4 --dtype fp32 "
         "--gradient-checkpointing --micro-tokens 64 --vocab-chunk 7 --sample-rows 8 --thinking"),
 }
-
 
 def check_folder(folder, line, parent):
     """What every stage leaves behind: a loadable changed model, a line a step, a full record."""
@@ -78,7 +74,6 @@ def check_folder(folder, line, parent):
     if head.returncode == 0:
         assert head.stdout.startswith(run["git"].split("+")[0])
     assert not list(folder.glob("state*"))
-
 
 @pytest.mark.parametrize("name", SMOKE)
 def test_two_steps_of_the_command_line(name, line_of, tmp_path, world, taught):
@@ -107,7 +102,6 @@ def test_two_steps_of_the_command_line(name, line_of, tmp_path, world, taught):
         kept, problems = map(int, re.search(r"(\d+) responses to (\d+) of 8", got.out).groups())
         assert 0 < problems <= kept < 32, "some responses right, some wrong"
 
-
 def test_fresh_interpreters_from_pretraining_to_the_table(world, taught, tmp_path):
     """Plain SFT; evaluate its model; print the table."""
     folder = tmp_path / "world" / "bridge"
@@ -129,7 +123,6 @@ def test_fresh_interpreters_from_pretraining_to_the_table(world, taught, tmp_pat
     assert re.search(r"\| bridge \| .*79.3 / 25.2 / 20.2 \|", outputs[2])
     assert (tmp_path / "world" / "table.md").read_text().strip() == outputs[2].strip()
 
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_memory_flags_change_no_result(stage, line_of, tmp_path):
     """The help's last group: the same rollouts and rewards, and weights equal to fp32 rounding.
@@ -148,9 +141,7 @@ def test_memory_flags_change_no_result(stage, line_of, tmp_path):
     far = sum(((a[n] - b[n]).abs() > 1e-5).sum().item() for n in a)
     assert far < 0.01 * sum(t.numel() for t in a.values())
 
-
 # --- --help
-
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_gives_every_flag_a_text_a_source_and_its_default(script, monkeypatch):
@@ -177,7 +168,6 @@ def test_help_gives_every_flag_a_text_a_source_and_its_default(script, monkeypat
             assert f"[default: {field.default}]" in blocks[flag]
     assert any(t.startswith("memory") for t in titles) and len(titles) >= 3
 
-
 def test_memory_flags_are_those_a_run_may_be_resumed_with():
     """The help's last group = what a resumed run may change, beside where its files stand."""
     for name in STAGES:
@@ -185,7 +175,6 @@ def test_memory_flags_are_those_a_run_may_be_resumed_with():
         shown = {field for field, (title, _) in comments.items() if title.startswith("memory")}
         cfg = SCRIPTS[name].Config()
         assert set(comments) - set(common.describe_run(cfg)["settings"]) - shown <= {"out", "cache"}
-
 
 def test_defaults_are_the_papers():
     """Tables 9 and 10, as the paper states them."""
@@ -198,7 +187,6 @@ def test_defaults_are_the_papers():
         assert (c.max_prompt_tokens, c.max_new_tokens, c.temperature) == (2048, 16384, 1.0)
     c = SCRIPTS["evaluate"].Config(model="m")
     assert (c.samples, c.data, c.max_new_tokens) == (16, "math500,aime24,aime25", 16384)
-
 
 # --- a user's mistakes: one line, no stack trace
 
@@ -241,7 +229,6 @@ LINES = {  # name: (command line, words of the message)
     "regrade nothing": ("evaluate.py --regrade --out {empty}/nothing", "nothing"),
 }
 
-
 @pytest.mark.parametrize("name", [*MISTAKES, *LINES])
 def test_a_mistake_is_one_line_and_occupies_no_folder(name, line_of, tmp_path, world):
     """The line names the flag or file. A foreign folder is as it was, ours is free for a run."""
@@ -264,7 +251,6 @@ def test_a_mistake_is_one_line_and_occupies_no_folder(name, line_of, tmp_path, w
     if name in ("the same in the warmup", "data file that does not exist"):
         assert forked(line_of(stage)).status == 0
 
-
 def test_same_command_twice_and_another_run_in_the_same_folder(line_of, tmp_path):
     """Twice: "already finished", nothing rewritten. Other settings: refused by name.
 
@@ -281,7 +267,6 @@ def test_same_command_twice_and_another_run_in_the_same_folder(line_of, tmp_path
     assert re.search("seed was 0, is now 5", other.err)
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == stamp
 
-
 def test_teacher_rollouts_are_reused_when_they_match_and_refused_when_not(line_of, tmp_path, world):
     """One cache serves soft and hard targets; another temperature, seed or teacher is refused."""
     path = tmp_path / "rollouts.jsonl"
@@ -297,7 +282,6 @@ def test_teacher_rollouts_are_reused_when_they_match_and_refused_when_not(line_o
         got = run("c", flags)
         assert got.status == 1 and "rollouts.jsonl holds rollouts of another" in got.err, got.err
     assert path.read_bytes() == stored
-
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_lists_the_flags_of_the_script_before_those_of_all_stages(stage, capsys):

@@ -23,13 +23,11 @@ PREFIX = ("Solve the following math problem step by step. The last line of your 
           "\n\n")
 SUFFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
 
-
 def dapo(problem, answer, index="9a9b6eb4"):
     return {"data_source": "math_dapo", "ability": "MATH",
             "prompt": [{"role": "user", "content": PREFIX + problem + SUFFIX}],
             "reward_model": {"ground_truth": answer, "style": "rule-lighteval/MATH_v2"},
             "extra_info": {"index": index}}
-
 
 SCHEMAS = {  # name: (row, its question, its answer)
     "dapo": (dapo("In $\\triangle ABC$ find $a$.\nGive an integer.", "-1024"),
@@ -61,21 +59,17 @@ SCHEMAS = {  # name: (row, its question, its answer)
                     {"role": "assistant", "content": "Let me think."}], "answer": 4}, "2+2?", "4"),
 }
 
-
 def settings(**changes):
     return Config(student="", **{"exclude": "none", **changes})
-
 
 def load_problems(path, **changes):
     """Problems as (question, answer)."""
     found = common.load_problems(settings(data=str(path), **changes))
     return [(p.problem, p.answer) for p in found]
 
-
 def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
-
 
 def write_as(kind, folder, rows):
     """Store rows in one of the formats that --data takes; returns what a user would type."""
@@ -97,7 +91,6 @@ def write_as(kind, folder, rows):
         (table.to_parquet if kind == "parquet" else table.save_to_disk)(str(path))
     return str(path)
 
-
 @pytest.mark.parametrize("schema, kind", [
     *((schema, "jsonl") for schema in SCHEMAS), ("gsm8k", "csv"), ("aime24 Maxwell-Jia", "csv"),
     *((schema, kind) for schema in ("dapo", "aime24 Maxwell-Jia")
@@ -107,7 +100,6 @@ def test_every_schema_gives_the_bare_question_and_the_final_answer(schema, kind,
     row, question, answer = SCHEMAS[schema]
     got = [to_problem(r, "x") for r in read_rows(write_as(kind, tmp_path, [row, row]))]
     assert [(p.problem, p.answer) for p in got] == [(question, answer)] * 2
-
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
 def test_text_files_are_read_as_they_stand(kind, tmp_path):
@@ -125,7 +117,6 @@ def test_text_files_are_read_as_they_stand(kind, tmp_path):
     got = [to_problem(row, "x") for row in read_rows(write_as(kind, tmp_path, rows))]
     assert [(p.problem, p.answer) for p in got] == [(f"{i}?", a) for i, a in enumerate(answers)]
 
-
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_a_file_rewritten_under_its_name_is_read_anew(kind, tmp_path):
     """`datasets` keeps copies of what it has read, which must not stand in for a new file."""
@@ -134,14 +125,11 @@ def test_a_file_rewritten_under_its_name_is_read_anew(kind, tmp_path):
         os.utime(path, (int(answer),) * 2)
         assert load_problems(path) == [("a?", answer)]
 
-
 # --- splits and hub names
-
 
 def splits(*names):
     return datasets.DatasetDict({name: datasets.Dataset.from_list([{"problem": name}])
                                  for name in names})
-
 
 @pytest.mark.parametrize("names, want", [("test", "test"), ("test train", "train"),
                                          ("test validation", None)])
@@ -152,7 +140,6 @@ def test_of_a_saved_folder_the_only_split_is_read_else_train(names, want, tmp_pa
     else:
         with pytest.raises(UserError, match="no split 'train'.*test, validation"):
             read_rows(str(tmp_path / "d"))
-
 
 @pytest.mark.parametrize("typed, want", [
     ("own/set", ("own/set", None, "train")),
@@ -170,9 +157,7 @@ def test_hub_name_config_and_split_reach_the_hub(typed, want, monkeypatch):
     rows = read_rows(typed)
     assert (*asked[0], rows[0]["problem"]) == want
 
-
 # --- deduplication, contradictions
-
 
 def test_hundredfold_dapo_repeats_become_one_problem_each(tmp_path, capsys):
     """DAPO's parquet repeats each problem about 100 times: each stays once, and is counted."""
@@ -182,7 +167,6 @@ def test_hundredfold_dapo_repeats_become_one_problem_each(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "500 rows" in said and "495 duplicates" in said and "5 problems" in said
 
-
 def test_contradicting_answers_drop_the_problem_altogether(tmp_path, capsys):
     """Neither answer is trusted. 5 and 5.0 are one answer: that problem stays, once."""
     rows = [{"problem": q, "answer": a} for q, a in
@@ -191,24 +175,19 @@ def test_contradicting_answers_drop_the_problem_altogether(tmp_path, capsys):
     assert sorted(got) == [("b?", "1"), ("c?", "5")]
     assert re.search(r"\b1 with contradict", capsys.readouterr().out)
 
-
 def test_spacing_case_and_dollars_do_not_hide_a_duplicate(tmp_path):
     """The same problem typeset differently is a duplicate; another number is not."""
     texts = ["Find $x$ in $\\left(0, 1\\right)$.", "find x in  (0,1).", "Find $x$ in\n$(0, 2)$."]
     rows = [{"problem": t, "answer": "1"} for t in texts]
     assert len(load_problems(write_lines(tmp_path / "d.jsonl", rows))) == 2
 
-
 # --- halves, decontamination
-
 
 def numbered(n):
     return [{"problem": f"Problem {i}", "answer": str(i)} for i in range(n)]
 
-
 def halves(path, **options):
     return [load_problems(path, half=h, **options) for h in ("1", "2", "all")]
-
 
 def test_halves_are_disjoint_exhaustive_and_ignore_row_order_and_duplicates(tmp_path):
     """1H and 2H share nothing, together are everything, and differ by at most one problem; shuffled
@@ -221,13 +200,11 @@ def test_halves_are_disjoint_exhaustive_and_ignore_row_order_and_duplicates(tmp_
     random.Random(1).shuffle(shuffled)
     assert halves(write_lines(tmp_path / "b.jsonl", shuffled)) == [first, second, everything]
 
-
 def test_split_is_the_same_on_every_machine_and_day(tmp_path):
     """Pinned members of 1H for split_seed 0 and 1: a recipe's stages run days apart."""
     path = write_lines(tmp_path / "d.jsonl", numbered(12))
     got = [{int(a) for _, a in halves(path, split_seed=s)[0]} for s in (0, 1)]
     assert got == [{3, 4, 6, 7, 10, 11}, {2, 4, 5, 6, 8, 11}]
-
 
 def test_evaluation_problems_leave_before_the_split(tmp_path, capsys):
     """Halves of a decontaminated set are those of a set that never held the evaluation problems."""
@@ -241,7 +218,6 @@ def test_evaluation_problems_leave_before_the_split(tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()[-1]
     assert "2 in an evaluation set" in said and "18 problems" in said
 
-
 def test_a_missing_evaluation_set_is_an_error_with_the_way_out(tmp_path):
     """Training without the check must be asked for: --exclude none, or the empty string."""
     path = write_lines(tmp_path / "d.jsonl", numbered(4))
@@ -249,9 +225,7 @@ def test_a_missing_evaluation_set_is_an_error_with_the_way_out(tmp_path):
         load_problems(path, exclude=str(tmp_path / "gone.jsonl"))
     assert len(load_problems(path, exclude="none")) == len(load_problems(path, exclude="")) == 4
 
-
 # --- prompts, plain SFT data, batches
-
 
 def test_too_long_prompts_are_counted_and_skipped(student_lm, capsys):
     """A prompt at the limit stays, a longer one goes and is counted (Q and ? are two tokens)."""
@@ -261,7 +235,6 @@ def test_too_long_prompts_are_counted_and_skipped(student_lm, capsys):
     assert "skipped 1 " in capsys.readouterr().out
     with pytest.raises(UserError, match="--max-prompt-tokens 5"):
         tokenize_problems(problems, student_lm.tokenizer, settings(max_prompt_tokens=5))
-
 
 def test_sft_examples_end_with_eos_and_keep_the_text(tmp_path, student_lm, capsys):
     """A `response` (else `solution`) becomes response ids that end with eos; long prompts are
@@ -275,7 +248,6 @@ def test_sft_examples_end_with_eos_and_keep_the_text(tmp_path, student_lm, capsy
     assert got == [("Q1a+1?", "a1+1=2,\\boxed{(2)}<eos>"), ("Q1a+2?", "\\boxed{(3)}<eos>")]
     assert all(g.finished for (g,) in groups) and "skipped 1" in capsys.readouterr().out
 
-
 def test_batches_are_a_pure_function_of_seed_and_step():
     """The same step gives the same batch in any order of calls and for any global random state;
     every epoch is another permutation."""
@@ -286,7 +258,6 @@ def test_batches_are_a_pure_function_of_seed_and_step():
     epochs = sum(want[:3], []), sum(want[3:], [])
     assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == list(range(12))
 
-
 def test_incomplete_batches_never_repeat_an_item_nor_starve_one():
     """10 items, 4 a step: no repeat within an epoch of two steps; 60 epochs use all fairly."""
     used = Counter()
@@ -296,9 +267,7 @@ def test_incomplete_batches_never_repeat_an_item_nor_starve_one():
         used.update(items)
     assert set(used) == set(range(10)) and min(used.values()) >= 35  # 48 +- 3.1
 
-
 # --- one-line errors
-
 
 @pytest.mark.parametrize("name, content, message", [
     ("gone.jsonl", None, "no such file"),
@@ -325,7 +294,6 @@ def test_data_mistake_is_one_readable_line(name, content, message, tmp_path):
         load_problems(source)
     assert "\n" not in str(caught.value)
 
-
 def test_too_little_data_is_an_error(tmp_path):
     """One problem has an empty first half; a step of 8 prompts cannot be drawn from 5 problems."""
     path = write_lines(tmp_path / "d.jsonl", numbered(1))
@@ -333,7 +301,6 @@ def test_too_little_data_is_an_error(tmp_path):
         load_problems(path, half="1")
     with pytest.raises(UserError, match="--prompts 8.*only 5"):
         common.count_steps(settings(prompts=8), 5)
-
 
 def test_only_a_newline_ends_a_line_and_a_half_written_last_line_is_cut(tmp_path):
     """After a kill in the middle of a line the whole lines stay and the file can grow again."""

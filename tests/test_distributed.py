@@ -21,20 +21,17 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import common
 from common import Rollout, StageConfig, UserError, micro_batches
 
-
 @pytest.fixture(scope="module")
 def line_of(small_line):
     """line_of(stage, out, flags): a small run of two steps that saves after each."""
     return lambda stage, out, flags="": small_line(
         stage, out, f"--max-new-tokens 16 --lr 1e-4 --micro-tokens 60 --save-every 1 {flags}")
 
-
 def run(line, n=1, before=nothing):
     """The command line in n processes, which must all end well."""
     found = group(line, n, before)
     assert [(got.status, got.err) for got in found] == [(0, "")] * n
     return found
-
 
 def keep_all():
     """Let a stage keep its checkpoint, and write the rollouts of each step to its folder."""
@@ -48,16 +45,13 @@ def keep_all():
 
     common.sample_shared = kept
 
-
 def first_state(out):
     """The checkpoint after the first step, put together: {"model": ..., "optimizer": ...}."""
     dcp_to_torch_save(out / "state-00000001", out / "state.pt")
     return torch.load(out / "state.pt", weights_only=False)
 
-
 def weights(folder):
     return load_file(Path(folder) / "model.safetensors")
-
 
 def assert_same_run(a, b):
     """The same metrics, and the same model."""
@@ -69,7 +63,6 @@ def assert_same_run(a, b):
     assert set(old) == set(new)
     for name in old:
         torch.testing.assert_close(old[name], new[name], atol=1e-5, rtol=0)
-
 
 CASES = {
     "grpo": ("grpo", 2, "--prompts 6 --mini-batch 3 --rollouts 3 --kl-coef 0.1"),
@@ -84,7 +77,6 @@ CASES = {
                                   "--gradient-checkpointing --seed 1"),
     "opd, few rows": ("opd", 3, "--prompts 1 --rollouts 2 --estimator return"),
 }
-
 
 @pytest.mark.parametrize("case", CASES)
 def test_several_processes_do_what_one_does(case, line_of, tmp_path, taught):
@@ -101,14 +93,11 @@ def test_several_processes_do_what_one_does(case, line_of, tmp_path, taught):
     assert any((tensor - end[name]).abs().max() > 2e-5 for name, tensor in old["model"].items())
     assert (one / "sampled.jsonl").read_text() == (many / "sampled.jsonl").read_text()
 
-
 def on_rank_1(act):
     """A function that makes rank 1 call act() when its first checkpoint is half written."""
     return in_checkpoint(1, lambda: common.rank() == 1 and act())
 
-
 STOP, KILL = (send(number) for number in (signal.SIGTERM, signal.SIGKILL))
-
 
 @pytest.fixture(scope="module")
 def whole(line_of, tmp_path_factory):
@@ -116,7 +105,6 @@ def whole(line_of, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "out"
     run(line_of("opd", out, "--prompts 4 --rollouts 3 --steps 4"))
     return out
-
 
 @pytest.mark.parametrize("first, then, before, steps, message", [
     (2, 1, on_rank_1(STOP), 3, "stopped by SIGTERM after 3 steps, all saved"),
@@ -140,7 +128,6 @@ def test_a_run_goes_on_with_another_number_of_processes(first, then, before, ste
     assert_same_run(whole, parts)
     assert "already finished" in run(line, 2)[0].out
 
-
 def test_bf16_compute_with_fp32_masters(line_of, world, tmp_path):
     """Two processes round to bf16 at other places than one (weights of norms; gradients of other
     micro-batches): the first gradient is that of one process within 1 % (measured 0.2 %, and in
@@ -161,7 +148,6 @@ def test_bf16_compute_with_fp32_masters(line_of, world, tmp_path):
         grads.append(torch.cat([x.flatten() for x in moments]))
     assert 1e-4 < (grads[1] - grads[0]).norm() / grads[0].norm() < 0.01  # not 0: it is bf16
     assert torch.cosine_similarity(*ends, 0) > 0.99
-
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [True, False])
@@ -191,14 +177,12 @@ def test_a_sharded_model_is_that_of_its_files(tied, dtype, world, tmp_path):
             assert found[k].dtype == torch.float32 and torch.equal(found[k], tensor.float())
             assert saved[k].dtype == tensor.dtype and torch.equal(saved[k], tensor)
 
-
 def test_evaluation_gives_the_same_bytes(taught, world, tmp_path):
     for n in (1, 2):
         run(f"evaluate.py --model {taught.model} --data {world}/test.jsonl --samples 3 "
             f"--max-new-tokens 16 --sample-rows 15 --out {tmp_path}/{n}", n)
     one, two = ((tmp_path / f"{n}" / "test.jsonl").read_bytes() for n in (1, 2))
     assert one == two and one.count(b"\n") == 12
-
 
 def test_a_mistake_of_any_process_is_one_line(line_of, tmp_path):
     """Of all, in a flag or after models are loaded; of rank 1 alone, after a block of samples."""
@@ -220,7 +204,6 @@ def test_a_mistake_of_any_process_is_one_line(line_of, tmp_path):
         assert 0 not in [got.status for got in found]
         text = "".join(got.err for got in found)
         assert text.count("error: ") == text.count(message) == 1 and "Traceback" not in text, text
-
 
 def test_every_process_makes_as_many_passes(monkeypatch):
     rows = [Rollout([3] * 4, [5] * n, [], True) for n in (30, 2, 2, 2, 9, 1, 1)]

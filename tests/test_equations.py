@@ -19,21 +19,17 @@ from opd import dense_advantages, mixed_loss, reverse_kl, sparse_advantages
 V, T = 3, 2
 RESPONSES = list(itertools.product(range(V), repeat=T))
 
-
 def random_logp(*shape, seed=0, scale=2.0):
     generator = torch.Generator().manual_seed(seed)
     return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).log_softmax(-1)
 
-
 # --- the two KLs ----------------------------------------------------------------------------------
-
 
 def test_kls_equal_torch_distributions_in_their_direction():
     logp, logq = random_logp(50, 11, seed=1), random_logp(50, 11, seed=2)
     pi, teacher = Categorical(logits=logp), Categorical(logits=logq)
     torch.testing.assert_close(reverse_kl(logp, logq), kl_divergence(pi, teacher))
     torch.testing.assert_close(forward_kl(logp, logq), kl_divergence(teacher, pi))
-
 
 def test_kl_gradients_are_the_known_ones_on_every_token_and_the_teacher_gets_none():
     """By the student's logit v: p_v (log p_v - log q_v - KL) for the reverse KL and p_v - q_v for
@@ -48,7 +44,6 @@ def test_kl_gradients_are_the_known_ones_on_every_token_and_the_teacher_gets_non
         torch.testing.assert_close(got, want.detach())
         assert got[0].abs().max() < 1e-15 and (got[1:] != 0).all()
 
-
 def test_kls_of_bf16_logits_are_within_a_percent_of_float64_at_full_vocabulary():
     """V = 151,936, KL about 0.01, both directions; the same sums in bf16 are off by over 20 %."""
     torch.manual_seed(0)
@@ -62,9 +57,7 @@ def test_kls_of_bf16_logits_are_within_a_percent_of_float64_at_full_vocabulary()
         assert ((ours - exact) / exact).abs().max() < 0.01
         assert ((naive - exact) / exact).abs().max() > 0.2
 
-
 # --- Eqs. 1, 2 and 4 by enumeration ---------------------------------------------------------------
-
 
 class Tabular:
     """Policies on the enumerated world: row 0 is the first state, row 1 + y_1 the second."""
@@ -87,7 +80,6 @@ class Tabular:
     def gradient(self, value):
         return torch.autograd.grad(value, self.theta)[0]
 
-
 def sequence_kl(world):
     """KL(pi_theta || pi_T) over whole responses, differentiable everywhere."""
     total = 0.0
@@ -96,13 +88,11 @@ def sequence_kl(world):
         total = total + logp.sum().exp() * (logp.sum() - logq.sum())
     return total
 
-
 def state_kl(world):
     """Eq. 4: the KL in each state, weighted by how often the student visits it, as a constant."""
     kl = reverse_kl(world.theta.log_softmax(-1), world.logq)  # (states,)
     visits = torch.cat([torch.ones(1), world.theta.log_softmax(-1)[0].exp()]).detach()
     return (visits * kl).sum()
-
 
 def test_eq_2_and_eq_4_have_the_same_value_and_different_gradients():
     """Dense reward plus entropy is minus the KL of whole responses, which is that of the states."""
@@ -114,14 +104,12 @@ def test_eq_2_and_eq_4_have_the_same_value_and_different_gradients():
     apart = world.gradient(state_kl(world)) - world.gradient(sequence_kl(world))
     assert apart.abs().max() > 0.05
 
-
 def dense_loss(world, y, estimator):
     """The loss of opd.py in the two states of response y: (T,)."""
     logp, logq = world.rows(y)
     if estimator == "full":
         return reverse_kl(world.theta.log_softmax(-1), world.logq)[[0, 1 + y[0]]]
     return -dense_advantages(logp, logq, [T], estimator == "return") * logp
-
 
 @pytest.mark.parametrize("estimator, objective", [
     ("full", state_kl), ("token", state_kl), ("return", sequence_kl)])
@@ -130,7 +118,6 @@ def test_opd_estimators_descend_eq_4_eq_4_and_eq_2(estimator, objective):
     loss = world.expectation(lambda y: dense_loss(world, y, estimator).sum())
     torch.testing.assert_close(world.gradient(loss), world.gradient(objective(world)))
 
-
 def test_return_to_go_stays_inside_its_row():
     """Two rows in one batch, by hand: the sums of the first do not reach into the second."""
     logp = torch.tensor([-1.0, -2.0, -1.0, -3.0, -0.5])
@@ -138,9 +125,7 @@ def test_return_to_go_stays_inside_its_row():
     both = dense_advantages(logp, logq, [3, 2], True)
     torch.testing.assert_close(both, torch.tensor([0.5, 0.0, -1.0, 1.0, -1.0]))
 
-
 # --- GRPO -----------------------------------------------------------------------------------------
-
 
 def test_advantages_see_their_own_group_only_and_a_constant_group_is_exactly_zero():
     """One success in eight: 2.4742 with K - 1 in the std (2.6450 with K), eps 1e-4."""
@@ -152,7 +137,6 @@ def test_advantages_see_their_own_group_only_and_a_constant_group_is_exactly_zer
     assert (adv[2:] == 0).all() and (adv[:2].sum(-1).abs() < 1e-6).all()
     assert torch.equal(sparse_advantages(rewards), adv), "opd.py has the same"
 
-
 def test_grpo_gradient_at_ratio_one_is_the_policy_gradient():
     """At pi = pi_old the loss is -A and its gradient -A grad log pi(y), whatever the clip."""
     logp = random_logp(6).requires_grad_()
@@ -161,7 +145,6 @@ def test_grpo_gradient_at_ratio_one_is_the_policy_gradient():
     loss.sum().backward()
     torch.testing.assert_close(loss.detach(), -adv)
     torch.testing.assert_close(logp.grad, -adv)
-
 
 def test_grpo_expected_gradient_is_that_of_the_expected_reward():
     """With a fixed baseline, on the enumerated world: E[grad loss] = -grad E[R]."""
@@ -176,9 +159,7 @@ def test_grpo_expected_gradient_is_that_of_the_expected_reward():
     objective = sum(world.rows(y)[0].sum().exp() * reward[y] for y in RESPONSES)
     torch.testing.assert_close(world.gradient(world.expectation(loss)), -world.gradient(objective))
 
-
 # --- Eq. 3: between OPD and sparse reward ---------------------------------------------------------
-
 
 @pytest.mark.parametrize("estimator", ["full", "token", "return"])
 @pytest.mark.parametrize("weight", [0.0, 0.25, 0.8, 1.0])
@@ -205,7 +186,6 @@ def test_eq_3_expected_gradient_is_the_mixture_of_the_two_objectives(weight, est
         objective = objective + logp.exp() * J
     torch.testing.assert_close(world.gradient(mean_loss), -world.gradient(objective))
 
-
 @pytest.mark.parametrize("adv, ratio, moves", [
     (1.0, 1.10, True), (1.0, 1.19, True), (1.0, 1.21, True), (1.0, 1.29, False), (1.0, 0.5, True),
     (-1.0, 0.9, True), (-1.0, 0.81, True), (-1.0, 0.79, False), (-1.0, 1.5, True),
@@ -220,7 +200,6 @@ def test_clip_stops_only_moves_that_have_gone_far_enough(adv, ratio, moves):
     assert (logp.grad.item() != 0) == moves
     if moves:
         assert logp.grad.item() == pytest.approx(-adv * ratio)
-
 
 def test_kl_estimators_descend_what_they_say():
     """V = 5: the expected gradient of k2 is that of KL(pi || ref), of k3 that of KL(ref || pi); k1
@@ -239,7 +218,6 @@ def test_kl_estimators_descend_what_they_say():
     assert gradient(weights * (logp - ref)).abs().max() < 1e-12
     mean_k3 = (weights * kl_penalty(logp, ref, "k3")).sum(-1)
     torch.testing.assert_close(mean_k3, reverse_kl(logp, ref))
-
 
 @pytest.mark.parametrize("aggregation, short, long", [
     ("token", 1 / 12, 1 / 12), ("sequence", 1 / 4, 1 / 20), ("constant", 1 / 40, 1 / 40)])

@@ -20,7 +20,6 @@ from evaluate import Config, pass_at_k, runs_table, summarise
 
 # --- figures
 
-
 @pytest.mark.parametrize("n", [1, 2, 4, 6])
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n):
     """Unbiased pass@k = share of all k-subsets of the n samples that hold a right one."""
@@ -28,14 +27,11 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n):
         subsets = [any(s) for s in itertools.combinations([True] * c + [False] * (n - c), k)]
         assert pass_at_k(n, c, k) == pytest.approx(sum(subsets) / len(subsets), abs=1e-12)
 
-
 W, C, N, G = "wrong", "correct", "no_answer", "gave_up"
-
 
 def stored(*verdicts):
     return [{"verdicts": list(v), "finished": [True] * (len(v) - 1) + [False],
              "lengths": list(range(1, len(v) + 1))} for v in verdicts]
-
 
 def test_avg_and_se_are_over_problems():
     """Scores 1/4, 4/4, 0, 2/4: mean 0.4375; se = sd over problems / sqrt(4), not over samples. The
@@ -51,14 +47,11 @@ def test_avg_and_se_are_over_problems():
     assert figures["pass"] == pytest.approx({"1": 0.4375, "2": (0.5 + 1 + 5 / 6) / 4, "4": 0.75})
     assert summarise(stored((C, W)))["se"] is None
 
-
 # --- sampling, resuming, settings
-
 
 def settings(world, out, **changes):
     return Config(**{"model": str(world / "init-student"), "data": str(world / "test.jsonl"),
                      "out": str(out), "samples": 4, "max_new_tokens": 8, **changes})
-
 
 @pytest.fixture(scope="module")
 def done(world, tmp_path_factory):
@@ -67,19 +60,15 @@ def done(world, tmp_path_factory):
     evaluate.main(settings(world, out, data=f"{world / 'test.jsonl'},{world / 'valid.jsonl'}"))
     return out
 
-
 @pytest.fixture
 def copy(done, tmp_path):
     return shutil.copytree(done, tmp_path / "eval")
 
-
 def lines(folder, name="test"):
     return [json.loads(x) for x in (folder / f"{name}.jsonl").read_text().splitlines()]
 
-
 def summary(folder):
     return json.loads((folder / "summary.json").read_text())
-
 
 def test_every_problem_of_every_set_is_one_line_with_all_samples(world, done):
     """test (12) and valid (8): lines in the order of the file, 4 samples each, lengths in range.
@@ -97,7 +86,6 @@ def test_every_problem_of_every_set_is_one_line_with_all_samples(world, done):
             assert len(set(long)) == len(long) > 0
     assert {s: f["problems"] for s, f in summary(done)["sets"].items()} == {"test": 12, "valid": 8}
 
-
 def test_length_counts_the_stop_token(world, done):
     """A finished response's length includes its eos, as the losses count it."""
     tokenizer = common.describe_lm(str(world / "init-student")).tokenizer
@@ -106,7 +94,6 @@ def test_length_counts_the_stop_token(world, done):
                 if f and "<" not in r]  # <: a sampled <pad> or <unk> is not shown
     assert finished and all(a <= n for a, n in finished) and any(a == n for a, n in finished)
 
-
 def test_an_interrupted_evaluation_continues_with_identical_samples(world, done, copy):
     """Lines deleted and one cut in its middle: the same command restores the same bytes."""
     kept = (copy / "test.jsonl").read_bytes().splitlines(keepends=True)[:6]
@@ -114,13 +101,11 @@ def test_an_interrupted_evaluation_continues_with_identical_samples(world, done,
     evaluate.main(settings(world, copy))
     assert (copy / "test.jsonl").read_bytes() == (done / "test.jsonl").read_bytes()
 
-
 @pytest.mark.parametrize("sample_rows", [1, 12, 20])
 def test_samples_do_not_depend_on_sample_rows(sample_rows, world, done, tmp_path):
     """Batches of 1, 3 and 5 problems instead of all 12: the same file. Memory and speed only."""
     evaluate.main(settings(world, tmp_path / "eval", sample_rows=sample_rows))
     assert (tmp_path / "eval" / "test.jsonl").read_bytes() == (done / "test.jsonl").read_bytes()
-
 
 def test_seed_and_temperature_decide_the_samples(world, done, tmp_path):
     """Another --seed gives other samples; at temperature 0 there is nothing to draw."""
@@ -129,7 +114,6 @@ def test_seed_and_temperature_decide_the_samples(world, done, tmp_path):
         assert a["problem"] == b["problem"] and a["responses"] != b["responses"]
     evaluate.main(settings(world, tmp_path / "greedy", temperature=0.0, limit=2))
     assert all(len(set(e["responses"])) == 1 for e in lines(tmp_path / "greedy"))
-
 
 @pytest.mark.parametrize("change, word", [
     ({"temperature": 0.5}, "temperature"), ({"seed": 1}, "seed"), ({"samples": 2}, "samples"),
@@ -146,13 +130,11 @@ def test_samples_of_other_settings_are_not_mixed_in(change, word, world, copy, t
         evaluate.main(settings(world, copy, **change))
     assert (copy / "test.jsonl").read_bytes() == before
 
-
 def test_two_sets_of_one_name_are_refused(world, tmp_path):
     shutil.copy(world / "valid.jsonl", tmp_path / "test.jsonl")
     with pytest.raises(UserError, match="two sets have one name"):
         evaluate.main(settings(world, tmp_path / "eval",
                                data=f"{world / 'test.jsonl'},{tmp_path / 'test.jsonl'}"))
-
 
 def test_a_smaller_limit_reports_on_that_many_problems(world, copy):
     """--limit 3 on a folder with 12 stored lines is about 3 problems; the stored ones stay."""
@@ -160,9 +142,7 @@ def test_a_smaller_limit_reports_on_that_many_problems(world, copy):
     assert summary(copy)["sets"]["test"]["problems"] == 3
     assert len(lines(copy)) == 12
 
-
 # --- regrading
-
 
 def test_regrade_changes_verdicts_only_and_needs_no_model(world, done, copy, monkeypatch, capsys):
     """A verifier that accepts everything: verdicts become correct, all else stays as stored. The
@@ -182,11 +162,9 @@ def test_regrade_changes_verdicts_only_and_needs_no_model(world, done, copy, mon
     evaluate.main(Config(regrade=True, out=str(copy)))
     assert (copy / "test.jsonl").read_bytes() == (done / "test.jsonl").read_bytes()
 
-
 # --- tables
 
 DATA = "d.jsonl"
-
 
 def fake_run(root, name, parents=(), labels=None, seconds=0.0, sets=None, targets="soft"):
     """A finished run folder with what the table reads, and an evaluation if `sets` is given."""
@@ -202,11 +180,9 @@ def fake_run(root, name, parents=(), labels=None, seconds=0.0, sets=None, target
         (folder / "eval" / "summary.json").write_text(json.dumps({"sets": figures}))
     return folder
 
-
 def cells(table):
     rows = [[c.strip() for c in line.strip("| ").split("|")] for line in table.splitlines()]
     return rows[0], {row[0]: row[1:] for row in rows[2:]}
-
 
 def test_runs_table_counts_labels_and_seconds_over_ancestors(tmp_path):
     """A tree like run_all.sh's; every figure below is added up by hand.
@@ -240,7 +216,6 @@ def test_runs_table_counts_labels_and_seconds_over_ancestors(tmp_path):
         "base": ["3.0 ± 1.0", "-", "0", "0", "-"]}
     assert list(got.items()) == list(want.items()), "the paper's routes in order, then others"
 
-
 def test_labels_of_halves_and_whole_are_a_union(tmp_path):
     """all + 1H = all; 1H + 2H = both; two sources add up. Runs may be moved together."""
     root = tmp_path / "there"
@@ -252,7 +227,6 @@ def test_labels_of_halves_and_whole_are_a_union(tmp_path):
     labels = {name: row[1] for name, row in cells(runs_table(moved))[1].items()}
     assert labels == {"t": "21", "halves": "21", "other": "26"}
 
-
 @pytest.mark.parametrize("setting, sums", [
     ("qwen3-8b", (1232.3, 195.8, 157.6)), ("qwen3-14b", (1238.1, 196.3, 161.5)),
     ("llama-3.3-70b-instruct", (177.3, 36.2, 19.5))])
@@ -262,7 +236,6 @@ def test_papers_numbers_add_up(setting, sums):
     assert {len(numbers) for numbers in rows} <= {1, 3}
     columns = [sum(n[i] for n in rows if i < len(n)) for i in range(3)]
     assert columns == pytest.approx(sums)
-
 
 @pytest.mark.parametrize("folder, numbers", [
     ("qwen3-8b/bridge", (79.3, 25.2, 20.2)), ("qwen3-14b/bridge-1h", (76.3,)),

@@ -12,7 +12,6 @@ from test_evaluate import DATA, cells, fake_run
 
 import evaluate
 
-
 @pytest.mark.parametrize("df, quantile", [
     (1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042), (100_000, 1.960)])
 def test_quantile_of_students_t(df, quantile):
@@ -20,13 +19,11 @@ def test_quantile_of_students_t(df, quantile):
     assert evidence.t95(df) == pytest.approx(quantile, abs=6e-4)
     assert doctest.testmod(evidence).failed == 0
 
-
 def test_mean_error_and_interval_over_seeds():
     """1, 2, 6 by hand: mean 3, sd sqrt(7), 4.303 standard errors each way; nan is no seed."""
     found = evidence.over_seeds(np.array([1.0, math.nan, 2.0, 6.0]))
     error = math.sqrt(7 / 3)
     assert found == pytest.approx((3.0, error, 4.3027 * error, 3), abs=1e-3)
-
 
 @pytest.mark.parametrize("sign, mean, sd, said", [
     # differences mean - sd, mean, mean + sd: half an interval is 4.303 sd / sqrt(3) = 2.484 sd
@@ -44,7 +41,6 @@ def test_verdict_of_three_seeds(sign, mean, sd, said):
     assert evidence.verdict(sign, np.array([mean - sd, mean, mean + sd])) == said
     assert evidence.verdict(sign, np.array([mean, math.nan, mean])) == "needs more seeds"
 
-
 def test_the_papers_own_numbers_have_its_orderings():
     """On MATH-500 each of the ORDERINGS is what its tables print, so no pair is the wrong way."""
     paper = evaluate.PAPER["qwen3-8b"]
@@ -54,7 +50,6 @@ def test_the_papers_own_numbers_have_its_orderings():
     assert {name for name, *_ in evidence.ORDERINGS} == {*(f"O{i}" for i in range(1, 10)),
                                                          "Table 5", "Table 6"}
 
-
 def test_o2_is_asked_at_each_number_of_labels():
     """Where both routes were run; ours, so no part of the paper's orderings."""
     routes = {name: {"test": np.array([1.0, 2.0]) * i} for i, name in enumerate(
@@ -63,7 +58,6 @@ def test_o2_is_asked_at_each_number_of_labels():
              for name, a, _, b, by_set in evidence.compared(routes)]
     assert found == [("O2", "cold-grpo", "bridge", [-1, -2]),
                      ("O2", "cold-grpo-64", "bridge-64", [1, 2])]
-
 
 def fake_seeds(root, routes, **about):
     """Folders world, world-seed1, ... of runs: {route: a share per seed, None where it is not run};
@@ -76,7 +70,6 @@ def fake_seeds(root, routes, **about):
             parents, labels = about.get(route.replace("-", "_"), ((), None))
             fake_run(folder, route, [folder / p for p in parents], labels, 1.0, sets)
     return folders
-
 
 def test_tables_have_means_verdicts_and_every_seed(tmp_path, capsys):
     """Three seeds by hand. Differences are paired: bridge is 10, 11 and 12 above cold GRPO, whose
@@ -106,7 +99,6 @@ def test_tables_have_means_verdicts_and_every_seed(tmp_path, capsys):
         "| bridge − opd-only | 4.0 | - | 2.0 |"]
     assert hard.splitlines()[-2] == "| bridge − cold-grpo | 5.0 | 5.5 | 6.0 |"
 
-
 def test_seeds_that_agree_are_counted_by_the_sign(tmp_path):
     """`<` counts those above 0, `≈` those inside ±2, `≤` those not below 0."""
     folders = fake_seeds(tmp_path, {
@@ -116,13 +108,11 @@ def test_seeds_that_agree_are_counted_by_the_sign(tmp_path):
     agree = {name.split(":")[0]: row[0].rsplit(", ")[-1] for name, row in rows.items()}
     assert agree == {"O5": "2 of 3", "O6": "2 of 3", "O7": "2 of 3", "O9": "2 of 3"}
 
-
 def test_order_of_the_routes():
     """Other names, the paper's routes, then the series by their numbers, not their spelling."""
     want = ["mine", "base-student", "cold-grpo", "bridge", "bridge-1h", "lambda-0.25", "lambda-1",
             "cold-grpo-32", "cold-grpo-128"]
     assert sorted(sorted(want), key=evidence.route_order) == want
-
 
 def test_label_budgets_are_those_of_the_whole_chain(tmp_path):
     """A bridge has its teacher's labels; a half is no budget; one is no series."""
@@ -135,11 +125,9 @@ def test_label_budgets_are_those_of_the_whole_chain(tmp_path):
     assert evidence.label_budgets(folders, evidence.averages(folders)) == {
         "bridge": [(16, "bridge-16"), (128, "bridge-128"), (256, "bridge")]}
 
-
 def metrics(folder, name, values):
     (folder / "metrics.jsonl").write_text("".join(
         json.dumps({"step": i, name: v}) + "\n" for i, v in enumerate(values)))
-
 
 def test_curves_are_of_finished_runs_and_cut_to_the_shortest(tmp_path):
     """A run that is still writing is neither read nor repaired; a metric's null becomes nan."""
@@ -153,7 +141,6 @@ def test_curves_are_of_finished_runs_and_cut_to_the_shortest(tmp_path):
     np.testing.assert_array_equal(got, [[0.1, math.nan], [0.5, 0.6]])
     assert (running / "metrics.jsonl").read_text() == '{"step": 0, "rew'
     assert evidence.curve(folders, "fresh-2h", "reward") is None
-
 
 @pytest.fixture
 def every_picture(tmp_path):
@@ -169,7 +156,6 @@ def every_picture(tmp_path):
         metrics(folder / "cold-grpo", "reward", 0.5 + 0.1 * noise[0])
         metrics(folder / "bridge", "kl", np.exp(0.3 * noise[1]))
     return folders
-
 
 @pytest.mark.parametrize("seeds, drawn", [
     (4, ["curves.png", "density.png", "labels.png", "orderings.png"]),
@@ -190,7 +176,6 @@ def test_pictures_are_drawn_and_small(seeds, drawn, every_picture, tmp_path):
             assert width == 600 and 200 <= height <= 500
             assert len(picture.convert("RGB").getcolors(1 << 16)) > 8, "empty"
 
-
 def test_pictures_without_their_runs_or_matplotlib_are_left_out(tmp_path, monkeypatch, capsys):
     """Two orderings' routes only: no curves, budgets, densities. Pictures are beside the table."""
     folders = fake_seeds(tmp_path, {"cold-grpo": (0.1, 0.2, 0.3), "bridge": (0.2, 0.3, 0.5)})
@@ -202,7 +187,6 @@ def test_pictures_without_their_runs_or_matplotlib_are_left_out(tmp_path, monkey
     pytest.importorskip("matplotlib")
     evidence.main(list(map(str, folders)))
     assert list(tmp_path.rglob("*.png")) == [folders[0] / "orderings.png"]
-
 
 def test_a_folder_without_evaluations_is_one_readable_line(tmp_path):
     with pytest.raises(SystemExit, match="error: no evaluated run in"):

@@ -38,7 +38,6 @@ for folder, test in json.loads(sys.argv[1]):
     os.waitpid(child, 0)
 """
 
-
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory):
     """Of each exercise's test in a copy with its bug: exit status, [[test, phase, exception]]."""
@@ -50,13 +49,11 @@ def verdicts(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / "verdict.json").read_text()) for folder in folders]
 
-
 @pytest.mark.parametrize("number", range(1, len(EXERCISES) + 1))
 def test_the_named_test_catches_the_bug(number, verdicts):
     """One failure: an assertion, while the test itself runs, not an error of import or fixture."""
     test = EXERCISES[number - 1].test
     assert verdicts[number - 1] == [1, [[test, "call", "AssertionError"]]]
-
 
 @pytest.mark.parametrize("number", range(1, len(EXERCISES) + 1))
 def test_a_copy_differs_in_the_planted_edit_only(number, tmp_path):
@@ -75,18 +72,15 @@ def test_a_copy_differs_in_the_planted_edit_only(number, tmp_path):
     with pytest.raises(SystemExit, match="not empty"):
         exercises.main("plant", "random", str(folder))
 
-
 def test_an_edit_that_no_longer_fits_says_so():
     stale = EXERCISES[0]._replace(old="return")
     with pytest.raises(ValueError, match="stale exercise: opd.py has .* times 'return'"):
         exercises.planted(stale)
 
-
 def tells(text, exercise):
     """Whether a text gives the answer away."""
     lines = [*exercise.old.split("\n"), *exercise.new.split("\n")]
     return any(x in text for x in (*lines, exercise.why, exercise.test))
-
 
 def test_the_list_has_every_symptom_and_no_answer_and_commands_that_parse():
     text = exercises.main("list")
@@ -97,12 +91,10 @@ def test_the_list_has_every_symptom_and_no_answer_and_commands_that_parse():
         module = importlib.import_module(script.removesuffix(".py"))
         common.parse_args(module.Config, module.__doc__, flags)
 
-
 @pytest.mark.parametrize("words", ["", "answer 0", "plant 1", "answer 1 there", "show 1"])
 def test_other_words_get_the_usage(words):
     with pytest.raises(SystemExit, match="plant 3 /tmp/three"):
         exercises.main(*words.split())
-
 
 def test_the_readme_has_every_exercise():
     readme = " ".join((ROOT / "tests" / "README.md").read_text().split())

@@ -39,13 +39,11 @@ STEPS = 7
 OURS = {str(ROOT / f"{name}.py") for name in ("common", "evaluate", *STAGES)}
 KILLED = -signal.SIGKILL
 
-
 @pytest.fixture(scope="module")
 def line_of(small_line):
     """line_of(stage, out, flags): seven steps, with a checkpoint after every second one."""
     return lambda stage, out, flags="": small_line(
         stage, out, f"--steps {STEPS} --save-every 2 {FLAGS[stage]} {flags}")
-
 
 def rollouts(folder):
     """The lines of the teacher's cache, if there is one, by prompt, without seconds.
@@ -57,7 +55,6 @@ def rollouts(folder):
     return [{k: v for k, v in row.items() if k != "seconds"}
             for row in sorted(rows, key=lambda row: row.get("prompt", []))]
 
-
 def check_equal(a, b):
     """Finished runs: the same weights bit for bit, metrics, cached rollouts; nothing left over."""
     one, two = (load_file(Path(f) / "model.safetensors") for f in (a, b))
@@ -68,14 +65,12 @@ def check_equal(a, b):
     assert names == {p.name for p in Path(b).iterdir()}
     assert not [name for name in names if re.search("state|tmp|saving", name)]
 
-
 def check_goes_on(line, out, whole, steps=0):
     """The same command continues after so many steps, and ends as a run in one piece."""
     got = forked(line)
     assert got.status == 0, got.err
     assert (f"continuing after {steps} steps" in got.out) == bool(steps)
     check_equal(out, whole.out)
-
 
 def trace(counts, act=nothing):
     """Count the lines of our code that this process comes to; act("file:line", count) before it."""
@@ -89,14 +84,12 @@ def trace(counts, act=nothing):
 
     sys.settrace(lambda frame, *_: lines if frame.f_code.co_filename in OURS else None)
 
-
 def traced(line, folder):
     """Run a command line; returns how often it came to each line of our code."""
     path, counts = folder / "counts.json", Counter()
     got = forked(line, lambda: trace(counts), lambda: path.write_text(json.dumps(counts)))
     assert got.status == 0, got.err
     return json.loads(path.read_text())
-
 
 @pytest.fixture(scope="module")
 def whole(line_of, tmp_path_factory):
@@ -107,7 +100,6 @@ def whole(line_of, tmp_path_factory):
         return SimpleNamespace(counts=traced(line_of(stage, out), out.parent), out=out)
 
     return run
-
 
 @pytest.fixture(scope="module")
 def evaluation(world, tmp_path_factory):
@@ -120,17 +112,13 @@ def evaluation(world, tmp_path_factory):
     counts = traced(line(folder), folder)
     return SimpleNamespace(line=line, whole=(folder / "test.jsonl").read_bytes(), counts=counts)
 
-
 # --- faults: functions that a child calls before its command line
-
 
 def send(*numbers):
     """A function that sends this process these signals."""
     return lambda: [os.kill(os.getpid(), number) for number in numbers]
 
-
 die = send(signal.SIGKILL)
-
 
 def at_call(module, name, n, act):
     """A function that makes this process call act() before the n-th call of module.name."""
@@ -147,11 +135,9 @@ def at_call(module, name, n, act):
 
     return patch
 
-
 def in_checkpoint(n, act):
     """A function that makes this process call act() when the n-th checkpoint is half written."""
     return at_call(common.dcp, "save", n, at_call(os, "fsync", 1, act))
-
 
 def limit_files(size, then=signal.SIG_IGN):
     """A function after which no file of this process can outgrow `size` bytes, as on a full disk.
@@ -165,7 +151,6 @@ def limit_files(size, then=signal.SIG_IGN):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     return act
-
 
 def tear(n):
     """A function after which this process dies in the middle of the n-th line that it appends."""
@@ -185,7 +170,6 @@ def tear(n):
 
     return patch
 
-
 def kill_at_random(rng, counts, saving):
     """A function after which this process dies before one of the lines that were counted; with
     `saving` before one of those that write the run folder."""
@@ -196,9 +180,7 @@ def kill_at_random(rng, counts, saving):
     point = place, rng.randint(1, counts[place])
     return lambda: trace(Counter(), lambda *here: here == point and die())
 
-
 # --- SIGKILL
-
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_at_random_lines_is_bit_identical(stage, line_of, whole, tmp_path):
@@ -221,7 +203,6 @@ def test_killed_at_random_lines_is_bit_identical(stage, line_of, whole, tmp_path
         if kills >= 9:
             break
 
-
 @pytest.mark.parametrize("stage, n, size", [("opd", 1, 200_000), ("fkl_warmup", 2, 900_000),
                                             ("grpo", 2, 900_000)])
 def test_killed_inside_a_checkpoint_write_is_bit_identical(stage, n, size, line_of, whole,
@@ -235,7 +216,6 @@ def test_killed_inside_a_checkpoint_write_is_bit_identical(stage, n, size, line_
     assert checkpoints(out) == ["state-00000002"][: n - 1] + [torn.name]
     check_goes_on(line, out, whole(stage), steps=2 * n - 2)
 
-
 @pytest.mark.parametrize("stage, n, steps", [("opd", 4, 2), ("grpo", 1, 0), ("fkl_warmup", 1, 0),
                                              ("fkl_warmup", 5, 0), ("fkl_warmup", 13, 2)])
 def test_killed_inside_a_line_is_bit_identical(stage, n, steps, line_of, whole, tmp_path):
@@ -244,7 +224,6 @@ def test_killed_inside_a_line_is_bit_identical(stage, n, steps, line_of, whole, 
     assert forked(line, tear(n)).status == KILLED
     check_goes_on(line, tmp_path / "out", whole(stage), steps)
 
-
 @pytest.mark.parametrize("n, there", [(2, [2, 4]), (4, [6])])
 def test_killed_before_old_checkpoints_are_deleted(n, there, line_of, whole, tmp_path):
     """With two the newer is used. With a finished model the same command deletes the last one."""
@@ -252,7 +231,6 @@ def test_killed_before_old_checkpoints_are_deleted(n, there, line_of, whole, tmp
     assert forked(line, at_call(common.Run, "delete_checkpoints", n, die)).status == KILLED
     assert checkpoints(out) == [f"state-{steps:08d}" for steps in there]
     check_goes_on(line, out, whole("opd"), steps=0 if n == 4 else 4)
-
 
 def test_evaluation_killed_at_random_lines_gives_the_same_bytes(evaluation, tmp_path):
     """Up to four kills before some line of our code in each of two folders."""
@@ -265,7 +243,6 @@ def test_evaluation_killed_at_random_lines_gives_the_same_bytes(evaluation, tmp_
         assert forked(evaluation.line(out)).status == 0
         assert (out / "test.jsonl").read_bytes() == evaluation.whole
     assert kills >= 4
-
 
 @pytest.mark.parametrize("before, lines, status", [
     (at_call(common, "append_json_line", 7, send(signal.SIGTERM)), 6, 143),
@@ -282,9 +259,7 @@ def test_evaluation_loses_only_the_problems_in_flight(before, lines, status, eva
     assert forked(evaluation.line(tmp_path), too_many).status == 0
     assert path.read_bytes() == evaluation.whole
 
-
 # --- SIGTERM and Ctrl-C
-
 
 @pytest.mark.parametrize("stage, number, at, steps, every", [
     ("grpo", signal.SIGTERM, lambda act: at_call(common, "optimizer_step", 3, act), 2, 0),
@@ -303,7 +278,6 @@ def test_a_stop_signal_saves_the_step_and_says_how_to_go_on(stage, number, at, s
     assert checkpoints(out) == [f"state-{steps:08d}"] and len(metrics(out)) == steps
     check_goes_on(line, out, whole(stage), steps)
 
-
 @pytest.mark.parametrize("at, steps", [
     (lambda act: at_call(common, "optimizer_step", 4, act), 2),
     (lambda act: in_checkpoint(2, act), 2)])
@@ -316,7 +290,6 @@ def test_a_second_signal_does_not_wait(at, steps, line_of, whole, tmp_path):
     assert checkpoints(out) == [f"state-{steps:08d}"]
     check_goes_on(line, out, whole("opd"), steps)
 
-
 def test_a_signal_while_the_teacher_samples_keeps_its_rollouts(line_of, whole, tmp_path):
     """Before the first step there is nothing to wait for."""
     line = line_of("fkl_warmup", tmp_path / "out")
@@ -325,13 +298,11 @@ def test_a_signal_while_the_teacher_samples_keeps_its_rollouts(line_of, whole, t
     assert "3 prompts reused, 5 to sample" in forked(line).out
     check_equal(tmp_path / "out", whole("fkl_warmup").out)
 
-
 # --- a loss or gradient that is not finite
 
 POISONS = {"NaN gradient": lambda loss: loss * float("nan"),
            "infinite gradient": lambda loss: loss * 1e38 * 1e38,
            "infinite loss, finite gradient": lambda loss: loss + float("inf")}
-
 
 def poison(updates, how):
     """A function that makes this process's losses how(loss) in these updates, counted from 0."""
@@ -350,7 +321,6 @@ def poison(updates, how):
         common.optimizer_step = lambda *args: done.append(1) or update(*args)
 
     return patch
-
 
 @pytest.mark.parametrize("how", POISONS)
 def test_a_skipped_update_leaves_weights_optimizer_and_schedule(how, trainable_lm):
@@ -380,7 +350,6 @@ def test_a_skipped_update_leaves_weights_optimizer_and_schedule(how, trainable_l
     step()
     assert not all(torch.equal(a, b) for a, b in zip(before[0], states()[0]))
 
-
 @pytest.mark.parametrize("stage, updates, skipped", [  # GRPO has two updates a step
     ("grpo", {1, 2, 3, 4}, [1, 2, 1, 0, 0, 0, 0]),
     ("fkl_warmup", {1, 2, 3, 4}, [0, 1, 1, 1, 1, 0, 0]),
@@ -404,19 +373,15 @@ def test_skipped_updates_are_counted_and_five_in_a_row_end_the_run(stage, update
         assert got.status == 0, got.err
         assert all(t.isfinite().all() for t in load_file(out / "model.safetensors").values())
 
-
 # --- a full disk
-
 
 def no_space():
     raise OSError(errno.ENOSPC, "No space left")
-
 
 def full_metrics():
     """The next line of metrics.jsonl can only be begun."""
     out = Path(sys.argv[sys.argv.index("--out") + 1])
     limit_files((out / "metrics.jsonl").stat().st_size + 20)()
-
 
 @pytest.mark.parametrize("fault, message, steps", [
     (at_call(common.dcp, "save", 2, limit_files(300_000)), "state-00000004, is the disk full", 2),
@@ -432,9 +397,7 @@ def test_a_full_disk_spares_the_checkpoint(fault, message, steps, line_of, whole
     assert checkpoints(out) == [f"state-{steps:08d}"]
     check_goes_on(line, out, whole("opd"), steps)
 
-
 # --- a folder in use
-
 
 @pytest.mark.parametrize("what, name", [
     ("folder of a stage", "make_optimizer"), ("folder of evaluate.py", "sample_and_write"),
@@ -459,16 +422,13 @@ def test_what_is_in_use_is_refused_until_its_process_is_gone(what, name, line_of
     assert refused[0].status == 1 and refused[0].err == f"error: {path} is in use by another run"
     assert forked(lines[1]).status == 0
 
-
 def test_a_file_system_without_locks_is_said_and_used(monkeypatch, tmp_path, capsys):
     """Clusters have such: a line instead of a refusal."""
     monkeypatch.setattr(fcntl, "flock", lambda *a: no_space())
     common.lock(tmp_path / ".lock", tmp_path).close()
     assert "cannot be locked (No space left)" in capsys.readouterr().out
 
-
 # --- foreign and damaged files
-
 
 @pytest.fixture(scope="module")
 def broken_off(line_of, tmp_path_factory):
@@ -476,7 +436,6 @@ def broken_off(line_of, tmp_path_factory):
     out = tmp_path_factory.mktemp("broken-off") / "out"
     assert forked(line_of("opd", out), at_call(common, "optimizer_step", 6, die)).status == KILLED
     return out
-
 
 def test_an_unfinished_run_is_no_model_and_its_later_lines_are_written_again(broken_off, line_of,
                                                                              whole, tmp_path):
@@ -487,7 +446,6 @@ def test_an_unfinished_run_is_no_model_and_its_later_lines_are_written_again(bro
     with (out / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 5, "seconds": 9.0}) + '\n{"step": 6, "ent')
     check_goes_on(line_of("opd", out), out, whole("opd"), steps=4)
-
 
 @pytest.mark.parametrize("which, name, other", [("--student", "weights", "init-student"),
                                                 ("--teacher", "teacher_weights", "init-teacher")])
@@ -507,7 +465,6 @@ def test_a_checkpoint_of_another_model_is_refused(which, name, other, line_of, w
     assert re.search(rf"checkpoints of another model .*\({name} was '\w+', is now '\w+'\)", got.err)
     assert before == {p.name: p.read_bytes() for p in (out / "state-00000002").iterdir()}
 
-
 @pytest.mark.parametrize("lost", [(), ("config.json", "metrics.jsonl")])
 def test_a_checkpoint_of_other_settings_is_refused(lost, broken_off, line_of, tmp_path):
     """A checkpoint knows its settings, even where the run's other files are gone."""
@@ -517,7 +474,6 @@ def test_a_checkpoint_of_other_settings_is_refused(lost, broken_off, line_of, tm
     got = forked(line_of("opd", out, "--seed 3 --lr 1e-4"))
     assert got.status == 1 and len(got.err.splitlines()) == 1, got.err
     assert re.search("lr was 0.001, is now 0.0001; seed was 0, is now 3", got.err), got.err
-
 
 @pytest.mark.parametrize("bad", [b'{"prompt": [1, 2\n', b'{"problem": "\xff"}\n'])
 @pytest.mark.parametrize("stage", ["fkl_warmup", "evaluate"])
@@ -533,7 +489,6 @@ def test_a_damaged_line_of_the_cache_or_the_samples_is_one_line(bad, stage, whol
     assert got.status == 1 and len(got.err.splitlines()) == 1, got.err
     assert f"error: {path} is damaged" in got.err and path.read_bytes() == before
 
-
 def test_a_damaged_record_is_one_line(broken_off, line_of, tmp_path):
     """config.json of the output folder, or of a model's."""
     out = shutil.copytree(broken_off, tmp_path / "out")
@@ -542,7 +497,6 @@ def test_a_damaged_record_is_one_line(broken_off, line_of, tmp_path):
         got = forked(line)
         assert got.status == 1 and len(got.err.splitlines()) == 1
         assert f"{out}/config.json is damaged" in got.err
-
 
 def test_weights_that_are_not_all_there_are_refused(world, tmp_path):
     """transformers would fill the gap with random numbers, and say so only in a log."""
@@ -553,7 +507,6 @@ def test_weights_that_are_not_all_there_are_refused(world, tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"lack 1 tensors of the model, e.g. {gone}"):
         common.load_lm(str(folder), StageConfig())
-
 
 def test_a_model_without_pad_token_trains(world, line_of, whole, tmp_path):
     """The rule: no script needs one, because lengths decide what is padding.
@@ -572,9 +525,7 @@ def test_a_model_without_pad_token_trains(world, line_of, whole, tmp_path):
     one, two = ({**metrics(out)[0], "grad_norm": 0} for out in (tmp_path / "out", whole("opd").out))
     assert one == two
 
-
 # --- the long run: real processes, killed by the clock
-
 
 @pytest.mark.soak
 @pytest.mark.parametrize("stage", STAGES)

@@ -29,10 +29,8 @@ def rows():
         rows.append(Rollout(prompt, tokens, [-1.5] * n, i != 1))
     return rows
 
-
 def gradients(lm):
     return torch.cat([p.grad.flatten() for p in lm.model.parameters()])
-
 
 def gradient_of(stage, world, rows, teacher_lm, adv, **flags):
     """The gradient of one update over these rows, in micro-batches as `main` makes them.
@@ -58,13 +56,10 @@ def gradient_of(stage, world, rows, teacher_lm, adv, **flags):
             module.accumulate(cfg, lm, teacher_lm, some, n_tokens, *sparse)
     return gradients(lm)
 
-
 STAGES = ["grpo", "fkl-soft", "fkl-hard", "opd-full", "opd-token", "opd-return"]
-
 
 def close(a, b):
     return (a - b).norm() <= 2e-6 * b.norm()
-
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_memory_knobs_padding_and_row_order_never_move_a_gradient(stage, world, rows, teacher_lm):
@@ -78,7 +73,6 @@ def test_memory_knobs_padding_and_row_order_never_move_a_gradient(stage, world, 
         assert close(gradient_of(stage, *args, **knobs), whole), knobs
     assert close(gradient_of(stage, world, rows[::-1], teacher_lm, args[-1].flip(0)), whole)
     assert all(p.grad is None for p in teacher_lm.model.parameters())
-
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_losses_equal_the_plain_version_with_all_logits(temperature, trainable_lm, rows,
@@ -118,7 +112,6 @@ def test_losses_equal_the_plain_version_with_all_logits(temperature, trainable_l
         want = torch.stack([x.sum() for x in logged])
         torch.testing.assert_close(sums.float(), want, atol=1e-4, rtol=1e-4)
 
-
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("kl_loss", ["k2", "k3"])
 def test_grpo_loss_equals_the_plain_version(first, kl_loss, trainable_lm):
@@ -156,7 +149,6 @@ def test_grpo_loss_equals_the_plain_version(first, kl_loss, trainable_lm):
     gap = sum((x - torch.tensor(r.logp)).abs().sum().item() for x, r in zip(old, rows))
     assert sums[4].item() == pytest.approx(gap, abs=1e-4)
 
-
 def test_micro_batches_keep_every_row_once_within_the_budget(rows):
     for budget in (1, 30, 60, 200, 10_000):
         groups = micro_batches(rows, budget, torch.device("cpu"))
@@ -165,7 +157,6 @@ def test_micro_batches_keep_every_row_once_within_the_budget(rows):
             longest = max(len(rows[i].prompt) + len(rows[i].tokens) for i in g)
             assert len(g) == 1 or longest * len(g) <= budget
     assert len(micro_batches(rows, 10_000, torch.device("cpu"))) == 1
-
 
 class WideTensors(TorchDispatchMode):
     """The most bytes that tensors with a dimension of size V had at one time."""
@@ -182,7 +173,6 @@ class WideTensors(TorchDispatchMode):
                 self.live[storage.data_ptr()] = storage
         self.peak = max(self.peak, sum(storage.nbytes() for storage in self.live.values()))
         return out
-
 
 @pytest.mark.parametrize("chunk, bounded", [(8, True), (512, False)])
 def test_log_probs_of_all_tokens_never_exist_at_once(chunk, bounded):

@@ -34,7 +34,6 @@ TEMPLATE = (
     "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
     "{% endif %}")
 
-
 def make_tokenizer(tokens=TOKENS, template=TEMPLATE, eos="<im_end>"):
     """One token per character; plain encoding puts a BOS in front, as Llama's tokenizer does."""
     tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, "<pad>"))
@@ -45,7 +44,6 @@ def make_tokenizer(tokens=TOKENS, template=TEMPLATE, eos="<im_end>"):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token=eos,
                                    bos_token="<bos>", chat_template=template)
 
-
 FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8, "tie_word_embeddings": True}),
     "llama": (LlamaConfig, LlamaForCausalLM, {"head_dim": 8, "tie_word_embeddings": False}),
@@ -54,7 +52,6 @@ FAMILIES = {
     "mistral": (MistralConfig, MistralForCausalLM, {}),
 }
 EOS = GenerationConfig(eos_token_id=TOKENS.index("<im_end>"))
-
 
 def make_folder(path, family="qwen3", rows=len(TOKENS), tokenizer=None, dtype=torch.float32,
                 generation=EOS, seed=0, **config):
@@ -71,15 +68,12 @@ def make_folder(path, family="qwen3", rows=len(TOKENS), tokenizer=None, dtype=to
     (tokenizer or make_tokenizer()).save_pretrained(path)
     return str(path)
 
-
 def load_lm(folder, train=False, **settings):
     return common.load_lm(str(folder), StageConfig(**settings), train)
-
 
 def encode(text):
     """Ids of a text, by hand."""
     return [TOKENS.index(t) for t in re.findall(r"</?\w+>|[\s\S]", text)]
-
 
 def test_prompt_is_the_chat_template_with_one_bos_and_a_pinned_date():
     """The whole prompt, character by character: one BOS, the pinned date, no system message."""
@@ -91,13 +85,10 @@ def test_prompt_is_the_chat_template_with_one_bos_and_a_pinned_date():
     assert off == encode(want + "<think></think>") and all(type(i) is int for i in off)
     assert build_prompt(tokenizer, "1+1=?", True) == encode(want)
 
-
 # --- pairs
-
 
 def lm_of(name, tokenizer=None, stop_ids=(3,), rows=len(TOKENS)):
     return LM(name, None, tokenizer or make_tokenizer(), rows, list(stop_ids), "float32")
-
 
 SWAPPED = [*TOKENS[:-2], TOKENS[-1], TOKENS[-2]]
 REFUSED = {  # name: (what differs about the student, words of the message)
@@ -114,7 +105,6 @@ REFUSED = {  # name: (what differs about the student, words of the message)
     "stop tokens": (dict(stop_ids=(2,)), r"stop tokens \(\[3\] and \[2\]"),
 }
 
-
 @pytest.mark.parametrize("case", REFUSED)
 def test_pair_is_refused_saying_what_differs(case):
     """Each difference alone refuses the pair; the one-line message names it and both models."""
@@ -126,7 +116,6 @@ def test_pair_is_refused_saying_what_differs(case):
     named = [r for r in ("vocabulary (", "eos_token (", "chat template (", "stop tokens (")
              if r in text]
     assert len(named) == 1, "nothing but the difference is named"
-
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "granite"])
 def test_states_and_log_probs_are_those_of_the_models_own_logits_over_the_real_tokens(family,
@@ -155,7 +144,6 @@ def test_states_and_log_probs_are_those_of_the_models_own_logits_over_the_real_t
         assert got.shape == (4, V) and got.dtype == torch.float32
         torch.testing.assert_close(got.double(), torch.stack(want), atol=1e-4, rtol=1e-4)
 
-
 def test_stop_ids_are_all_ids_of_generation_config_and_tokenizer(tmp_path):
     """An int, a list or None in generation_config.json: every id ends a response."""
     for i, (generation, tokenizer_eos, want) in enumerate([
@@ -166,9 +154,7 @@ def test_stop_ids_are_all_ids_of_generation_config_and_tokenizer(tmp_path):
                              eos_token_id=None)
         assert load_lm(folder).stop_ids == want
 
-
 # --- weights: masters, saved dtype, ties
-
 
 @dataclass
 class Settings(StageConfig):
@@ -176,10 +162,8 @@ class Settings(StageConfig):
     lr: float = 1e-6  # learning rate
     grad_clip: float = 1.0  # gradient norm limit
 
-
 def dtypes(lm):
     return {p.dtype for p in lm.model.parameters()}
-
 
 def train_steps(lm, steps=3):
     """A few updates on the log-probability of a fixed text."""
@@ -189,7 +173,6 @@ def train_steps(lm, steps=3):
         lm.model(ids, labels=ids).loss.backward()
         common.optimizer_step(lm, optimizer, Settings(), steps)
     return optimizer
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_has_fp32_masters_which_move_where_bf16_weights_stand_still(dtype, tmp_path):
@@ -204,7 +187,6 @@ def test_training_has_fp32_masters_which_move_where_bf16_weights_stand_still(dty
     assert sum((a != b).sum().item() for a, b in pairs) > 0.9 * size
     assert sum((a.bfloat16() != b.bfloat16()).sum().item() for a, b in pairs) < 0.05 * size
 
-
 def test_frozen_models_are_kept_in_the_compute_dtype_and_take_no_gradient(tmp_path):
     """A teacher in bf16 needs no fp32 copy and is never trained."""
     folder = make_folder(tmp_path)
@@ -212,7 +194,6 @@ def test_frozen_models_are_kept_in_the_compute_dtype_and_take_no_gradient(tmp_pa
     assert dtypes(load_lm(folder, dtype="fp32")) == {torch.float32}
     assert not any(p.requires_grad for p in load_lm(folder).model.parameters())
     assert all(p.requires_grad for p in load_lm(folder, train=True).model.parameters())
-
 
 @pytest.mark.parametrize("family, dtype", [
     ("qwen3", torch.float32), ("llama", torch.float32), ("qwen3", torch.bfloat16)])
@@ -250,14 +231,11 @@ def test_a_saved_folder_loads_elsewhere_in_the_dtype_that_it_came_in(family, dty
     record = json.loads((tmp_path / "out" / "config.json").read_text())["run"]
     assert record == {"finished": True, "note": "kept"}
 
-
 # --- what is refused
-
 
 def cut_short(folder):
     weights = Path(folder) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-
 
 REFUSED_MODELS = {  # name: (what make_folder gets, words of the message)
     "scaled logits": (dict(family="granite", logits_scaling=4.0), "output embedding times hidden"),
@@ -270,7 +248,6 @@ REFUSED_MODELS = {  # name: (what make_folder gets, words of the message)
     "a damaged file": (dict(damage=cut_short), "cannot load model"),
 }
 
-
 @pytest.mark.parametrize("case", REFUSED_MODELS)
 def test_a_model_is_refused_in_one_readable_line(case, tmp_path):
     """Its log-probs would not be those that the losses see, or it is not complete."""
@@ -281,14 +258,12 @@ def test_a_model_is_refused_in_one_readable_line(case, tmp_path):
         load_lm(tmp_path)
     assert "\n" not in str(caught.value)
 
-
 def test_a_model_that_the_sampler_decodes_wrongly_is_refused(tmp_path, monkeypatch):
     """Here the attention over the cache is broken, as it would be in an unknown architecture."""
     folder, attend = make_folder(tmp_path), common.attend_pages
     monkeypatch.setattr(common, "attend_pages", lambda *args: [2 * x for x in attend(*args)])
     with pytest.raises(UserError, match="does not give the log-probs that training sees"):
         load_lm(folder)
-
 
 def test_a_run_is_no_model_until_its_weights_are_whole(tmp_path, monkeypatch, trainable_lm):
     """Its folder is refused from the first step on, also after a kill while the weights are
@@ -315,7 +290,6 @@ def test_a_run_is_no_model_until_its_weights_are_whole(tmp_path, monkeypatch, tr
     begin().finish()
     load_lm(cfg.out)
 
-
 @pytest.mark.parametrize("name", ["nobody-has/this", "./no/such/folder", "no such model!", "", "."])
 def test_a_model_that_does_not_exist_is_one_readable_line(name, tmp_path, monkeypatch):
     """A typing error in a model name, or an empty folder: one line that repeats the name."""
@@ -324,12 +298,10 @@ def test_a_model_that_does_not_exist_is_one_readable_line(name, tmp_path, monkey
         load_lm(name)
     assert "\n" not in str(caught.value)
 
-
 @pytest.mark.parametrize("device", ["cuda:99", "gpu9"])
 def test_a_device_that_is_not_there_is_one_readable_line(device, tmp_path):
     with pytest.raises(UserError, match=f"--device {device}"):
         load_lm(make_folder(tmp_path), device=device)
-
 
 def test_fingerprint_names_the_weights(tmp_path):
     """Equal for equal weights; another after one update at lr 1e-6, and for another model."""

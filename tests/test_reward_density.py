@@ -14,7 +14,6 @@ import common
 import grpo
 import opd
 
-
 @pytest.fixture
 def step(taught, world, tmp_path, monkeypatch):
     """step(stage, flags) runs one step from `taught`, a policy that succeeds every second time.
@@ -42,7 +41,6 @@ def step(taught, world, tmp_path, monkeypatch):
 
     return run
 
-
 def test_weight_1_takes_the_step_of_grpo(step, taught):
     """The same gradient, weights within 1e-6 after a step of 1e-4, and the same figures of it.
 
@@ -59,7 +57,6 @@ def test_weight_1_takes_the_step_of_grpo(step, taught):
         assert got.line[name] == pytest.approx(want.line[name], rel=2e-3), name
     assert got.labels == want.labels == {f"{taught.data}:all": 8}
 
-
 @pytest.mark.parametrize("estimator", ["full", "token", "return"])
 def test_weight_0_asks_no_verifier_and_records_no_label(estimator, step, monkeypatch):
     def never(*args):
@@ -69,7 +66,6 @@ def test_weight_0_asks_no_verifier_and_records_no_label(estimator, step, monkeyp
     got = step(opd, estimator=estimator)
     assert "reward" not in got.line and "seconds_verifying" not in got.line
     assert got.labels == {}
-
 
 def test_each_response_is_graded_by_the_answer_of_its_own_prompt():
     """P = 3, K = 2, prompt by prompt: only the first response to each prompt is right."""

@@ -28,7 +28,6 @@ while [ $# -gt 0 ]; do [ "$1" = --out ] && out=$2; shift; done
 exit 0
 """
 
-
 @pytest.fixture
 def start(tmp_path):
     """start(setting, **environment) -> the process, its commands in tmp_path/commands."""
@@ -46,7 +45,6 @@ def start(tmp_path):
 
     return start
 
-
 @pytest.fixture
 def run_all(start, tmp_path):
     """run_all(setting, **environment) -> (status, [(script, Config)] of the commands, errors)."""
@@ -62,16 +60,13 @@ def run_all(start, tmp_path):
 
     return run
 
-
 def stages(commands):
     """{run name: (script, Config)} of the training stages."""
     return {cfg.out.split("/")[-1]: (script, cfg) for script, cfg in commands
             if script != "evaluate.py"}
 
-
 CORE = {"cold-grpo", "teacher-rl", "teacher-rl-1h", "raw-bridge", "bridge", "opd-only", "sft",
         "bridge-1h", "fresh-2h", "replay-1h"}
-
 
 @pytest.mark.parametrize("setting", ["world", "world-full", "world-gpu", "qwen3", "llama"])
 def test_every_route_runs_is_evaluated_and_is_matched(setting, run_all):
@@ -92,17 +87,14 @@ def test_every_route_runs_is_evaluated_and_is_matched(setting, run_all):
         assert (cfg.lr, cfg.prompts, cfg.rollouts) == (opd.lr, opd.prompts, opd.rollouts)
     assert found["teacher-rl-1h"][1].half == found["bridge-1h"][1].half == "1"
 
-
 OTHERS = {"sft-1h", "sft-fresh-2h", "opd-only-1h", "opd-only-fresh-2h", "sft-teacher",
           "sft-teacher-bridge", "sft-teacher-1h", "sft-teacher-bridge-1h", "sft-teacher-fresh-2h",
           "sft-teacher-replay-1h", "same-size-bridge"}
-
 
 def difference(found, a, b, but=()):
     """Settings in which two stages differ, apart from the folders and those named."""
     a, b = (common.describe_run(found[name][1])["settings"] for name in (a, b))
     return {k for k in a if a[k] != b[k]} - {"model", "teacher", "student", "out", *but}
-
 
 def test_the_full_world_runs_all_of_table_1_and_beyond_matched(run_all):
     """R2, R6, R8 against R5; the SFT'd teacher against the RL'd one; label budgets; Eq. 3."""
@@ -128,7 +120,6 @@ def test_the_full_world_runs_all_of_table_1_and_beyond_matched(run_all):
         assert difference(found, "bridge", name) == {"sparse_weight"}
         assert found[name][1].student == found["bridge"][1].student
 
-
 def test_several_seeds_of_the_full_world_are_run_and_compared(run_all, tmp_path):
     status, commands, errors = run_all("world-full", SEEDS="0 2")
     assert status == 0, errors
@@ -138,7 +129,6 @@ def test_several_seeds_of_the_full_world_are_run_and_compared(run_all, tmp_path)
     assert last == "tests/lab/evidence.py runs/world runs/world-seed2"
     status, _, errors = run_all("world-full", SEEDS="0 3", FAIL="opd.py")
     assert status == 123 and "seed 3 failed: see runs/logs/seed3.txt" in errors
-
 
 def test_the_papers_settings_run_all_of_table_1_with_the_defaults(run_all):
     """Routes R1-R8, raw, SFT'd and same-size teacher; only place, models, routes and memory differ
@@ -153,7 +143,6 @@ def test_the_papers_settings_run_all_of_table_1_with_the_defaults(run_all):
         changed = {k for k, v in vars(cfg).items() if v != getattr(default, k)}
         assert changed <= route, (script, changed)
 
-
 def test_the_second_run_does_nothing_and_a_failure_stops_with_a_message(run_all):
     """After a failure its line stops, and the other one ends its phase; the next run does what is
     missing, the third the table."""
@@ -164,7 +153,6 @@ def test_the_second_run_does_nothing_and_a_failure_stops_with_a_message(run_all)
     assert status == 0 and "fresh-2h" in stages(commands) and "cold-grpo" not in stages(commands)
     status, commands, _ = run_all("world")
     assert status == 0 and [script for script, _ in commands] == ["evaluate.py"]
-
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_both_lines(number, start, tmp_path):
@@ -177,7 +165,6 @@ def test_a_signal_stops_both_lines(number, start, tmp_path):
     time.sleep(0.2)
     left = subprocess.run(["ps", "-o", "stat=", "-s", str(process.pid)], capture_output=True)
     assert all(state.startswith(b"Z") for state in left.stdout.split()), "something still runs"
-
 
 def test_an_unknown_setting_is_refused(run_all):
     status, commands, errors = run_all("worlds")

@@ -18,7 +18,6 @@ from common import LM, StageConfig, inverse_cdf, sample
 
 PROMPTS = [[3, 15, 11, 20, 4], [3, 7], [3, 25, 13, 16, 12, 17, 13, 18, 14, 19, 4], [3, 19, 14, 4]]
 
-
 @pytest.fixture(scope="module")
 def llama_lm(student_lm):
     """An untied Llama with grouped-query attention, three stop ids, and pad = eos."""
@@ -30,15 +29,12 @@ def llama_lm(student_lm):
     model.set_attn_implementation("ours")
     return LM("llama", model, student_lm.tokenizer, 28, [1, 5, 9], "float32")
 
-
 @pytest.fixture(params=["qwen3", "llama"])
 def lm(request, student_lm, llama_lm):
     return {"qwen3": student_lm, "llama": llama_lm}[request.param]
 
-
 def texts(rows):
     return [r.tokens for r in rows]
-
 
 def gaps(lm, rows, temperature=1.0):
     """|log-prob of the sampler - log-prob of the training forward| of every token."""
@@ -46,10 +42,8 @@ def gaps(lm, rows, temperature=1.0):
     assert [len(r.logp) for r in rows] == [len(r.tokens) for r in rows] == list(map(len, scored))
     return (torch.tensor(sum((r.logp for r in rows), [])) - torch.tensor(sum(scored, []))).abs()
 
-
 def draw(lm, prompts=PROMPTS, k=6, n=40, temperature=1.0, seed=(0,), **kwargs):
     return sample(lm, prompts, k, max_new_tokens=n, temperature=temperature, seed=seed, **kwargs)
-
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampler_log_probs_equal_a_teacher_forced_forward(lm, temperature):
@@ -66,13 +60,11 @@ def test_sampler_log_probs_equal_a_teacher_forced_forward(lm, temperature):
         torch.testing.assert_close(torch.tensor(row.logp), plain, atol=1e-5, rtol=0)
     assert draw(lm, []) == []
 
-
 def test_bf16_sampling_and_scoring_agree(world):
     """Under bf16 compute sampler and trainer differ by rounding only: 0.03 nats on average."""
     lm = common.load_lm(str(world / "init-student"), StageConfig(dtype="bf16"), train=True)
     assert all(p.dtype == torch.float32 for p in lm.model.parameters())
     assert 0 < gaps(lm, draw(lm)).mean() < 0.03
-
 
 def test_greedy_equals_generate_for_ragged_prompts(lm):
     rows = draw(lm, k=1, n=30, temperature=0.0)
@@ -85,7 +77,6 @@ def test_greedy_equals_generate_for_ragged_prompts(lm):
             suppress_tokens=padding or None)[0, len(row.prompt):].tolist()
         assert row.tokens == ids
         assert row.finished == (ids[-1] in lm.stop_ids)
-
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_frequencies_match_the_softmax(lm, temperature):
@@ -103,7 +94,6 @@ def test_frequencies_match_the_softmax(lm, temperature):
     n = len(want) - (want[-1] == 0)  # cells
     chi2, df = ((have - want)[:n] ** 2 / want[:n]).sum(), n - 1
     assert len(counts) == lm.vocab and df >= 5 and chi2 < df + 5 * math.sqrt(2 * df)
-
 
 def test_rollouts_do_not_depend_on_their_neighbours(lm, monkeypatch):
     """Alone, in any order, in any batch, looking for ended rows more or less often: the same
@@ -123,7 +113,6 @@ def test_rollouts_do_not_depend_on_their_neighbours(lm, monkeypatch):
         monkeypatch.setattr(common, "BLOCK", block)
         assert texts(draw(lm)) == rows
 
-
 def test_every_stop_id_ends_a_rollout_and_is_kept(llama_lm):
     """Also where pad is eos, and where it is the only token: the length is the index of the first
     stop token plus one. Tokens of the padded vocabulary are never drawn."""
@@ -139,7 +128,6 @@ def test_every_stop_id_ends_a_rollout_and_is_kept(llama_lm):
     short = [r for r in rows if len(r.tokens) == 1]
     assert short and llama_lm.states(short)[1].tolist() == [r.tokens[0] for r in short]
 
-
 def test_neither_generation_config_nor_train_mode_reach_the_sampler(world, student_lm):
     """Qwen3's generation_config asks for temperature 0.6, top-k 20, top-p 0.95: ignored. A model
     trained with gradient checkpointing has the same rollouts."""
@@ -148,7 +136,6 @@ def test_neither_generation_config_nor_train_mode_reach_the_sampler(world, stude
     lm.model.generation_config.update(temperature=0.1, top_k=1, top_p=0.1, do_sample=True)
     lm.model.train()
     assert texts(draw(lm)) == texts(draw(student_lm))
-
 
 @pytest.mark.parametrize("V", [1, 3, 63, 64, 65, 1000])
 def test_inverse_cdf_is_the_first_id_whose_float64_cdf_exceeds_the_uniform(V):
@@ -163,7 +150,6 @@ def test_inverse_cdf_is_the_first_id_whose_float64_cdf_exceeds_the_uniform(V):
     drawn = inverse_cdf(torch.from_numpy(weights), torch.from_numpy(uniform)).squeeze(1).numpy()
     assert (drawn == want)[:200].all() and (weights[np.arange(400), drawn] > 0).all()
 
-
 def test_inverse_cdf_keeps_rare_tokens_of_a_large_vocabulary():
     """100,000 tokens of 1e-9 each behind one that has the rest: they get their 1e-4 of the draws. A
     sum in fp32 would have lost them all."""
@@ -173,9 +159,7 @@ def test_inverse_cdf_keeps_rare_tokens_of_a_large_vocabulary():
     drawn = inverse_cdf(weights, 1 - left[:, None]).squeeze(1)
     assert (drawn - (100_000 - left * 1e9)).abs().max() <= 2
 
-
 # --- rows that come and go ------------------------------------------------------------------------
-
 
 def same(rows, others):
     """The same tokens, log-probs to 1e-5 (another batch sums in another order)."""
@@ -183,7 +167,6 @@ def same(rows, others):
     assert [r.finished for r in rows] == [r.finished for r in others]
     for row, other in zip(rows, others):
         np.testing.assert_allclose(row.logp, other.logp, atol=1e-5)
-
 
 @pytest.fixture
 def blocks(monkeypatch):
@@ -203,14 +186,12 @@ def blocks(monkeypatch):
     monkeypatch.setattr(common.Step, "run_block", watched)
     return seen
 
-
 def with_pages(lm, n, monkeypatch, page=4):
     """kv_gib of a cache of n pages of so many tokens."""
     monkeypatch.setitem(common.PAGE, "cpu", page)
     c = lm.model.config
     size = 2 * c.num_hidden_layers * page * c.num_key_value_heads * c.head_dim * 4
     return (n + 0.5) * size / 2**30
-
 
 def test_ended_rows_are_replaced_at_once(lm, blocks):
     """With 8 places for 48 rows, 2 of a prompt: all but one place are taken while rows wait, and
@@ -223,7 +204,6 @@ def test_ended_rows_are_replaced_at_once(lm, blocks):
     needed = sum(-(-len(r.tokens) // common.BLOCK) for r in rows)
     assert sum(live) == needed  # no row stays a block longer than it lives
     same(rows, draw(lm, prompts, k=2, sample_rows=1000))
-
 
 @pytest.mark.parametrize("pages", [15, 24, 500])
 def test_rows_wait_where_the_cache_is_small_and_nothing_changes(lm, blocks, monkeypatch, pages):
@@ -244,7 +224,6 @@ def test_rows_wait_where_the_cache_is_small_and_nothing_changes(lm, blocks, monk
     with pytest.raises(common.UserError, match="cache holds 56 tokens"):
         draw(lm, kv_gib=with_pages(lm, 14, monkeypatch))
 
-
 def test_each_prompt_passes_the_model_once_for_its_rollouts(lm, monkeypatch):
     fed, forward = [], lm.model.base_model.forward
 
@@ -257,7 +236,6 @@ def test_each_prompt_passes_the_model_once_for_its_rollouts(lm, monkeypatch):
     assert [shape for shape in fed if shape[1] > 1] == [(4, max(map(len, PROMPTS)) - 1)]
     assert all(shape[0] <= 200 for shape in fed)
 
-
 def test_a_limit_cuts_a_rollout_and_changes_nothing_before_it(lm):
     """Limits around the block size; a rollout that ends by itself earlier keeps its stop token."""
     whole = draw(lm, k=6, n=40)
@@ -265,7 +243,6 @@ def test_a_limit_cuts_a_rollout_and_changes_nothing_before_it(lm):
         for row, other in zip(draw(lm, k=6, n=limit), whole):
             assert row.tokens == other.tokens[:limit] and len(row.logp) == len(row.tokens)
             assert row.finished == (other.finished and len(other.tokens) <= limit)
-
 
 def test_recorded_steps_with_rows_and_pages_to_spare(lm, monkeypatch):
     """What CUDA does, with the graph played by a function: shapes are powers of two, state is
@@ -284,7 +261,6 @@ def test_recorded_steps_with_rows_and_pages_to_spare(lm, monkeypatch):
     same(draw(lm, sample_rows=7), rows)
     assert (8, 1) in recorded and all(n & (n - 1) == 0 for shape in recorded for n in shape)
 
-
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2)])
 def test_attention_inside_pages_equals_float64(heads, kv_heads):
     """Each page's result and its log-sum-exp against a plain softmax over the keys in use."""
@@ -301,9 +277,7 @@ def test_attention_inside_pages_equals_float64(heads, kv_heads):
     want = torch.einsum("mhp,mphd->mhd", scores.softmax(-1), v)
     torch.testing.assert_close(out[:4].double(), want, atol=1e-5, rtol=0)
 
-
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 
 @cuda
 def test_flash_attention_inside_pages_equals_the_plain_one():
@@ -318,7 +292,6 @@ def test_flash_attention_inside_pages_equals_the_plain_one():
     some = used > 0
     torch.testing.assert_close(out.float()[some], want[some], atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(lse, want_lse, atol=1e-2, rtol=0)
-
 
 @cuda
 def test_on_cuda_recorded_steps_give_what_steps_give(world):

@@ -12,7 +12,6 @@ import common
 TINY = Shape(8, 2, 4, 2, 10, 20, True, head_dim=2)
 LARGE = Shape(8, 2, 4, 2, 10, 20, False, head_dim=2)
 
-
 def test_parameters_by_hand_and_of_models_that_exist(world):
     assert (TINY.layer, TINY.outer, TINY.params) == (448, 168, 1064)
     assert LARGE.params == 1224 and TINY.cache == 4 * 2 * 2 * 2
@@ -25,13 +24,11 @@ def test_parameters_by_hand_and_of_models_that_exist(world):
     shape = sizes.read_shape(str(world / "init-teacher"))
     assert shape.params == sum(p.numel() for p in lm.model.parameters())
 
-
 def settings(stage, gpus, **changes):
     """8 rows, each of 2 + 6 tokens; a GPU decodes 2 at once; micro-batches of 16 tokens."""
     return Settings(stage, gpus, **{"prompts": 4, "rollouts": 2, "max_prompt_tokens": 2,
                                     "max_new_tokens": 6, "micro_tokens": 16, "sample_rows": 2,
                                     **changes})
-
 
 def test_memory_by_hand():
     one = step_bytes(settings("grpo", 1), TINY, LARGE, chunk=7)
@@ -54,7 +51,6 @@ def test_memory_by_hand():
     alone = step_bytes(settings("evaluate", 2), LARGE)  # each GPU has the whole model
     assert alone["while sampling"] == 2448 + 512 and alone["in the update"] == 0
 
-
 def test_seconds_by_hand():
     found = step_seconds(settings("grpo", 2), TINY, LARGE)
     reads = 2 * 6 * (2 * 1064 + 2 * (2 + 3) * 32)  # two batches, six tokens each
@@ -67,7 +63,6 @@ def test_seconds_by_hand():
     # the warmup's teacher fills 16 rows with several steps' prompts: a step is a quarter of them
     found = step_seconds(settings("warmup", 2, sample_rows=16), TINY, LARGE)
     assert found["sampling"] == pytest.approx(6 / 4 * (2448 + 16 * 5 * 32) / sizes.MEMORY)
-
 
 def test_a_recipe_is_the_sum_of_its_steps():
     """10 epochs of 8,700 problems, 8 a step, are 10,870 steps; rows that do not fit 80 GB wait."""
@@ -84,7 +79,6 @@ def test_a_recipe_is_the_sum_of_its_steps():
     crowded = 1087 * step_seconds(s, MODELS["Qwen3-1.7B"], shape)["a step"] / 3600
     assert rows["2a warmup of Qwen3-1.7B"][2] > 1.2 * crowded  # 256 rows of 16,384 tokens do not
 
-
 def test_the_command_reads_no_weights_and_takes_the_defaults_of_the_stage(world, monkeypatch,
                                                                           capsys):
     monkeypatch.setattr(common, "read_weights", lambda *args: pytest.fail("weights were read"))
@@ -100,7 +94,6 @@ def test_the_command_reads_no_weights_and_takes_the_defaults_of_the_stage(world,
             ["nobody-has/this"], "cannot load model"):
         with pytest.raises(SystemExit, match=message):
             sizes.main(flags)
-
 
 def test_the_table_of_the_readme_is_the_computed_one():
     assert sizes.models_table() in (ROOT / "tests" / "README.md").read_text()

@@ -368,18 +368,15 @@ GOLDS = r"""2k | 4.5 | \pi | x=5 | -2,1 | 40_9 | \$36 | 6+9i | 5r^5 | 3R^2 | 7\p
     | f(2) < f(1) < f(4) | \frac{dy}{dx} | 4.7 \times 10^{-3} | \arcsin{1.3 \sin{\theta_w}}
     | y'' + 2y' | \sum_{k=1}^{n} k^2 | 2,\ldots,n | \text{12:30 p.m.}""".split("|")
 
-
 @pytest.mark.parametrize("line, given, gold", RIGHT)
 def test_right(line, given, gold):
     assert grade(rf"so it is \boxed{{{given}}}.", gold) == "correct"
     assert answers_equal(given, gold)
 
-
 @pytest.mark.parametrize("line, given, gold", WRONG)
 def test_wrong(line, given, gold):
     assert grade(rf"so it is \boxed{{{given}}}.", gold) in ("wrong", "gave_up", "no_answer")
     assert not answers_equal(given, gold)
-
 
 @pytest.mark.parametrize("verdict, response, gold", RESPONSES)
 def test_where_the_answer_stands(verdict, response, gold):
@@ -387,18 +384,15 @@ def test_where_the_answer_stands(verdict, response, gold):
     assert verify(response, gold) is (verdict == "correct")
     assert (extract_answer(response) is None) is (verdict == "no_answer")
 
-
 def test_each_notation_is_normalised():
     normalise = sys.modules[grade.__module__]._normalise
     assert [(given, normalise(given)) for given, _ in NORMALISED] == NORMALISED
-
 
 def golds_from(folder):
     """Returns the `answer` fields of a folder of jsonl files."""
     lines = [line for file in sorted(pathlib.Path(folder).glob("*.jsonl"))
              for line in file.read_text().splitlines() if line.strip()]
     return [str(json.loads(line)["answer"]) for line in lines]
-
 
 def check_golds(golds):
     """Checks that each gold equals itself, in a box and on an answer line.
@@ -412,10 +406,8 @@ def check_golds(golds):
     return [(a, b) for k, a in enumerate(golds) for b in golds[:k] if a != b and (
         answers_equal(a, b) or answers_equal(b, a))]
 
-
 def test_every_gold_equals_itself_and_no_other():
     assert check_golds([gold.strip() for gold in GOLDS]) == []
-
 
 @pytest.mark.skipif("GOLDS_DIR" not in os.environ, reason="GOLDS_DIR names no folder of jsonl")
 def test_the_golds_of_a_folder():
@@ -423,7 +415,6 @@ def test_the_golds_of_a_folder():
     assert golds
     equal = check_golds(sorted(set(golds)))
     print(f"{len(golds)} golds; spellings found equal, to be read by eye (-s shows them): {equal}")
-
 
 HOSTILE = [
     "9^{9^{9^{9^9}}}", "3^{50000000}", "10^{10^{10}}", "2^{-99999999}", "((10!)!)!",
@@ -441,7 +432,6 @@ HOSTILE = [
     "(2^{20000}+" * 25 + "1" + ")" * 25, "2^{20000}+" * 140 + "1", "\\gamma!" * 200, "1 " * 900,
     "\\sin\\cos " * 15 + "1", "\\log(" * 25 + "7" + ")" * 25, "x\\sin x " * 120, "x^{0.1}" * 140,
 ]
-
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_text_ends_within_a_second_in_any_thread(text):
@@ -461,7 +451,6 @@ def test_hostile_text_ends_within_a_second_in_any_thread(text):
     assert not thread.is_alive() and max(seconds) < 1, seconds
     assert len(verdicts) == len(calls) and "correct" not in verdicts[:4]
 
-
 def test_megabytes_end_within_a_second():
     for response in ("x" * 3_000_000, "\\boxed{1}" * 300_000, "Answer: " * 300_000, "{" * 1_000_000,
                      "\\boxed{" * 150_000, "\\boxed{33}, \\boxed{34}" * 50_000, "<think>" * 100_000,
@@ -470,14 +459,12 @@ def test_megabytes_end_within_a_second():
         assert grade(response, "33") != "correct"
         assert time.process_time() - start < 1
 
-
 INJECTIONS = [
     "__import__('os').system('touch CANARY')", "exec(\"open('CANARY','w')\")", "`touch CANARY`",
     "().__class__.__bases__[0].__subclasses__()", "lambda: open('CANARY','w')", "${touch CANARY}",
     "os.system('touch CANARY')", "f'{open(\"CANARY\",\"w\")}'", "\\input{CANARY}",
     "eval(compile(\"open('CANARY','w')\",'','exec'))", "\\write18{touch CANARY}",
 ]
-
 
 @pytest.mark.parametrize("text", INJECTIONS)
 def test_code_never_runs(text, tmp_path, monkeypatch):
@@ -497,7 +484,6 @@ def test_code_never_runs(text, tmp_path, monkeypatch):
     assert "correct" not in verdicts and "gave_up" not in verdicts
     assert not list(tmp_path.iterdir()) and (dict(os.environ), threading.active_count()) == before
 
-
 def test_no_parser_that_evaluates_is_named():
     module = sys.modules[grade.__module__]
     for part in (grade, answers_equal, extract_answer, module._equal, module._normalise,
@@ -505,7 +491,6 @@ def test_no_parser_that_evaluates_is_named():
         for name in ("sympify", "parse_expr", "lambdify", "eval(", "exec(", "simplify(", "signal",
                      "subprocess", "multiprocessing", "import os"):
             assert name not in inspect.getsource(part), (part, name)
-
 
 def test_threads_agree_with_each_other():
     cases = [(rf"\boxed{{{given}}}", gold) for _, given, gold in RIGHT if "sqrt" in given]
@@ -518,7 +503,6 @@ def test_threads_agree_with_each_other():
         thread.join()
     assert len(verdicts) == 4 * len(cases) and all(verdicts)
 
-
 def test_an_internal_error_is_counted_apart(monkeypatch):
     def broken(*args):
         raise RuntimeError("planted")
@@ -527,7 +511,6 @@ def test_an_internal_error_is_counted_apart(monkeypatch):
     assert grade("\\boxed{33}", "33") == "gave_up" and not verify("\\boxed{33}", "33")
     assert answers_equal("33", "34") is False
 
-
 def test_the_batch_of_a_step_is_fast():
     thought = f"<think>{'so ' * 2000}</think>"
     cases = [(rf"{thought} \boxed{{{given}}}", gold) for _, given, gold in RIGHT + WRONG]
@@ -535,7 +518,6 @@ def test_the_batch_of_a_step_is_fast():
     for k in range(1024):
         grade(*cases[k % len(cases)])
     assert time.process_time() - start < 2
-
 
 def test_the_documentation_runs():
     module = sys.modules[grade.__module__]

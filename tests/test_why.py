@@ -12,7 +12,6 @@ from torch.distributions import Categorical, kl_divergence
 import why
 from common import sample
 
-
 def gaussian_gram(rng, M, signal, noise, D=30):
     """Inner products of M draws from a normal with |mean|^2 = signal, trace of covariance = noise,
     spread unevenly over D directions."""
@@ -20,7 +19,6 @@ def gaussian_gram(rng, M, signal, noise, D=30):
     mean = np.full(D, (signal / D) ** 0.5)
     g = mean + rng.standard_normal((M, D)) * np.sqrt(noise * scales / scales.sum())
     return g @ g.T
-
 
 @pytest.mark.parametrize("signal, noise", [(0.0, 1.0), (0.05, 1.0), (4.0, 0.5)])
 def test_signal_and_noise_are_unbiased(signal, noise):
@@ -33,12 +31,10 @@ def test_signal_and_noise_are_unbiased(signal, noise):
     assert (abs(found.mean(0) - (signal, noise)) < 4 * error).all(), found.mean(0)
     assert 4 * error[0] < noise / 8
 
-
 def test_a_bootstrap_never_pairs_a_batch_with_itself():
     """Orthogonal gradients have no common direction, however often one of them is drawn."""
     for counts in ([3, 1, 0], [1, 1, 1], [2, 2, 5]):
         assert why.signal_and_noise(2.0 * np.eye(3), np.array(counts)) == (0.0, 2.0)
-
 
 def test_the_interval_holds_the_truth_about_as_often_as_it_says():
     """SNR 0.2 from 32 batches, 100 times: a 95 % bootstrap interval of so few covers over 85 %."""
@@ -50,23 +46,19 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says():
     gram = np.zeros((8, 8))  # no gradient, as of a student that is never rewarded, is no signal
     assert why.snr(gram) == 0 and (why.snr_interval(gram, rng) == 0).all()
 
-
 def test_group_shares():
     rewards = torch.tensor([[0.0, 0, 0], [0, 1, 0], [1, 1, 1], [0, 0, 0]])
     assert why.group_shares(rewards) == (0.5, 0.25, 0.25)
-
 
 @pytest.fixture(scope="module")
 def some_rows(world, student_lm):
     prompts = [[3, 4, 5, 6], [7, 8, 9], [3, 9, 9, 9, 9]]
     return sample(student_lm, prompts, 2, max_new_tokens=10, temperature=1.0, seed=(0,))
 
-
 def distributions(lms, row):
     """Each model's distribution before every token of a row, from `model(ids).logits`."""
     ids, n = torch.tensor([row.prompt + row.tokens]), len(row.prompt)
     return [Categorical(logits=lm.model(ids).logits[0, n - 1 : -1, : lm.vocab]) for lm in lms]
-
 
 def test_kl_of_each_state_is_that_of_all_logits(some_rows, student_lm, teacher_lm):
     """Row by row with all logits; the order of rows may differ."""
@@ -75,7 +67,6 @@ def test_kl_of_each_state_is_that_of_all_logits(some_rows, student_lm, teacher_l
     torch.testing.assert_close(found.sort().values, torch.cat(want).sort().values,
                                atol=1e-5, rtol=1e-4)
     assert (why.state_kls(student_lm, student_lm, some_rows) == 0).all()
-
 
 def test_gradients_are_those_of_the_losses_written_out(some_rows, trainable_lm, teacher_lm):
     """All three from all logits and autograd; rewards of one mixed group in three."""
@@ -97,7 +88,6 @@ def test_gradients_are_those_of_the_losses_written_out(some_rows, trainable_lm, 
         want = torch.cat([g.flatten() for g in grads])
         assert (found[name] - want).norm() < 1e-5 * want.norm(), name
 
-
 @pytest.fixture
 def run(world, taught, tmp_path):
     """A folder like that of run_all.sh, of models that can be told apart."""
@@ -107,7 +97,6 @@ def run(world, taught, tmp_path):
         shutil.copytree(source, folder / name)
     shutil.copy(taught.data, folder / "train.jsonl")
     return folder
-
 
 def test_it_prints_three_tables_and_draws_three_pictures(run, tmp_path, capsys):
     """Students: untrained, and the teacher itself. The latter's KLs, and their gradients, are 0."""
@@ -130,7 +119,6 @@ def test_it_prints_three_tables_and_draws_three_pictures(run, tmp_path, capsys):
     pictures = sorted((tmp_path / "pictures").iterdir())
     assert [p.name for p in pictures] == ["why-groups.png", "why-kl.png", "why-snr.png"]
     assert all(5_000 < p.stat().st_size <= 40_000 for p in pictures)
-
 
 def test_mistakes_are_one_line(run, capsys):
     (run / "bridge" / "model.safetensors").unlink()

@@ -42,7 +42,6 @@ transformers.utils.logging.disable_progress_bar()
 
 REGISTERS = "abcdefgh"  # a step of a chain has one
 
-
 @dataclass
 class Scale:
     steps: tuple  # of the problems, in turn; the last is that of the hard ones
@@ -50,7 +49,6 @@ class Scale:
     documents: int  # of each corpus
     init: float  # standard deviation of random weights: wide, so that little training is enough
     sizes: dict  # hidden, layers, heads, head size, MLP
-
 
 SCALES = {
     "small": Scale((2, 2, 3, 3, 4), 128, 38_400, 0.1, {
@@ -64,7 +62,6 @@ MISPRINTED = {"teacher": 0.0, "student": 0.35}  # share of the facts
 TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}Q{{ m.content.split('\\n')[0] }}?"
             "{% else %}{{ m.content }}<eos>{% endif %}{% endfor %}")
 
-
 def make_tokenizer(registers):
     """One token per symbol, `\\boxed{` being one; decoding gives the text back without spaces."""
     tokens = ["<pad>", "<eos>", "<unk>", "Q", "?", "=", ",", "(", ")", "}", "\\boxed{", *registers,
@@ -74,7 +71,6 @@ def make_tokenizer(registers):
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE,
                                    pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-
 
 def make_model(size, init, vocabulary, seed):
     """Untrained Qwen3ForCausalLM."""
@@ -89,10 +85,8 @@ def make_model(size, init, vocabulary, seed):
     model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
     return model
 
-
 def compute(op, x, y):
     return {"+": x + y, "-": x - y, "*": x * y}[op] % 10
-
 
 class Book:
     """Facts as a model's corpus has them: a share of the 300 has a misprint, met 8 times in 10."""
@@ -111,20 +105,16 @@ class Book:
             return self.misprints[op, x, y]
         return compute(op, x, y)
 
-
 def make_problem(rng, k):
     """(start, [(operation, operand)] * k)"""
     return rng.randrange(10), tuple((rng.choice("+-*"), rng.randrange(10)) for _ in range(k))
-
 
 def write(problem):
     start, steps = problem
     return f"{start}" + "".join(f"{r}{op}{y}" for r, (op, y) in zip(REGISTERS, steps))
 
-
 def write_box(values):
     return f"({','.join(map(str, values))})"
-
 
 def work(problem, fact=compute, rng=None, wrong=0.0):
     """Worked lines and register values; a result is spoilt with probability `wrong`, then used."""
@@ -137,7 +127,6 @@ def work(problem, fact=compute, rng=None, wrong=0.0):
         values.append(z)
         x = z
     return lines, values
-
 
 def make_document(rng, banned, fact, longest, drill=0.17, careful=0.2, sloppy=0.2):
     """One document of a corpus, {"problem", "response"}; its problem is in no problem set."""
@@ -156,7 +145,6 @@ def make_document(rng, banned, fact, longest, drill=0.17, careful=0.2, sloppy=0.
         values = [(v + rng.randrange(1, 10)) % 10 if rng.random() < 0.5 else v for v in values]
     return {"problem": write(problem), "response": f"{lines}\\boxed{{{write_box(values)}}}"}
 
-
 def make_set(rng, n, taken, steps):
     """n new problems of so many steps in turn, none of them in `taken`, to which they are added."""
     rows = []
@@ -166,7 +154,6 @@ def make_set(rng, n, taken, steps):
             taken.add(write(problem))
             rows.append({"problem": write(problem), "answer": write_box(work(problem)[1])})
     return rows
-
 
 def build(out, seed=0, scale="small", *, valid=200, test=500, hard=200, **changes):
     """Write the world to the folder `out`, unless it is there already; returns it as a Path."""
@@ -192,7 +179,6 @@ def build(out, seed=0, scale="small", *, valid=200, test=500, hard=200, **change
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (out / "world.json").write_text(json.dumps({"seed": seed}) + "\n")  # last: it is complete
     return out
-
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,

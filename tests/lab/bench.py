@@ -40,7 +40,6 @@ SHAPES = {  # hidden, layers, heads, kv heads, head dim, mlp, vocabulary, tied e
 }
 VOCAB = 151936  # of the losses
 
-
 def make_model(size, device, dtype):
     hidden, layers, heads, kv_heads, dim, mlp, vocab, tied = SHAPES[size]
     torch.manual_seed(0)
@@ -54,12 +53,10 @@ def make_model(size, device, dtype):
     model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
     return model
 
-
 def now():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
-
 
 def turns(repeats, functions):
     """Median seconds of each function, called in turn, after one turn that does not count."""
@@ -71,16 +68,13 @@ def turns(repeats, functions):
             seconds[name].append(now() - started)
     return {name: statistics.median(s[1:]) for name, s in seconds.items()}
 
-
 def row(part, case, unit, ours, **references):
     """A row of the table: ours, each reference, and how many times ours it is."""
     numbers = {name: value for name, value in references.items() if value}
     ratios = {f"ours / {name}": ours / value for name, value in numbers.items()}
     return {"part": part, "case": case, "unit": unit, "ours": ours, **numbers, **ratios}
 
-
 # --- sampling -------------------------------------------------------------------------------------
-
 
 def long_tailed(n, longest):
     """n lengths of a log-normal with p99 = 8 x median = longest, cut there; the same every time."""
@@ -88,14 +82,12 @@ def long_tailed(n, longest):
     lengths = longest / 8 * np.exp(rng.standard_normal(n) * np.log(8) / 2.3263)
     return np.clip(lengths.astype(int), 1, longest).tolist()
 
-
 def ours(lm, prompts, lengths, slots):
     """prompts: (tokens, rollouts) pairs; lengths: of all rollouts; slots: rows decoded at once."""
     limits = iter(lengths)
     rows = [Row(p, random_stream((0,), p, s), next(limits)) for p, k in prompts for s in range(k)]
     decode(lm, rows, 1.0, slots, 0.0)
     assert [len(row.rollout.tokens) for row in rows] == lengths
-
 
 class StopAt(StoppingCriteria):
     """Ends each row of a batch at its own length."""
@@ -106,9 +98,7 @@ class StopAt(StoppingCriteria):
     def __call__(self, input_ids, scores, **kwargs):
         return input_ids.shape[1] - self.prompt >= self.lengths
 
-
 PLAIN = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-
 
 def generate(lm, prompts, lengths, slots):
     """transformers' generate, `slots` rows at a time."""
@@ -117,7 +107,6 @@ def generate(lm, prompts, lengths, slots):
         part = torch.tensor(lengths[i : i + slots], device=lm.device)
         lm.model.generate(ids[i : i + slots], max_new_tokens=int(part.max()), **PLAIN,
                           stopping_criteria=[StopAt(ids.shape[1], part)])
-
 
 def bench_sampling(args, device):
     cuda = device == "cuda"
@@ -139,9 +128,7 @@ def bench_sampling(args, device):
         speeds = {name: sum(lengths) / s for name, s in seconds.items()}
         yield row("sampling", case, "tokens/s", **speeds)
 
-
 # --- losses ---------------------------------------------------------------------------------------
-
 
 class LiveBytes(TorchDispatchMode):
     """Peak bytes of all tensors made inside, on any device; slow."""
@@ -168,7 +155,6 @@ class LiveBytes(TorchDispatchMode):
         self.seen.discard(key)
         self.live -= size
 
-
 class Given(LM):
     """An LM of hidden states that are given: (N, D), and a head (V, D)."""
 
@@ -182,7 +168,6 @@ class Given(LM):
 
     def states(self, rows):
         return self.hidden, torch.tensor([t for r in rows for t in r.tokens], device=self.device)
-
 
 def loss_functions(N, D, device, **chunk):
     """name: (ours, plain), each a forward and backward pass over N tokens, with grads at hand."""
@@ -212,7 +197,6 @@ def loss_functions(N, D, device, **chunk):
             "forward KL": (lambda: ours_distil(fkl_warmup), lambda: plain(fkl_warmup.forward_kl)),
             "reverse KL": (lambda: ours_distil(opd, torch.zeros(1)), lambda: plain(opd.reverse_kl))}
 
-
 def peak_bytes(function, device):
     """Of what a call needs beside what is there before it (after a first call: its gradients)."""
     if device == "cuda":
@@ -225,7 +209,6 @@ def peak_bytes(function, device):
         function()
     return memory.peak
 
-
 def bench_losses(args, device):
     few, D = (2048, 2048) if device == "cuda" else (512, 64)
     for name, (mine, plain) in loss_functions(few, D, device).items():
@@ -237,9 +220,7 @@ def bench_losses(args, device):
     mine, _ = loss_functions(16384, D, device)["reverse KL"]
     yield row("losses", "reverse KL, 16384 tokens", "peak GiB", peak_bytes(mine, device) / 2**30)
 
-
 PARTS = {"sampling": bench_sampling, "losses": bench_losses}
-
 
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -268,7 +249,6 @@ def main():
                          f"{line[f'ours / {name}']:.2f}" if name else "-"]
                 print(f"| {' | '.join(cells)} |", flush=True)
             common.write_json(args.out, {**hardware, "rows": rows})
-
 
 if __name__ == "__main__":
     main()

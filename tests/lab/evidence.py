@@ -38,7 +38,6 @@ ORDERINGS = (
     ("Table 6", "opd-only-fresh-2h", "<", "fresh-2h"))
 MARGIN = 2.0  # ours: points of accuracy that `≈` and `≤` let pass
 
-
 def split_series(route):
     """Base name and number of a route that is one of a series; the number of any other is None.
 
@@ -48,13 +47,11 @@ def split_series(route):
     name, number = re.fullmatch(r"(.+?)(?:-(\d+(?:\.\d+)?))?", route).groups()
     return name, float(number) if number else None
 
-
 def route_order(route):
     """Sort key: routes that PAPER does not know, then those of PAPER, then the series."""
     name, number = split_series(route)
     order = list(PAPER["qwen3-8b"])
     return number is not None, order.index(name) if name in order else -1, name, number or 0.0
-
 
 def averages(roots):
     """{route: {set: (S,) avg in %}} of S folders; nan where a folder lacks the route or the set.
@@ -67,10 +64,8 @@ def averages(roots):
                                  for runs in seeds]) for s in sets}
             for route in sorted(set().union(*seeds), key=route_order)}
 
-
 def sets_of(routes):
     return list(next(iter(routes.values())))
-
 
 @cache
 def t95(df):
@@ -89,7 +84,6 @@ def t95(df):
     area = np.append(0.0, np.cumsum(density[1:] + density[:-1]))
     return math.sqrt(df) * math.tan(np.interp(0.95 * area[-1], area, angle))
 
-
 class OverSeeds(NamedTuple):
     """A number over seeds. The mean of no seed is nan, and so are the errors of a single seed."""
 
@@ -98,14 +92,12 @@ class OverSeeds(NamedTuple):
     half: float  # half of its 95 % interval
     n: int  # seeds
 
-
 def over_seeds(values):
     """OverSeeds of values (S,); those that are nan do not count."""
     v, se = values[~np.isnan(values)], math.nan
     if len(v) > 1:
         se = float(v.std(ddof=1)) / len(v) ** 0.5
     return OverSeeds(float(v.mean()) if len(v) else math.nan, se, t95(len(v) - 1) * se, len(v))
-
 
 def verdict(sign, d):
     """The verdict on an ordering from the differences d = second - first in each seed, (S,) points.
@@ -125,7 +117,6 @@ def verdict(sign, d):
         return "reversed"
     return "holds" if low > (0 if sign == "<" else -MARGIN) else "not separated"
 
-
 def compared(routes):
     """(name, first, sign, second, {set: (S,) differences}) of each ordering whose routes were run.
 
@@ -135,7 +126,6 @@ def compared(routes):
     fewer = [("O2", f"cold-grpo-{n:g}", "<", f"bridge-{n:g}") for n in budgets]
     return [(name, a, sign, b, {s: routes[b][s] - routes[a][s] for s in routes[a]})
             for name, a, sign, b in (*ORDERINGS, *fewer) if a in routes and b in routes]
-
 
 def verdict_table(root, routes):
     """A row per ordering. Each set has the verdict, the mean difference with its 95 % interval, and
@@ -155,7 +145,6 @@ def verdict_table(root, routes):
             *(f"{s}: difference, points (95 %), seeds that agree" for s in sets_of(routes))]
     return markdown([*head, "paper, MATH"], rows)
 
-
 def means_table(roots, routes):
     """A row per route: the mean over seeds ± its standard error, which therefore contains the
     spread over worlds, models and samples. (In the table of one folder ± is over problems.)"""
@@ -168,12 +157,10 @@ def means_table(roots, routes):
     head = ["route", *(f"{s}, mean ± SE over seeds, %" for s in sets_of(routes)), "seeds", "labels"]
     return markdown([*head, "paper, %: MATH / AIME24 / AIME25"], rows)
 
-
 def labels_of(roots, route):
     """Labelled problems behind a route, as the first folder that has it says."""
     folder = next(root / route for root in roots if (root / route / "eval/summary.json").exists())
     return labels_used(ancestry(folder).values())
-
 
 def seed_tables(roots, routes):
     """A table per set: the avg of every seed in %, and the differences of the orderings."""
@@ -186,7 +173,6 @@ def seed_tables(roots, routes):
         parts.append(f"{s}:\n\n" + markdown(["route", *(root.name for root in roots)], rows))
     return "\n\n".join(parts)
 
-
 def write_tables(roots):
     """Print means and verdicts; write them, and every seed's figures, to seeds.md in roots[0]."""
     routes = averages(roots)
@@ -196,12 +182,10 @@ def write_tables(roots):
     write_text(roots[0] / "seeds.md", f"{tables}\n\n{seed_tables(roots, routes)}\n")
     print(tables)
 
-
 # --- pictures: what the tables hold, and training curves
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-
 
 def draw(roots, out):
     """Write orderings.png, curves.png, labels.png, density.png into `out`, each if its runs exist.
@@ -230,7 +214,6 @@ def draw(roots, out):
                 with Image.open(out / f"{name}.png") as image:  # 128 colours: half the bytes
                     small = image.convert("RGB").quantize(128)
                 small.save(out / f"{name}.png", optimize=True)
-
 
 def draw_orderings(figure, routes):
     """The mean difference of each ordering with its 95 % interval; grey: allowed by `≈` and `≤`."""
@@ -262,7 +245,6 @@ def draw_orderings(figure, routes):
     figure.supxlabel("second − first, points (filled: holds; cross: the contrary; empty: open)",
                      fontsize="medium")
 
-
 def curve(roots, route, metric):
     """A metric in the finished runs of a route, cut to the shortest: (S, steps), None if no run."""
     finished = [root / route for root in roots if read_record(root / route).get("finished")]
@@ -270,7 +252,6 @@ def curve(roots, route, metric):
             for folder in finished]
     steps = min(map(len, filter(None, runs)), default=0)
     return np.array([run[:steps] for run in runs if run], float) if steps else None
-
 
 def draw_curves(figure, roots):
     """The reward of GRPO, and the KL to the teacher: the mean over seeds in a band of ± SE."""
@@ -298,7 +279,6 @@ def draw_curves(figure, roots):
         axes.set_ylim(bottom=0)
         name_lines(axes, ends)
 
-
 def name_lines(axes, ends):
     """Write the names of lines to their right, none over another; ends: {name: (x, y, colour)}."""
     low, high = axes.get_ylim()
@@ -310,13 +290,11 @@ def name_lines(axes, ends):
         axes.annotate(name, (right, lowest), xytext=(5, 0), textcoords="offset points",
                       color=colour, va="center", annotation_clip=False)
 
-
 def label_budgets(roots, routes):
     """{"cold-grpo" or "bridge": [(labelled problems, route)]}, if several numbers were tried."""
     series = {name: sorted((labels_of(roots, route), route) for route in routes
                            if split_series(route)[0] == name) for name in ("cold-grpo", "bridge")}
     return {name: points for name, points in series.items() if len(points) > 1}
-
 
 def densities(routes):
     """{"lambda": [(λ of Eq. 3, route)]}, of which λ = 0 is `bridge`, if several were tried."""
@@ -324,7 +302,6 @@ def densities(routes):
     points = sorted((number, route) for name, number, route in series if name == "lambda")
     points = [(0.0, "bridge")] * ("bridge" in routes) + points
     return {"lambda": points} if len(points) > 1 else {}
-
 
 def draw_series(figure, routes, series, xlabel, paired):
     """Accuracy over a number x, a panel per set: means with 95 % intervals; thin lines are seeds.
@@ -351,7 +328,6 @@ def draw_series(figure, routes, series, xlabel, paired):
         axes.set_xticks(ticks, [f"{number:g}" for number in ticks])
         axes.set(xlabel=xlabel, ylabel=f"accuracy on {s}, %{note}")
 
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -365,7 +341,6 @@ def main(argv=None):
         draw(roots, args.pictures or roots[0])
     except UserError as error:
         sys.exit(f"error: {error}")
-
 
 if __name__ == "__main__":
     main()

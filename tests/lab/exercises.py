@@ -111,7 +111,6 @@ EXERCISES = [
         EQUATION + "kl_estimators_descend_what_they_say"),
 ]
 
-
 def planted(exercise):
     """The text of its file with the bug in it; ValueError when the edit no longer fits."""
     text = (ROOT / exercise.file).read_text()
@@ -119,7 +118,6 @@ def planted(exercise):
         raise ValueError(f"stale exercise: {exercise.file} has {text.count(exercise.old)} times "
                          f"{exercise.old!r}")
     return text.replace(exercise.old, exercise.new)
-
 
 def plant(exercise, folder):
     """A copy of the project with the bug in it, and without the exercises, which would tell."""
@@ -130,12 +128,10 @@ def plant(exercise, folder):
                 shutil.copy(path, folder / path.relative_to(ROOT))
     (folder / exercise.file).write_text(planted(exercise))
 
-
 def answer(exercise):
     texts = [text.splitlines() for text in ((ROOT / exercise.file).read_text(), planted(exercise))]
     diff = difflib.unified_diff(*texts, exercise.file, exercise.file, n=1, lineterm="")
     return "\n".join([*diff, "", exercise.why, f"caught by {exercise.test}"])
-
 
 def main(command="", number="", folder=""):
     symptoms = [f"{i}. {e.symptom}\n   {e.measured}\n   python {e.line} --out ckpt/{i}\n"
@@ -152,7 +148,6 @@ def main(command="", number="", folder=""):
         sys.exit(f"error: {folder} is not empty")
     plant(EXERCISES[i], Path(folder))
     return f"planted in {folder}; run here and there:\n   python {EXERCISES[i].line} --out ckpt/run"
-
 
 if __name__ == "__main__":
     print(main(*sys.argv[1:]))

@@ -38,7 +38,6 @@ GROW = [
     "{0},{0}", "\\boxed{{{0}}}", "\\text{{{0}}}", "e^{{{0}}}", "\\log {0}",
 ]
 
-
 def text_of(rng):
     """One hostile or nearly sensible text."""
     kind = rng.random()
@@ -60,7 +59,6 @@ def text_of(rng):
         text = (text * (rng.choice((50_000, 1_000_000)) // len(text) + 1))[:1_000_000]
     return text
 
-
 def traps(violations):
     """Makes everything that could run code or leave the process report itself."""
     def trap(name):
@@ -73,7 +71,6 @@ def traps(violations):
                          (builtins, ("eval", "exec", "open", "input", "compile"))):
         for name in names:
             setattr(owner, name, trap(name))
-
 
 def fuzz(n, seed, budget):
     rng, violations, seconds, verdicts, slowest = random.Random(seed), [], [], {}, (0, "")
@@ -119,7 +116,6 @@ def fuzz(n, seed, budget):
           f"{slowest[0] * 1e3:.1f} ms: {slowest[1]}")
     print(f"violations: {len(violations)}", *violations[:20], sep="\n  ")
     return bool(violations)
-
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

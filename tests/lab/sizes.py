@@ -53,7 +53,6 @@ H100 = 0.95 * 80 * GB  # what can be used of it
 STAGES = {"grpo": grpo.Config, "warmup": fkl_warmup.Config, "opd": opd.Config,
           "evaluate": evaluate.Config}
 
-
 @dataclass(frozen=True)
 class Shape:
     """What the sizes of a Qwen or Llama model follow from."""
@@ -95,7 +94,6 @@ class Shape:
         heads = (self.heads + self.kv_heads) * self.head_dim
         return 24 * self.hidden + 14 * heads + 8 * self.ffn
 
-
 MODELS = {
     "Qwen3-0.6B": Shape(1024, 28, 16, 8, 3072, 151936, True, qk_norm=True),
     "Qwen3-1.7B": Shape(2048, 28, 16, 8, 6144, 151936, True, qk_norm=True),
@@ -104,7 +102,6 @@ MODELS = {
     "Llama-3.1-8B": Shape(4096, 32, 32, 8, 14336, 128256, False),
     "Llama-3.3-70B": Shape(8192, 80, 64, 8, 28672, 128256, False),
 }
-
 
 def read_shape(name):
     """Shape of a model of the table, a folder or a hub name. Raises UserError if there is none."""
@@ -116,7 +113,6 @@ def read_shape(name):
     return Shape(c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads,
                  c.intermediate_size, c.vocab_size, c.tie_word_embeddings, dim,
                  "qwen3" in c.model_type)
-
 
 @dataclass
 class Settings:
@@ -163,7 +159,6 @@ class Settings:
             return None, model, model
         return model, frozen, frozen if self.stage == "warmup" else model
 
-
 def step_bytes(s, model, frozen=None, chunk=256 << 20):
     """{part: bytes} on one GPU: what is always there, then the update's, then the sampler's."""
     trained, frozen, sampler = s.roles(model, frozen)
@@ -188,7 +183,6 @@ def step_bytes(s, model, frozen=None, chunk=256 << 20):
     return {**always, **update, "in the update": (total + sum(update.values())) * bool(trained),
             **sampling, "while sampling": total + sum(sampling.values())}
 
-
 def step_seconds(s, model, frozen=None):
     """{part: seconds} of a step in which every row is as long as allowed."""
     trained, frozen, sampler = s.roles(model, frozen)
@@ -209,7 +203,6 @@ def step_seconds(s, model, frozen=None):
         parts["between GPUs"] = groups * 8 * trained.params / wire if s.gpus > 1 else 0.0
     return {**parts, "a step": sum(parts.values())}
 
-
 def models_table():
     """grpo.py with the paper's settings, --gradient-checkpointing and its KL reference."""
     rows = ["| model | GPUs | update, GB | sampling, GB | a row's cache, GB | fits 80 / 141 GB | "
@@ -226,11 +219,9 @@ def models_table():
                         f"{sampling / GB:.0f} | {row / GB:.1f} | {fits} | {seconds / 60:.0f} |")
     return "\n".join(rows)
 
-
 RECIPES = {"qwen3": ("Qwen3-8B", "Qwen3-1.7B")}  # teacher, student
 PROBLEMS, EVALUATED = 17_400, 560  # DAPO-Math-17K; MATH-500, AIME 2024 and 2025
 PROMPT = 200  # ours: tokens of a usual problem with its instruction
-
 
 def recipe_hours(stage, gpus, length, model, frozen):
     """Hours of a whole stage on half of the problems (of evaluate: 16 samples of all its sets)."""
@@ -242,7 +233,6 @@ def recipe_hours(stage, gpus, length, model, frozen):
     check(s.sample_rows > 0, f"{gpus} GPUs of 80 GB are too few")
     steps = 1 if stage == "evaluate" else STAGES[stage].epochs * (PROBLEMS // 2 // s.prompts)
     return steps * step_seconds(s, model, frozen)["a step"] / 3600
-
 
 def recipe_table(name, gpus, lengths=(1024, 4096, 16384)):
     """Hours of the paper's recipe by stage and response length, on H100s, and their total."""
@@ -260,7 +250,6 @@ def recipe_table(name, gpus, lengths=(1024, 4096, 16384)):
     return evaluate.markdown(head, [[title, *(f"{x:,.1f}" for x in row)]
                                     for title, row in hours.items()])
 
-
 def print_step(args, s):
     """Print the parts of memory and time of one step. Raises UserError as `read_shape` does."""
     frozen = args.teacher or (args.model if s.stage == "grpo" else "none")
@@ -272,7 +261,6 @@ def print_step(args, s):
         print(f"{part:>24}  {size / GB:8.1f} GB")
     for part, value in step_seconds(s, *shapes).items():
         print(f"{part:>24}  {value:8.0f} s")
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
@@ -298,7 +286,6 @@ def main(argv=None):
             print(models_table())
     except UserError as error:
         sys.exit(f"error: {error}")
-
 
 if __name__ == "__main__":
     main()

@@ -44,9 +44,7 @@ ESTIMATORS = {"reward": "sparse reward, GRPO", "token": "KL, sampled token",
 QUANTILES = (0.5, 0.9, 0.99)
 COLOURS = ("#c44e52", "#8c8c8c", "#4c72b0")
 
-
 # --- a: the KL in each state ----------------------------------------------------------------------
-
 
 @torch.no_grad()
 def state_kls(student, teacher, rows):
@@ -61,18 +59,14 @@ def state_kls(student, teacher, rows):
             found.append(opd.reverse_kl(logp, logq).cpu())
     return torch.cat(found)
 
-
 # --- b: groups that teach nothing -----------------------------------------------------------------
-
 
 def group_shares(rewards):
     """Shares of the groups that are all wrong, mixed, all right: (P, K) -> 3 floats."""
     wrong, right = ((rewards == x).all(-1).float().mean().item() for x in (0, 1))
     return wrong, 1 - wrong - right, right
 
-
 # --- c: signal and noise of gradients -------------------------------------------------------------
-
 
 def batch_gradients(student, teacher, rows, rewards):
     """{estimator: the gradient of one step's loss on these rollouts, flat, on the CPU}."""
@@ -96,7 +90,6 @@ def batch_gradients(student, teacher, rows, rewards):
         found[name] = torch.cat([p.grad.flatten().cpu() for p in student.model.parameters()])
     return found
 
-
 def signal_and_noise(gram, counts=None):
     """|E g|^2 and tr Cov g from the inner products of M independent gradients: (M, M) -> 2 floats.
 
@@ -110,11 +103,9 @@ def signal_and_noise(gram, counts=None):
     signal = (pairs * gram).sum() / pairs.sum()
     return signal, (counts * np.diag(gram)).sum() / counts.sum() - signal
 
-
 def snr(gram, counts=None):
     signal, noise = signal_and_noise(gram, counts)
     return signal / noise if noise > 0 else 0.0  # no reward anywhere: no gradient, no noise
-
 
 def snr_interval(gram, rng, draws=2000):
     """Bootstrap over the batches, 95 %: (M, M) -> the SNR's lower and upper end."""
@@ -122,16 +113,13 @@ def snr_interval(gram, rng, draws=2000):
     drawn = [snr(gram, np.bincount(rng.integers(0, M, M), minlength=M)) for _ in range(draws)]
     return np.quantile(drawn, (0.025, 0.975))
 
-
 # --- what it prints -------------------------------------------------------------------------------
-
 
 def rollouts(args, lm, problems, *seed):
     """K rollouts of each of these problems, and their rewards (P, K)."""
     rows = sample(lm, [p.prompt for p in problems], args.rollouts, temperature=1.0,
                   max_new_tokens=args.max_new_tokens, seed=(args.seed, *seed))
     return rows, reward_groups(lm, rows, [p.answer for p in problems])[0]
-
 
 def at_the_start(args, student, teacher, problems):
     """Of M batches, the KL in every state (N,), its mean in the first states, and {estimator: the
@@ -150,11 +138,9 @@ def at_the_start(args, student, teacher, problems):
     grams = {estimator: (g @ g.T).numpy() for estimator, g in stacked.items()}
     return torch.cat(kls).numpy(), torch.cat(first).mean().item(), grams
 
-
 def print_table(title, head, *rows):
     cells = [[x if isinstance(x, str) else f"{x:.3g}" for x in row] for row in rows]
     print(f"\n{title}\n\n{markdown(head, cells)}", flush=True)
-
 
 def measure(args):
     """Print the tables; returns what the pictures show of each."""
@@ -191,7 +177,6 @@ def measure(args):
                 f"{args.batches} batches",
                 ("student", "loss", "√signal", "√noise", "SNR", "95 %"), *table)
     return {when: x for when, (x, _, _) in found.items()}, shares, snrs
-
 
 def draw(folder, kls, shares, snrs):
     """why-kl.png, why-groups.png, why-snr.png: 500 x 300 pixels each."""
@@ -251,7 +236,6 @@ def draw(folder, kls, shares, snrs):
     figure.legend(loc="outside upper center", ncols=3, columnspacing=1, handlelength=1)
     save(figure, "why-snr.png")
 
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -274,7 +258,6 @@ def main(argv=None):
         draw(args.pictures, *found)
     except ImportError:
         print("\nno matplotlib, no pictures")
-
 
 if __name__ == "__main__":
     main()
