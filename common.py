@@ -439,7 +439,7 @@ def read_rows(source):
             datasets.utils.logging.disable_progress_bar()
             datasets.utils.logging.set_verbosity(logging.CRITICAL)
             if kind == ".parquet":
-                data = datasets.load_dataset("parquet", data_files=glob.escape(source), split="train")
+                data = datasets.load_dataset("parquet", data_files=glob.escape(source))
             elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
                 data = datasets.load_from_disk(source)
             else:
