@@ -68,7 +68,7 @@ def stages(commands):
 CORE = {"cold-grpo", "teacher-rl", "teacher-rl-1h", "raw-bridge", "bridge", "opd-only", "sft",
         "bridge-1h", "fresh-2h", "replay-1h"}
 
-@pytest.mark.parametrize("setting", ["world", "world-full", "world-gpu", "qwen3", "llama"])
+@pytest.mark.parametrize("setting", ["world", "world-gpu", "qwen3", "llama"])
 def test_every_route_runs_is_evaluated_and_is_matched(setting, run_all):
     status, commands, errors = run_all(setting)
     assert status == 0, errors

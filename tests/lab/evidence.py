@@ -192,6 +192,7 @@ def draw(roots, out):
 
     Prints a line, and draws nothing, if matplotlib is not installed.
     """
+    routes = averages(roots)  # raises UserError for a folder without an evaluated run
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -199,7 +200,6 @@ def draw(roots, out):
     except ImportError:
         return print("pictures left out: matplotlib is not installed")
     out.mkdir(parents=True, exist_ok=True)
-    routes = averages(roots)
     budgets = label_budgets(roots, routes)
     pictures = {"orderings": (draw_orderings, routes), "curves": (draw_curves, roots),
                 "labels": (draw_series, routes, budgets, "labelled problems", False),
