@@ -124,7 +124,9 @@ beyond() { # beyond the paper: fewer labels and more; rewards between dense and 
         distil lambda-$weight opd.py teacher-rl bridge-warmup $opd --sparse-weight $weight
     done
 }
-side_by_side() { # A B: two routes at once, B with a log
+side_by_side() { # A B: two routes at once, B with a log; a stop reaches all that they run
+    set -m # makes each of them a process group
+    trap 'kill -- -$first -$second 2> /dev/null || true; wait; exit 130' INT TERM
     echo "=== $1; beside it $2, in $runs/logs/$2.txt"
     $1 & first=$!
     $2 > $runs/logs/$2.txt 2>&1 & second=$!
@@ -132,7 +134,6 @@ side_by_side() { # A B: two routes at once, B with a log
     wait $second || { echo "$2 failed: see $runs/logs/$2.txt" >&2; exit 1; }
 }
 if [ $setting = world ]; then
-    trap 'trap - TERM; kill 0' INT TERM # stops what runs in the background, too
     side_by_side base_teacher base_student
     side_by_side teachers baselines
     side_by_side all_labels half_labels

@@ -26,15 +26,26 @@ class Failures:
     def pytest_exception_interact(self, node, call, report):
         self.seen.append([node.nodeid, report.when, call.excinfo.type.__name__])
 
-for folder, test in json.loads(sys.argv[1]):
+def forked(work):
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
-        os.chdir(folder)
-        status = pytest.main(["-q", "-p", "no:cacheprovider", test], plugins=[Failures()])
-        with open("verdict.json", "w") as file:
-            json.dump([status, Failures.seen], file)
+        work()
         os._exit(0)
+    return child
+
+def judge(folder, test):
+    os.chdir(folder)
+    status = pytest.main(["-q", "-p", "no:cacheprovider", test], plugins=[Failures()])
+    with open("verdict.json", "w") as file:
+        json.dump([status, Failures.seen], file)
+
+def judge_all(jobs):
+    for job in jobs:
+        os.waitpid(forked(lambda: judge(*job)), 0)
+
+jobs = json.loads(sys.argv[1])
+for child in [forked(lambda: judge_all(jobs[half::2])) for half in (0, 1)]:
     os.waitpid(child, 0)
 """
 
