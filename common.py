@@ -1518,7 +1518,7 @@ def optimizer_step(lm, optimizer, cfg, updates):
 MAX_SKIPPED = 5  # steps in a row without an update end a run: the weights are at fault, not data
 
 @contextlib.contextmanager
-def writing(path):
+def errors_that_name(path):
     """Turn an OSError, which on a full disk names no file, into a UserError that names it."""
     try:
         yield
@@ -1528,7 +1528,7 @@ def writing(path):
 def write_text(path, text):
     """Write a text file whole or not at all. Of several processes rank 0 writes."""
     if rank() == 0:
-        with writing(path):
+        with errors_that_name(path):
             Path(f"{path}.tmp").write_text(text, encoding="utf-8")
             os.replace(f"{path}.tmp", path)
 
@@ -1541,7 +1541,7 @@ def json_line(value):
 def append_json_line(path, value):
     """Add an object to a .jsonl file. Of several processes rank 0 writes."""
     if rank() == 0:
-        with writing(path), Path(path).open("a", encoding="utf-8") as file:
+        with errors_that_name(path), Path(path).open("a", encoding="utf-8") as file:
             file.write(json_line(value))
 
 def read_json_lines(path, limit=None):
