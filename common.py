@@ -106,6 +106,7 @@ class StageConfig:
 AT_LEAST_1 = {"epochs", "mini_batch", "prompts", "rollouts", "samples", "sample_rows",
               "max_new_tokens", "max_prompt_tokens"}  # no other number may be negative
 
+@functools.cache  # inspect parses the whole file
 def field_comments(config_class):
     """{field name: (group title, trailing comment)}, read from the source of a Config dataclass.
     A comment line `# --- title` opens a group."""
@@ -189,7 +190,6 @@ def run_cli(main, config_class, doc):
     sys.exit(status)
 
 # ---------- 2 models: weights, tokenizer, stop tokens, chat prompt --------------------------------
-
 # Asks for the form that the verifier reads. ours: Qwen's own wording for mathematics.
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
