@@ -84,7 +84,8 @@ class StageConfig:
     data: str = "dapo"  # problems, DAPO-Math-17K (Table 1): file, folder, hub name or alias
     half: Literal["1", "2", "all"] = "all"  # which half of the deduplicated problems (Table 1)
     exclude: str = "math500,aime24,aime25"  # ours: sets whose problems are dropped, or none
-    split_seed: int = 0  # ours: seed of the halves; keep it over a whole recipe
+    labels: int = 0  # ours: use only so many problems, halves are of these; 0 is all
+    split_seed: int = 0  # ours: of --labels and --half; keep it over a whole recipe
     # --- ours
     seed: int = 0  # ours: of prompt order and sampling
     thinking: bool = False  # ours: Qwen3's thinking mode
@@ -92,7 +93,7 @@ class StageConfig:
     adam_beta2: float = 0.999  # ours: AdamW's beta2
     lr_schedule: Literal["constant", "linear"] = "constant"  # ours: linear decays to 0
     warmup_steps: int = 0  # ours: updates of linear learning-rate warmup
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto: bf16 on CUDA, else fp32
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto: bf16 where a GPU has it
     # --- memory, speed and display only: they change no result beyond rounding
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     micro_tokens: int = 0  # padded tokens of a micro-batch; 0: 32,768 on a GPU, 1,024 on a CPU
@@ -202,6 +203,7 @@ class LM:
     vocab: int  # ids of the tokenizer; embeddings beyond it are padding, which no softmax sees
     stop_ids: list  # sorted ids that end a response
     saved_dtype: str  # of the folder that it came from, and of those that we write
+    context: float = math.inf  # positions that it knows, for prompt and response
     bf16: bool = False  # compute in bfloat16 (masters stay fp32)
     recompute: bool = False  # gradient checkpointing
     replica: torch.nn.Module = None  # of a sharded model: the same modules without weights
@@ -278,8 +280,17 @@ def describe_lm(name):
     check(tokenizer.chat_template, f"{name}: no chat template; take an instruct model")
     check(vocab <= config.vocab_size, f"{name}: {vocab} tokens but {config.vocab_size} embeddings")
     check(stop_ids, f"{name}: neither generation_config.json nor the tokenizer names a stop token")
-    dtype = str(config.dtype or "float32").removeprefix("torch.")
-    return LM(name, None, tokenizer, vocab, sorted(stop_ids), dtype)
+    dtype, rope = str(config.dtype or "float32").removeprefix("torch."), config.rope_parameters
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    if rope.get("rope_type") == "longrope":  # beyond these, angles depend on what is beside a row
+        context = rope["original_max_position_embeddings"]
+    return LM(name, None, tokenizer, vocab, sorted(stop_ids), dtype, context)
+
+def check_context(lm, cfg, longest):
+    """Raise UserError if `longest` tokens, a prompt and its response, are more than lm knows."""
+    over = longest - lm.context
+    check(over <= 0, f"{lm.name} knows {lm.context} positions, a prompt and its response may take "
+          f"{longest}: lower --max-new-tokens {cfg.max_new_tokens} by {over}")
 
 @contextlib.contextmanager
 def load_errors_as_one_line(name):
@@ -301,7 +312,8 @@ def load_lm(name, cfg, train=False, shard=True):
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {first_line(error)}") from error
-    lm.bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type == "cuda")
+    check(device.type in ("cpu", "cuda"), f"--device {device}: take cpu or cuda (no float64 there)")
+    lm.bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and has_bf16(device))
     dtype = torch.bfloat16 if lm.bf16 and not train else torch.float32
     shard = shard and world_size() > 1
     if shard:  # rank 0 reads the weights in the dtype of the files; the others have shapes only
@@ -319,6 +331,10 @@ def load_lm(name, cfg, train=False, shard=True):
         shard_model(lm, source, device)
     check_architecture(lm, sampled=train or not shard)
     return lm
+
+def has_bf16(device):
+    """Whether it is a GPU that has bf16 and its attention kernel; older ones have neither."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 def read_weights(name, dtype):
     """The model itself, on the CPU. Raises UserError, too, if it is incomplete."""
@@ -536,19 +552,25 @@ def load_problems(cfg):
         counts["in an evaluation set"] += len(banned & unique.keys())
         unique = {key: item for key, item in unique.items() if key not in banned}
     order = sorted(unique, key=lambda k: hashlib.sha256(f"{cfg.split_seed}:{k}".encode()).digest())
-    middle = len(order) // 2
-    chosen = {"all": order, "1": order[:middle], "2": order[middle:]}[cfg.half]
+    check(cfg.labels <= len(order), f"--labels {cfg.labels}: {cfg.data} has only {len(order)}")
+    used = order[: cfg.labels or None]
+    middle = len(used) // 2
+    chosen = {"all": used, "1": used[:middle], "2": used[middle:]}[cfg.half]
     dropped = [f"{counts[what]} {what}" for what in counts if what != "rows" and counts[what]]
     print(f"{cfg.data}: {counts['rows']} rows, dropped {', '.join(dropped) or 'none'}; "
           f"{len(order)} problems, using {len(chosen)} (half: {cfg.half})")
     check(chosen, f"data {cfg.data!r} (half {cfg.half}) holds no problem")
     return [unique[key] for key in chosen]
 
-def tokenize_problems(problems, tokenizer, cfg):
-    """Fill in the prompt ids; problems whose prompt is over the limit are counted and skipped."""
-    prompts = (tuple(build_prompt(tokenizer, p.problem, cfg.thinking)) for p in problems)
+def tokenize_problems(problems, cfg, *lms):
+    """Fill in the prompt ids, of the same tokenizer in all lms. Problems whose prompt is over the
+    limit are counted and skipped. UserError if a response may leave the positions of an lm."""
+    prompts = (tuple(build_prompt(lms[0].tokenizer, p.problem, cfg.thinking)) for p in problems)
     filled = [dataclasses.replace(p, prompt=ids) for p, ids in zip(problems, prompts)]
-    return skip_long_prompts(filled, cfg)
+    filled = skip_long_prompts(filled, cfg)
+    for lm in lms:
+        check_context(lm, cfg, max(len(p.prompt) for p in filled) + cfg.max_new_tokens)
+    return filled
 
 def skip_long_prompts(items, cfg):
     """The items whose prompt has at most --max-prompt-tokens; UserError if none has."""
@@ -1113,10 +1135,6 @@ def grade(response: str, answer: str) -> str:
     except Exception:  # counted apart from wrong, and never raised into training
         return "gave_up"
 
-def verify(response: str, answer: str) -> bool:
-    """Returns whether the answer of the response is right."""
-    return grade(response, answer) == "correct"
-
 def reward_groups(lm, rows, answers):
     """Returns the reward in {0, 1} of K rollouts for each of P answers, (P, K), and what to log."""
     k = len(rows) // len(answers)
@@ -1398,7 +1416,8 @@ def attend_pages(q, keys, values, used, scaling):
     keys, values: (m, page, kv heads, D), used: (m,). Returns (m, H, D) and, to put pages together,
     the log of each softmax's denominator, (m, H); -1e30 for an empty page."""
     m, page, heads, dim = keys.shape
-    if q.is_cuda and q.dtype == torch.bfloat16:  # each page is a sequence of its own
+    fits = dim <= 256 and dim % 8 == 0 and m < 65536  # what the kernel takes
+    if q.dtype == torch.bfloat16 and has_bf16(q.device) and fits:  # a page is a sequence of its own
         one = torch.arange(m + 1, dtype=torch.int32, device=q.device)
         out, lse = torch.ops.aten._flash_attention_forward(
             q, keys.flatten(0, 1), values.flatten(0, 1), one, one * page, 1, page, 0.0, False,
@@ -1724,6 +1743,9 @@ class Run:
             self.bar.write(f"warning: step {self.step}: {metrics['skipped']} of {len(grad_norms)} "
                            "updates skipped, their loss or gradient is not finite")
         last = [line["grad_norm"] for line in self.metrics[-MAX_SKIPPED:]]
+        gap, bound = metrics.get("sampler_gap", 0), 0.2 if self.lm.bf16 else 1e-3
+        check(not gap > bound, f"sampler_gap {gap:.3g}: sampling and training see other log-probs, "
+              f"and rounding explains {bound} at most: {self.lm.name} is not supported")
         check(last != [None] * MAX_SKIPPED, f"the last {MAX_SKIPPED} steps had a loss or gradient "
               "that is not finite: the run diverged (is --lr too high?)")
 

@@ -124,7 +124,7 @@ def accumulate(cfg, policy, rows, adv, weights, old, ref):
             return torch.tensor([x for row in lists for x in row], device=tokens.device)
 
     def chunk(all_logp, y, sampled, A, weight, old=None, ref=None):  # (n, V), the others (n,)
-        entropy = -(all_logp.detach().exp() * all_logp.detach()).sum(-1)
+        entropy = -all_logp.detach().exp().mul_(all_logp.detach()).sum(-1)
         logp = pick(all_logp, y)  # (n,)
         old = logp.detach() if old is None else old
         ref = logp.detach() if ref is None else ref
@@ -151,7 +151,7 @@ def main(cfg):
     run.record["labels"] = {f"{cfg.data}:{cfg.half}": len(problems)}
     policy = load_lm(cfg.model, cfg, train=True)
     reference = load_lm(cfg.model, cfg) if cfg.kl_coef else None
-    problems = tokenize_problems(problems, policy.tokenizer, cfg)
+    problems = tokenize_problems(problems, cfg, policy)
     steps = count_steps(cfg, len(problems))
     updates = cfg.prompts // cfg.mini_batch  # per step
     optimizer = make_optimizer(policy, cfg)

@@ -97,7 +97,7 @@ def accumulate(cfg, student, teacher, rows, n_tokens, sparse):
     """Add the gradient of a micro-batch to the student's, for an update of n_tokens tokens.
 
     sparse: A_i of its rows, (B,), which counts with --sparse-weight only. Returns sums over its
-    tokens: of the exact KL, of its square, of the student's entropy.
+    tokens: of the exact KL, its square, the student's entropy, |log pi_theta - when sampled|.
     """
     hidden, tokens = student.states(rows)  # (N, D), (N,)
     with torch.no_grad():
@@ -110,17 +110,20 @@ def accumulate(cfg, student, teacher, rows, n_tokens, sparse):
         dense = dense_advantages(logp, logq, [len(r.tokens) for r in rows],
                                  returns=cfg.estimator == "return")
 
-    def chunk(logp, h_teacher, y, A_sparse, A=None):  # (n, V), (n, D), then (n,)
+    def chunk(logp, h_teacher, y, sampled, A_sparse, A=None):  # (n, V), (n, D), the others (n,)
         logq = teacher.logits(h_teacher, head_teacher, cfg.temperature).log_softmax(-1)
         kl = reverse_kl(logp, logq)  # (n,)
-        entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+        entropy = -logp.detach().exp().mul_(logp.detach()).sum(-1)
         loss = kl if cfg.estimator == "full" else -A * pick(logp, y)
         if cfg.sparse_weight:
             loss = mixed_loss(loss, pick(logp, y), A_sparse, cfg.sparse_weight)
-        return loss.sum() / n_tokens, (kl, kl**2, entropy)
+        gap = (pick(logp, y) - sampled).abs()
+        return loss.sum() / n_tokens, (kl, kl**2, entropy, gap)
 
+    sampled = torch.tensor([x for r in rows for x in r.logp])
     return over_chunks(chunk, student, hidden, cfg.temperature, cfg.vocab_chunk, y=tokens,
-                       h_teacher=hidden_teacher, A_sparse=flat(sparse, rows), A=dense)
+                       h_teacher=hidden_teacher, sampled=sampled, A=dense,
+                       A_sparse=flat(sparse, rows))
 
 def main(cfg):
     check(cfg.temperature > 0, "--temperature must be positive")
@@ -134,7 +137,7 @@ def main(cfg):
         run.record["labels"] = {f"{cfg.data}:{cfg.half}": len(problems)}
     teacher = load_lm(cfg.teacher, cfg)
     student = load_lm(cfg.student, cfg, train=True)
-    problems = tokenize_problems(problems, student.tokenizer, cfg)
+    problems = tokenize_problems(problems, cfg, student, teacher)
     steps = count_steps(cfg, len(problems))
     optimizer = make_optimizer(student, cfg)
 
@@ -156,16 +159,16 @@ def main(cfg):
         # loss: the mean over all response tokens of the update, whatever the micro-batches
         run.time("updating")
         n_tokens = sum(len(r.tokens) for r in rows)
-        sums = torch.zeros(3, dtype=torch.float64)  # of kl, kl^2, entropy
+        sums = torch.zeros(4, dtype=torch.float64)  # of kl, kl^2, entropy, gap
         for group in shared_micro_batches(rows, cfg.micro_tokens, student.device):
             sums += accumulate(cfg, student, teacher, [rows[i] for i in group], n_tokens,
                                sparse[group])
         grad_norm = optimizer_step(student, optimizer, cfg, steps)
 
-        kl, square, entropy = (all_reduce_sum(sums) / n_tokens).tolist()
+        kl, square, entropy, gap = (all_reduce_sum(sums) / n_tokens).tolist()
         kl_std = max(0.0, square - kl**2) ** 0.5
         run.log("kl", "entropy", "length", **rewarded, kl=kl, kl_std=kl_std, entropy=entropy,
-                grad_norms=[grad_norm], rows=rows,
+                sampler_gap=gap, grad_norms=[grad_norm], rows=rows,
                 note=f"KL to the teacher {kl:.3f} nats a token")
     run.finish()
 
