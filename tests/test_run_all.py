@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -68,7 +69,8 @@ def stages(commands):
 CORE = {"cold-grpo", "teacher-rl", "teacher-rl-1h", "raw-bridge", "bridge", "opd-only", "sft",
         "bridge-1h", "fresh-2h", "replay-1h"}
 
-@pytest.mark.parametrize("setting", ["world", "world-gpu", "qwen3", "llama"])
+@pytest.mark.parametrize("setting", ["world", "world-gpu", "tiny", "small", "qwen3",
+                                     "llama"])
 def test_every_route_runs_is_evaluated_and_is_matched(setting, run_all):
     status, commands, errors = run_all(setting)
     assert status == 0, errors
@@ -113,7 +115,9 @@ def test_the_full_world_runs_all_of_table_1_and_beyond_matched(run_all):
     for n in (32, 64, 256, 512):
         for a in ("teacher-rl", "bridge", "bridge-warmup", "cold-grpo"):
             b = a.replace("bridge", f"bridge-{n}") if "bridge" in a else f"{a}-{n}"
-            assert difference(found, a, b) == {"data"}
+            assert difference(found, a, b) == {"labels"} | ({"data"} if n > 128 else set())
+            cfg = found[b][1]
+            assert cfg.labels == n and Path(cfg.data).stem == ("pool" if n > 128 else "train")
         assert found[f"bridge-{n}"][1].teacher.endswith(f"/teacher-rl-{n}")
     for weight in ("0.25", "0.5", "0.75", "1"):
         name = f"lambda-{weight}"

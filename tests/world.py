@@ -17,11 +17,10 @@ by one, and a reward at the end of a chain says little about which one was wrong
 
 writes train.jsonl (128 labelled problems), valid.jsonl (200) and test.jsonl (500), all with chains
 of 2, 2, 3, 3, 4 steps in turn, and hard.jsonl (200, all of 4 steps). For the question how many
-labels it takes, train-32.jsonl and train-64.jsonl are the beginning of train.jsonl, which is the
-beginning of train-256.jsonl and train-512.jsonl. Then corpus-teacher.jsonl and corpus-student.jsonl
-and two folders with random weights, init-teacher (335 k parameters) and init-student (85 k), that
-any tool can load. All problem sets are drawn before the corpora, which leave their problems out.
-Everything is a function of the seed.
+labels it takes, pool.jsonl goes on where train.jsonl ends, to 512. Then corpus-teacher.jsonl and
+corpus-student.jsonl and two folders with random weights, init-teacher (335 k parameters) and
+init-student (85 k), that any tool can load. All problem sets are drawn before the corpora, which
+leave their problems out. Everything is a function of the seed.
 
 --scale large is the same for a GPU: 512 labelled problems of 4 to 8 steps, hard ones of 8 steps, a
 teacher of 26 M parameters and a student of 5 M.
@@ -165,9 +164,8 @@ def build(out, seed=0, scale="small", *, valid=200, test=500, hard=200, **change
     files = {"test": make_set(rng, test, taken, scale.steps),
              "hard": make_set(rng, hard, taken, scale.steps[-1:]),
              "valid": make_set(rng, valid, taken, scale.steps)}
-    n, labelled = scale.train, make_set(rng, 4 * scale.train, taken, scale.steps)
-    files |= {f"train-{m}": labelled[:m] for m in (n // 4, n // 2, 2 * n, 4 * n)}
-    files["train"] = labelled[:n]
+    files["pool"] = make_set(rng, 4 * scale.train, taken, scale.steps)
+    files["train"] = files["pool"][: scale.train]
     tokenizer = make_tokenizer(REGISTERS[: scale.steps[-1]])
     for name, size in scale.sizes.items():
         book = Book(rng, MISPRINTED[name])
