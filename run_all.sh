@@ -44,8 +44,8 @@ tiny) # groups of 16, as few are right; no reference, to save memory; rates and 
     rl_teacher="--lr 5e-6 --steps 200" rl_student="--lr 1e-5 --steps 200" name=tiny
     distil="--prompts 32 --rollouts 4 --lr 2e-5" warmup=50 opd=100 scoring="--limit 500" ;;
 small) # 4 updates a step, of 8 prompts as in Table 9; few of them, so higher rates: guesses, too
-    teacher=Qwen/Qwen3-1.7B student=Qwen/Qwen3-0.6B sets=math500,aime24 scoring="--samples 8"
-    limits+=" --labels 1000" rl="--prompts 32 --lr 2e-6 --steps 100" name=small
+    teacher=Qwen/Qwen3-1.7B student=Qwen/Qwen3-0.6B sets=math500,aime24 name=small
+    limits+=" --labels 1000" rl="--prompts 32 --lr 2e-6 --steps 100"
     distil="--prompts 32 --rollouts 4 --lr 1e-5" warmup=50 opd=100 length="--max-new-tokens 2048" ;;
 qwen3) teacher=Qwen/Qwen3-8B student=Qwen/Qwen3-1.7B ;;
 llama) teacher=meta-llama/Llama-3.3-70B-Instruct student=meta-llama/Llama-3.1-8B-Instruct ;;

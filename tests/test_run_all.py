@@ -14,9 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+import sizes
+from conftest import ROOT, children
 
 import common
+import evaluate
 
 STAND_IN = r"""#!/usr/bin/env bash
 echo "$(printf '%q ' "$@")" >> "$COMMANDS"
@@ -146,6 +148,23 @@ def test_the_papers_settings_run_all_of_table_1_with_the_defaults(run_all):
         default = importlib.import_module(script.removesuffix(".py")).Config()
         changed = {k for k, v in vars(cfg).items() if v != getattr(default, k)}
         assert changed <= route, (script, changed)
+
+def test_the_small_setting_runs_to_its_table(world, taught, tmp_path, monkeypatch):
+    """Every command line, for two steps, with other models and data; their labels are counted."""
+    other = {"TEACHER": taught.model, "STUDENT": world / "init-student", "RUNS": tmp_path,
+             "DATA": world / "train.jsonl", "SETS": world / "test.jsonl", "EVAL_FLAGS":
+             "--samples 2 --limit 2 --max-new-tokens 8", "FLAGS": "--labels 18 --prompts 8 "
+             "--rollouts 2 --steps 2 --max-new-tokens 8 --show-every 0"}
+    for name, value in other.items():
+        monkeypatch.setenv(name, str(value))
+    for _, cfg in sizes.commands("small"):
+        ran, = children(lambda: importlib.import_module(type(cfg).__module__).main(cfg))
+        assert ran.status == 0, ran.err
+    rows = [line.split(" | ") for line in evaluate.runs_table(tmp_path).splitlines()[2:]]
+    labels = {row[0].removeprefix("| "): int(row[2]) for row in rows}
+    bases = {"base-teacher", "base-student", "raw-bridge"}
+    assert labels == {name: 0 if name in bases else 9 if name.endswith("-1h") else 18
+                      for name in CORE | bases}
 
 def test_the_second_run_does_nothing_and_a_failure_stops_with_a_message(run_all):
     """After a failure its line stops, and the other one ends its phase; the next run does what is

@@ -17,7 +17,8 @@ def test_parameters_by_hand_and_of_models_that_exist(world):
     assert LARGE.params == 1224 and TINY.cache == 4 * 2 * 2 * 2
     assert TINY.activation == 24 * 8 + 14 * 12 + 8 * 10 == 440
     published = {"Qwen3-0.6B": 0.596, "Qwen3-1.7B": 1.721, "Qwen3-8B": 8.191, "Qwen3-14B": 14.768,
-                 "Llama-3.1-8B": 8.030, "Llama-3.3-70B": 70.554}
+                 "Llama-3.1-8B": 8.030, "Llama-3.3-70B": 70.554, "SmolLM2-135M": 0.1345,
+                 "SmolLM2-360M": 0.3618}
     for name, shape in MODELS.items():
         assert shape.params / 1e9 == pytest.approx(published[name], abs=6e-4)
     lm = common.load_lm(str(world / "init-teacher"), common.StageConfig())
@@ -51,33 +52,46 @@ def test_memory_by_hand():
     alone = step_bytes(settings("evaluate", 2), LARGE)  # each GPU has the whole model
     assert alone["while sampling"] == 2448 + 512 and alone["in the update"] == 0
 
+OPERATIONS, MEMORY = 0.4 * 989e12, 0.4 * 3.35e12
+
 def test_seconds_by_hand():
     found = step_seconds(settings("grpo", 2), TINY, LARGE)
     reads = 2 * 6 * (2 * 1064 + 2 * (2 + 3) * 32)  # two batches, six tokens each
-    assert found["sampling"] == pytest.approx(reads / sizes.MEMORY)
+    assert found["sampling"] == pytest.approx(reads / MEMORY)
     attention = 4 * 2 * 4 * 2 * 8 / 2  # 4 L H d * length / 2, a token of 32
-    assert found["update"] == pytest.approx(3 * (2128 + attention) * 32 / sizes.OPERATIONS)
-    assert found["frozen models"] == pytest.approx((2448 + attention) * 32 / sizes.OPERATIONS)
+    assert found["update"] == pytest.approx(3 * (2128 + attention) * 32 / OPERATIONS)
+    assert found["frozen models"] == pytest.approx((2448 + attention) * 32 / OPERATIONS)
     assert found["between GPUs"] == pytest.approx(2 * 8 * 1064 / sizes.NODE)
     assert found["a step"] == pytest.approx(sum(list(found.values())[:-1]))
     # the warmup's teacher fills 16 rows with several steps' prompts: a step is a quarter of them
     found = step_seconds(settings("warmup", 2, sample_rows=16), TINY, LARGE)
-    assert found["sampling"] == pytest.approx(6 / 4 * (2448 + 16 * 5 * 32) / sizes.MEMORY)
+    assert found["sampling"] == pytest.approx(6 / 4 * (2448 + 16 * 5 * 32) / MEMORY)
 
-def test_a_recipe_is_the_sum_of_its_steps():
+def recipe(*args):
+    """{row: [GB, hours...]} of `sizes.recipe_table`."""
+    lines = [line.strip("| ").split(" | ") for line in sizes.recipe_table(*args).splitlines()[2:]]
+    return {row[0]: [float(x.replace(",", "")) for x in row[1:]] for row in lines}
+
+def test_a_recipe_is_the_sum_of_what_run_all_runs():
     """10 epochs of 8,700 problems, 8 a step, are 10,870 steps; rows that do not fit 80 GB wait."""
-    rows = {row[0]: [float(x.replace(",", "")) for x in row[1:]] for row in
-            (line.strip("| ").split(" | ") for line in
-             sizes.recipe_table("qwen3", 8).splitlines()[2:])}
+    rows = recipe("qwen3", 8)
     shape = MODELS["Qwen3-8B"]
     s = Settings("grpo", 8, max_prompt_tokens=sizes.PROMPT, gradient_checkpointing=True)
     hours = 10_870 * step_seconds(s, shape, shape)["a step"] / 3600
-    assert rows["1 GRPO on Qwen3-8B"][2] == pytest.approx(hours, abs=0.05)
-    *stages, total = rows.values()
-    assert len(stages) == 5 and total == pytest.approx([sum(x) for x in zip(*stages)], abs=0.3)
+    assert rows["teacher-rl-1h"][3] == pytest.approx(hours, abs=0.05)
+    *stages, whole, every = rows.values()
+    assert len(stages) == 28 and every[1:] == pytest.approx(
+        [sum(x) for x in list(zip(*stages))[1:]], abs=1)
+    assert sum(rows[name][3] for name in sizes.R5[:4]) == pytest.approx(whole[3], rel=0.01)
     s = Settings("warmup", 8, max_prompt_tokens=sizes.PROMPT, gradient_checkpointing=True)
     crowded = 1087 * step_seconds(s, MODELS["Qwen3-1.7B"], shape)["a step"] / 3600
-    assert rows["2a warmup of Qwen3-1.7B"][2] > 1.2 * crowded  # 256 rows of 16,384 tokens do not
+    assert rows["bridge-1h-warmup"][3] > 1.2 * crowded  # 256 rows of 16,384 tokens do not
+
+@pytest.mark.parametrize("setting, gb", [("tiny", 16), ("small", 80)])
+def test_small_settings_fit_their_card_as_the_readme_says(setting, gb):
+    most, hours = recipe(setting)["all"]
+    row = next(x for x in (ROOT / "README.md").read_text().splitlines() if f".sh {setting}`" in x)
+    assert most < 0.95 * gb and f" {gb} GB | {most:.0f} GB | {hours:.0f} |" in row
 
 def test_the_command_reads_no_weights_and_takes_the_defaults_of_the_stage(world, monkeypatch,
                                                                           capsys):

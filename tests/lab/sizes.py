@@ -1,13 +1,13 @@
 """Memory per GPU and rough seconds of a training step, computed from a model's shape alone.
 
-    python tests/lab/sizes.py                          # a table of five models (as in the README)
+    python tests/lab/sizes.py                          # a table of six models (as in the README)
     python tests/lab/sizes.py Qwen3-8B --gpus 8        # grpo.py with the paper's settings
     python tests/lab/sizes.py Qwen/Qwen3-1.7B --stage opd --teacher ckpt/teacher_rl --gpus 1
-    python tests/lab/sizes.py --recipe qwen3           # hours of the paper's whole recipe
+    python tests/lab/sizes.py --recipe small           # memory and hours of `run_all.sh small`
 
-Nothing is measured, and no weights are loaded. A MODEL is a name of that table, a folder or a hub
-name. Bytes on one of n GPUs, for P parameters, of which P_in are in the L layers and P_out are
-embedding, head and last norm:
+Nothing is measured, and no weights are loaded. A MODEL is a name in MODELS, a folder or a hub name.
+A recipe is what `run_all.sh` would run, its flags included. Bytes on one of n GPUs, for P
+parameters, of which P_in are in the L layers and P_out are embedding, head and last norm:
 
     masters, AdamW           4 P / n and 8 P / n
     gradients                4 P / n, in the update
@@ -28,30 +28,50 @@ evaluate.py loads the whole model on each GPU, like n = 1. Seconds, for response
 long as allowed: 2 P operations a token for a forward pass, 4 P for a backward pass (2 P more with
 --gradient-checkpointing), and 4 L H d * length / 2 of attention as often. Sampling reads the
 weights, and half of the keys and values of its rows, once a token. A micro-batch moves 8 P bytes
-between GPUs. A GPU reaches 40 % of an H100's 989e12 operations and 3.35e12 bytes a second, and
-sends 200e9 bytes a second to its neighbours, 25e9 across nodes of 8.
+between GPUs. A GPU reaches 40 % of its bf16 operations (fp32 sums) and bytes a second, as in the
+maker's data sheets: an H100 (SXM, 80 GB) 989e12 and 3.35e12, an RTX 4080 (16 GB) 97.5e12 and 717e9.
+It sends 200e9 bytes a second to its neighbours, 25e9 across nodes of 8. In a recipe prompts have
+200 tokens, and keys and values take 80 % of the memory that is free.
 """
 
 import argparse
 import dataclasses
+import re
+import shlex
+import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 import evaluate
 import fkl_warmup
 import grpo
 import opd
-from common import UserError, check, describe_lm
+from common import UserError, check, describe_lm, parse_args
 
 GB = 1e9
-OPERATIONS, MEMORY, NODE, NETWORK = 0.4 * 989e12, 0.4 * 3.35e12, 200e9, 25e9  # a second
-H100 = 0.95 * 80 * GB  # what can be used of it
+NODE, NETWORK = 200e9, 25e9  # bytes a second
 STAGES = {"grpo": grpo.Config, "warmup": fkl_warmup.Config, "opd": opd.Config,
           "evaluate": evaluate.Config}
+
+@dataclass(frozen=True)
+class Card:
+    name: str
+    gb: int
+    operations: float  # a second, in bf16 with fp32 sums
+    memory: float  # bytes a second
+    reached: float = 0.4
+
+    def seconds(self, operations=0.0, read=0.0):
+        return (operations / self.operations + read / self.memory) / self.reached
+
+H100 = Card("H100", 80, 989e12, 3.35e12)
+RTX_4080 = Card("RTX 4080", 16, 97.5e12, 716.8e9)
 
 @dataclass(frozen=True)
 class Shape:
@@ -101,12 +121,15 @@ MODELS = {
     "Qwen3-14B": Shape(5120, 40, 40, 8, 17408, 151936, False, qk_norm=True),
     "Llama-3.1-8B": Shape(4096, 32, 32, 8, 14336, 128256, False),
     "Llama-3.3-70B": Shape(8192, 80, 64, 8, 28672, 128256, False),
+    "SmolLM2-135M": Shape(576, 30, 9, 3, 1536, 49152, True, 64),
+    "SmolLM2-360M": Shape(960, 32, 15, 5, 2560, 49152, True, 64),
 }
 
 def read_shape(name):
-    """Shape of a model of the table, a folder or a hub name. Raises UserError if there is none."""
-    if name in MODELS:
-        return MODELS[name]
+    """Shape of a model of MODELS, a folder or a hub name. Raises UserError if there is none."""
+    short = name.split("/")[-1].removesuffix("-Instruct")
+    if short in MODELS and not Path(name).is_dir():
+        return MODELS[short]
     describe_lm(name)
     c = AutoConfig.from_pretrained(name)
     dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
@@ -183,17 +206,17 @@ def step_bytes(s, model, frozen=None, chunk=256 << 20):
     return {**always, **update, "in the update": (total + sum(update.values())) * bool(trained),
             **sampling, "while sampling": total + sum(sampling.values())}
 
-def step_seconds(s, model, frozen=None):
+def step_seconds(s, model, frozen=None, card=H100):
     """{part: seconds} of a step in which every row is as long as allowed."""
     trained, frozen, sampler = s.roles(model, frozen)
     mine = s.prompts * s.rollouts / s.gpus  # rows of a step on one GPU
     live = s.max_prompt_tokens + s.max_new_tokens / 2  # tokens of a row, in the mean over time
     read = 2 * sampler.params + s.rows_at_once * live * sampler.cache
-    parts = {"sampling": s.share / s.rows_at_once * s.max_new_tokens * read / MEMORY}
+    parts = {"sampling": s.share / s.rows_at_once * s.max_new_tokens * card.seconds(read=read)}
 
     def passes(shape, n):
         attention = 4 * shape.layers * shape.heads * shape.head_dim * s.longest / 2
-        return n * (2 * shape.params + attention) * mine * s.longest / OPERATIONS
+        return card.seconds(n * (2 * shape.params + attention) * mine * s.longest)
 
     if trained:
         wire = NODE if s.gpus <= 8 else NETWORK
@@ -207,7 +230,7 @@ def models_table():
     """grpo.py with the paper's settings, --gradient-checkpointing and its KL reference."""
     rows = ["| model | GPUs | update, GB | sampling, GB | a row's cache, GB | fits 80 / 141 GB | "
             "a step, minutes |", "| --- | --: | --: | --: | --: | --- | --: |"]
-    for name, shape in MODELS.items():
+    for name, shape in list(MODELS.items())[:6]:
         for gpus in (1, 8, 16):
             s = Settings(gpus=gpus, gradient_checkpointing=True)
             size, seconds = step_bytes(s, shape, shape), step_seconds(s, shape, shape)["a step"]
@@ -219,36 +242,66 @@ def models_table():
                         f"{sampling / GB:.0f} | {row / GB:.1f} | {fits} | {seconds / 60:.0f} |")
     return "\n".join(rows)
 
-RECIPES = {"qwen3": ("Qwen3-8B", "Qwen3-1.7B")}  # teacher, student
-PROBLEMS, EVALUATED = 17_400, 560  # DAPO-Math-17K; MATH-500, AIME 2024 and 2025
+RECIPES = {  # setting of run_all.sh: GPUs (0: --gpus), card, tokens of a response (0: its flag)
+    "qwen3": (0, H100, (1024, 4096, 16384)), "small": (1, H100, (0,)), "tiny": (1, RTX_4080, (0,))}
+PROBLEMS = {"dapo": 17_400, "openai/gsm8k:main:train": 7_473, "openai/gsm8k:main:test": 1_319,
+            "math500": 500, "aime24": 30, "aime25": 30}
 PROMPT = 200  # ours: tokens of a usual problem with its instruction
+R5 = ("teacher-rl-1h", "bridge-1h-warmup", "bridge-1h", "fresh-2h", "fresh-2h/eval")
 
-def recipe_hours(stage, gpus, length, model, frozen):
-    """Hours of a whole stage on half of the problems (of evaluate: 16 samples of all its sets)."""
-    s = Settings(stage, gpus, EVALUATED if stage == "evaluate" else None, max_prompt_tokens=PROMPT,
-                 max_new_tokens=length, gradient_checkpointing=True)
-    size, sampler = step_bytes(s, model, frozen), s.roles(model, frozen)[2]
-    room = H100 - size["while sampling"] + size["keys and values"]
-    s.sample_rows = min(s.sample_rows, int(room / (PROMPT + length / 2) / sampler.cache))
-    check(s.sample_rows > 0, f"{gpus} GPUs of 80 GB are too few")
-    steps = 1 if stage == "evaluate" else STAGES[stage].epochs * (PROBLEMS // 2 // s.prompts)
-    return steps * step_seconds(s, model, frozen)["a step"] / 3600
+def commands(setting):
+    """[(stage, Config)] of all that `run_all.sh SETTING` would run. Nothing is run or written."""
+    script = 'python() { printf "%q " "$@"; echo; }\n' + (ROOT / "run_all.sh").read_text()
+    with tempfile.TemporaryDirectory() as folder:
+        lines = subprocess.run(["bash", "-c", script, "run_all.sh", setting], cwd=folder, text=True,
+                               check=True, capture_output=True).stdout.splitlines()
+    found = [shlex.split(line) for line in lines if re.match(r"\w+\.py .*--out", line)]
+    stages = [name.removesuffix(".py").removeprefix("fkl_") for name, *_ in found]
+    return [(s, parse_args(STAGES[s], "", flags)) for s, (_, *flags) in zip(stages, found)]
 
-def recipe_table(name, gpus, lengths=(1024, 4096, 16384)):
-    """Hours of the paper's recipe by stage and response length, on H100s, and their total."""
-    big, small = RECIPES[name]
-    teacher, student = MODELS[big], MODELS[small]
-    hours = {title: [recipe_hours(stage, gpus, length, model, frozen) for length in lengths]
-             for title, stage, model, frozen in (
-                 (f"1 GRPO on {big}", "grpo", teacher, teacher),
-                 (f"2a warmup of {small}", "warmup", student, teacher),
-                 (f"2b OPD into {small}", "opd", student, teacher),
-                 (f"3 GRPO on {small}", "grpo", student, student),
-                 (f"evaluation, {EVALUATED} problems x 16", "evaluate", student, None))}
-    hours["total"] = [sum(column) for column in zip(*hours.values())]
-    head = [f"hours on {gpus} H100, responses of", *(f"{n:,} tokens" for n in lengths)]
-    return evaluate.markdown(head, [[title, *(f"{x:,.1f}" for x in row)]
-                                    for title, row in hours.items()])
+def run_costs(stage, cfg, gpus, card, model, frozen):
+    """(most GB on a GPU, hours) of a whole run."""
+    s = Settings(stage, gpus, **{f.name: getattr(cfg, f.name) for f in dataclasses.fields(Settings)
+                                 if hasattr(cfg, f.name)})
+    s.max_prompt_tokens = PROMPT
+    if stage == "evaluate":
+        steps, s.rollouts = 1, cfg.samples
+        s.prompts = sum(min(PROBLEMS[x], cfg.limit or PROBLEMS[x]) for x in cfg.data.split(","))
+    else:
+        problems = (cfg.labels or PROBLEMS[cfg.data]) // (1 if cfg.half == "all" else 2)
+        steps = cfg.steps or cfg.epochs * (problems // s.prompts)
+    size, a_token = step_bytes(s, model, frozen), s.roles(model, frozen)[2].cache
+    others = size["while sampling"] - size["keys and values"]
+    room = 0.8 * (0.95 * card.gb * GB - others)  # as in common.cache_bytes
+    s.sample_rows = min(s.sample_rows, int(room / (PROMPT + s.max_new_tokens / 2) / a_token))
+    check(s.sample_rows > 0, f"{gpus} GPUs of {card.gb} GB are too few")
+    most = max(size["in the update"], others + min(room, size["keys and values"]))
+    return most / GB, steps * step_seconds(s, model, frozen, card)["a step"] / 3600
+
+def recipe_table(setting, gpus=8):
+    """Memory and hours of the runs of `run_all.sh SETTING`, of route R5 from end to end, of all."""
+    own, card, lengths = RECIPES[setting]
+    gpus, shapes, costs = own or gpus, {}, {}
+    for stage, cfg in commands(setting):
+        trained = getattr(cfg, "student", "") or cfg.model
+        frozen = getattr(cfg, "teacher", "") or (getattr(cfg, "kl_coef", 0) and trained)
+        model, frozen = (name and (shapes.get(name) or read_shape(name))
+                         for name in (trained, frozen))
+        found = [run_costs(stage, dataclasses.replace(cfg, max_new_tokens=n or cfg.max_new_tokens),
+                           gpus, card, model, frozen) for n in lengths]
+        name = Path(cfg.out).name if stage != "evaluate" else f"{Path(cfg.out).parent.name}/eval"
+        costs[name] = [max(gb for gb, _ in found), *(hours for _, hours in found)]
+        shapes[cfg.out] = model
+    every = [name for name in costs if name.endswith("/eval")]
+    groups = {**{name: [name] for name in costs if name not in every},
+              f"{len(every)} evaluations": every, "R5 from end to end": R5, "all": costs}
+    rows = []
+    for title, names in groups.items():
+        gb, *hours = zip(*(costs[name] for name in names))
+        rows.append([title, f"{max(gb):.0f}", *(f"{sum(column):,.1f}" for column in hours)])
+    head = [f"{setting}, computed for {gpus} {card.name}", "GB at most",
+            *(f"hours, {n:,} tokens" if n else "hours" for n in lengths)]
+    return evaluate.markdown(head, rows)
 
 def print_step(args, s):
     """Print the parts of memory and time of one step. Raises UserError as `read_shape` does."""
@@ -268,7 +321,7 @@ def main(argv=None):
     parser.add_argument("model", nargs="?", help="a name of the table, a folder or a hub name")
     parser.add_argument("--teacher", help="frozen model: the teacher, or of grpo the KL reference, "
                         "by default MODEL; none is without")
-    parser.add_argument("--recipe", choices=RECIPES, help="hours of the paper's whole recipe")
+    parser.add_argument("--recipe", choices=RECIPES, help="memory and hours of `run_all.sh RECIPE`")
     for field in dataclasses.fields(Settings):
         kind = (dict(choices=STAGES) if field.name == "stage" else
                 dict(action="store_true") if field.type is bool else dict(type=int))
