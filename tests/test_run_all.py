@@ -100,7 +100,7 @@ def difference(found, a, b, but=()):
     a, b = (common.describe_run(found[name][1])["settings"] for name in (a, b))
     return {k for k in a if a[k] != b[k]} - {"model", "teacher", "student", "out", *but}
 
-def test_the_full_world_runs_all_of_table_1_and_beyond_matched(run_all):
+def test_the_full_world_runs_all_of_table_1_and_beyond_matched(run_all, world):
     """R2, R6, R8 against R5; the SFT'd teacher against the RL'd one; label budgets; Eq. 3."""
     status, commands, errors = run_all("world-full", SEED="3")
     assert status == 0, errors
@@ -114,6 +114,8 @@ def test_the_full_world_runs_all_of_table_1_and_beyond_matched(run_all):
     same = ("lr", "lr_schedule", "steps", "prompts", "rollouts", "seed", "temperature", "data")
     for a, b in (("sft-teacher", "teacher-rl"), ("sft-teacher-1h", "teacher-rl-1h")):
         assert all(getattr(found[a][1], k) == getattr(found[b][1], k) for k in same)
+    train, pool = ((world / f"{name}.jsonl").read_text() for name in ("train", "pool"))
+    assert pool.startswith(train) and pool.count("\n") == 4 * train.count("\n")
     for n in (32, 64, 256, 512):
         for a in ("teacher-rl", "bridge", "bridge-warmup", "cold-grpo"):
             b = a.replace("bridge", f"bridge-{n}") if "bridge" in a else f"{a}-{n}"
