@@ -230,12 +230,11 @@ def test_a_missing_evaluation_set_is_an_error_with_the_way_out(tmp_path):
 def test_too_long_prompts_are_counted_and_skipped(student_lm, capsys):
     """A prompt at the limit stays, a longer one goes and is counted (Q and ? are two tokens)."""
     problems = [common.Problem(t, "1") for t in ("5a+3", "5a+3b", "5a+3b-1")]  # 6, 7, 9 tokens
-    kept = tokenize_problems(
-            problems, settings(max_prompt_tokens=7, max_new_tokens=8), student_lm)
+    kept = tokenize_problems(problems, settings(max_prompt_tokens=7, max_new_tokens=8), student_lm)
     assert [(p.problem, len(p.prompt)) for p in kept] == [("5a+3", 6), ("5a+3b", 7)]
     assert "skipped 1 " in capsys.readouterr().out
     with pytest.raises(UserError, match="--max-prompt-tokens 5"):
-        tokenize_problems(problems, student_lm.tokenizer, settings(max_prompt_tokens=5))
+        tokenize_problems(problems, settings(max_prompt_tokens=5), student_lm)
 
 def test_sft_examples_end_with_eos_and_keep_the_text(tmp_path, student_lm, capsys):
     """A `response` (else `solution`) becomes response ids that end with eos; long prompts are
