@@ -280,10 +280,11 @@ def describe_lm(name):
     check(tokenizer.chat_template, f"{name}: no chat template; take an instruct model")
     check(vocab <= config.vocab_size, f"{name}: {vocab} tokens but {config.vocab_size} embeddings")
     check(stop_ids, f"{name}: neither generation_config.json nor the tokenizer names a stop token")
-    dtype, rope = str(config.dtype or "float32").removeprefix("torch."), config.rope_parameters
+    dtype = str(config.dtype or "float32").removeprefix("torch.")
     context = getattr(config, "max_position_embeddings", None) or math.inf
-    if rope.get("rope_type") == "longrope":  # beyond these, angles depend on what is beside a row
-        context = rope["original_max_position_embeddings"]
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):  # a longer row changes the angles of all
+        context = rope.get("original_max_position_embeddings", context) - BLOCK
     return LM(name, None, tokenizer, vocab, sorted(stop_ids), dtype, context)
 
 def check_context(lm, cfg, longest):
@@ -314,6 +315,8 @@ def load_lm(name, cfg, train=False, shard=True):
         raise UserError(f"--device {device}: {first_line(error)}") from error
     check(device.type in ("cpu", "cuda"), f"--device {device}: take cpu or cuda (no float64 there)")
     lm.bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and has_bf16(device))
+    if cfg.dtype == "auto" and device.type == "cuda" and not lm.bf16:
+        print(f"{name}: computed in fp32, because this GPU has no bf16")
     dtype = torch.bfloat16 if lm.bf16 and not train else torch.float32
     shard = shard and world_size() > 1
     if shard:  # rank 0 reads the weights in the dtype of the files; the others have shapes only
