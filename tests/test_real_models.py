@@ -6,6 +6,7 @@ are skipped.
 """
 
 import functools
+import itertools
 import json
 import os
 import signal
@@ -141,7 +142,7 @@ def test_sampler_log_probs_are_the_trainers(dtype, prompts):
     else:
         assert gap.max() < 1e-4 and gap.mean() < 1e-5
 
-SETTINGS = ("--max-new-tokens 8 --prompts 1 --rollouts 4 --steps 2 --lr 3e-5 --save-every 1 "
+SETTINGS = ("--max-new-tokens 8 --prompts 1 --rollouts 2 --steps 2 --lr 3e-5 --save-every 1 "
             "--show-every 0 --dtype bf16 --exclude none")
 
 def test_the_recipe_on_real_weights_is_killed_in_every_stage(tmp_path):
@@ -150,11 +151,13 @@ def test_the_recipe_on_real_weights_is_killed_in_every_stage(tmp_path):
     data = [{"problem": f"What is {a} + 5?", "answer": a + 5} for a in range(4)]
     (tmp_path / "data.json").write_text(json.dumps(data))
 
-    def rewards_that_differ():  # in eight tokens no answer gets into its box
-        common.grade = lambda text, answer: "correct" if len(text) % 2 else "wrong"
+    def prepare():
+        torch.set_num_threads(2)  # this model is not tiny
+        verdicts = itertools.cycle(["correct", "wrong"])  # eight tokens are too few for an answer
+        common.grade = lambda text, answer: next(verdicts)
 
     def die_at_the_end():
-        rewards_that_differ()
+        prepare()
         common.Run.finish = lambda run: os.kill(os.getpid(), signal.SIGKILL)
 
     teacher, student = f"{tmp_path}/teacher", folder(SMOLLM)
@@ -165,7 +168,7 @@ def test_the_recipe_on_real_weights_is_killed_in_every_stage(tmp_path):
         line = f"{stage}.py {models} {SETTINGS} --data {tmp_path}/data.json --out {out}"
         assert forked(line, die_at_the_end).status == -signal.SIGKILL
         steps = metrics(out)
-        ended = forked(line, rewards_that_differ)
+        ended = forked(line, prepare)
         assert ended.status == 0, ended.err
         assert "continuing after 1 steps" in ended.out
         assert metrics(out) == steps and len(steps) == 2
