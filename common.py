@@ -1517,11 +1517,10 @@ def make_optimizer(lm, cfg):
     """AdamW on the fp32 masters (tied weights once)."""
     parameters = list(lm.model.parameters())
     assert all(p.dtype == torch.float32 for p in parameters), "masters must be fp32"
-    fused = parameters[0].device.type == "cuda"
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, cfg.adam_beta2),
-                                  weight_decay=cfg.weight_decay, fused=fused)
+                                  weight_decay=cfg.weight_decay, fused=True)
     for p in parameters:  # AdamW would make these at its first step; `Run.steps` may load them
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device if fused else "cpu"),
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
 
