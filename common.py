@@ -46,13 +46,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.distributed.fsdp as fsdp
 import torch.nn.functional as F
 import transformers
 from mpmath import MPContext
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
-                                    register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -109,8 +108,7 @@ AT_LEAST_1 = {"epochs", "mini_batch", "prompts", "rollouts", "samples", "sample_
 
 @functools.cache  # inspect parses the whole file
 def field_comments(config_class):
-    """{field name: (group title, trailing comment)}, read from the source of a Config dataclass.
-    A comment line `# --- title` opens a group."""
+    """{field name: (title, comment)} from the source of a Config; `# --- title` opens a group."""
     comments, title = {}, "options"
     for base in config_class.__mro__[-2::-1]:  # all but object, the oldest first
         for line in inspect.getsource(base).splitlines():
@@ -161,9 +159,8 @@ def stop_at_once(number, _frame=None, note=""):
     raise KeyboardInterrupt(number, note)
 
 def run_cli(main, config_class, doc):
-    """Run main(cfg); a user's mistake, a full disk, SIGTERM or Ctrl-C ends it with one line. The
-    exit status is then 1, or 128 + the signal's number. Rank 0 prints its line at once. The others
-    wait: if they have the same mistake, torchrun ends them before they repeat it."""
+    """Run main(cfg). A user's mistake, a full disk or a signal ends it with one line; the status is
+    1, or 128 + the signal. Rank 0 speaks at once, the others wait for torchrun to end them."""
     status, wait = 1, 5 if "RANK" in os.environ else 0  # seconds
     on_stop(stop_at_once)
     try:
@@ -213,8 +210,7 @@ class LM:
         return (self.replica or self.model).device
 
     @property
-    def body(self):
-        """The model without its head."""
+    def body(self):  # the model without its head
         return getattr(self.model, "sharded_body", self.model.base_model)
 
     def autocast(self):
@@ -280,10 +276,11 @@ def describe_lm(name):
     check(tokenizer.chat_template, f"{name}: no chat template; take an instruct model")
     check(vocab <= config.vocab_size, f"{name}: {vocab} tokens but {config.vocab_size} embeddings")
     check(stop_ids, f"{name}: neither generation_config.json nor the tokenizer names a stop token")
-    dtype, rope = str(config.dtype or "float32").removeprefix("torch."), config.rope_parameters
+    dtype = str(config.dtype or "float32").removeprefix("torch.")
     context = getattr(config, "max_position_embeddings", None) or math.inf
-    if rope.get("rope_type") == "longrope":  # beyond these, angles depend on what is beside a row
-        context = rope["original_max_position_embeddings"]
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):  # a longer row changes the angles of all
+        context = rope.get("original_max_position_embeddings", context) - BLOCK
     return LM(name, None, tokenizer, vocab, sorted(stop_ids), dtype, context)
 
 def check_context(lm, cfg, longest):
@@ -298,22 +295,22 @@ def load_errors_as_one_line(name):
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load model {name!r} (neither a model folder here nor one that the "
-                        f"hub gives us): {first_line(error)}") from error
+        raise UserError(f"cannot load model {name!r} (no model folder here, nor one that the hub "
+                        f"gives us): {first_line(error)}") from error
 
 def load_lm(name, cfg, train=False, shard=True):
     """Load a Hugging Face folder or hub name as an LM, with shard=True sharded over all processes.
     train=True gives fp32 masters, because in bf16 an update of 1e-6 mostly rounds to nothing; a
     frozen model has the compute dtype. Raises UserError for what cannot be loaded or used."""
-    lm, device = describe_lm(name), cfg.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    lm, best = describe_lm(name), "cuda" if torch.cuda.is_available() else "cpu"
+    device = best if cfg.device == "auto" else cfg.device
     try:  # "cuda" is the device that `process_group` chose
-        device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
+        device = torch.empty(0, dtype=torch.float64, device=device).device  # mps has no float64
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"--device {device}: {first_line(error)}") from error
-    check(device.type in ("cpu", "cuda"), f"--device {device}: take cpu or cuda (no float64 there)")
     lm.bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and has_bf16(device))
+    if cfg.dtype == "auto" and device.type == "cuda" and not lm.bf16:
+        print(f"{name}: computed in fp32, because this GPU has no bf16")
     dtype = torch.bfloat16 if lm.bf16 and not train else torch.float32
     shard = shard and world_size() > 1
     if shard:  # rank 0 reads the weights in the dtype of the files; the others have shapes only
@@ -363,7 +360,7 @@ def check_architecture(lm, sampled):
         gap = lm.token_logp(*lm.states([row]), 1.0, 4).cpu() - torch.tensor(row.logp)
         check(gap.abs().max() <= 4 * rounding, f"{lm.name}: unsupported architecture, sampling "
               "does not give the log-probs that training sees")
-    if isinstance(lm.model, FSDPModule):
+    if isinstance(lm.model, fsdp.FSDPModule):
         lm.model.reshard()  # before `Run.steps` may load other weights
 
 def check_pair(teacher, student, thinking=False):
@@ -563,8 +560,8 @@ def load_problems(cfg):
     return [unique[key] for key in chosen]
 
 def tokenize_problems(problems, cfg, *lms):
-    """Fill in the prompt ids, of the same tokenizer in all lms. Problems whose prompt is over the
-    limit are counted and skipped. UserError if a response may leave the positions of an lm."""
+    """Fill in the prompt ids, of the tokenizer of all lms; too long ones are counted and skipped.
+    UserError if a response may leave the positions of an lm."""
     prompts = (tuple(build_prompt(lms[0].tokenizer, p.problem, cfg.thinking)) for p in problems)
     filled = [dataclasses.replace(p, prompt=ids) for p, ids in zip(problems, prompts)]
     filled = skip_long_prompts(filled, cfg)
@@ -593,13 +590,10 @@ def count_steps(cfg, n_items):
     return cfg.steps or max(1, cfg.epochs * (n_items // cfg.prompts))
 
 # ---------- 4 verifier: response, answer -> right or wrong ----------------------------------------
-
-# The flow: the answer is taken out of the response (extract_answer), rewritten in one notation
-# (_normalise), split into tokens and computed (_Reader); then two values are compared
-# (_values_equal). A value is a number or a Composite, such as a list or a matrix. A number is a
-# Fraction or, where it is not exact, has 400 digits. Letters get random numbers, so two expressions
-# are equal if their values are equal at three points. Nothing is solved, expanded or executed.
-#
+# extract_answer takes the answer out of the response, _normalise rewrites it in one notation,
+# _Reader computes it, _values_equal compares. A value is a number or a Composite, such as a list or
+# a matrix; a number is a Fraction or, if not exact, has 400 digits. Letters get random numbers: two
+# expressions are equal if they are at three points. Nothing is solved, expanded or executed.
 # Refused are answers outside the grammar, because their meaning would be a guess: words that are no
 # unit (33 or more), `2 3`, improper mixed numbers, ellipses, sums, integrals. They equal only the
 # same text. Given up are answers beyond a limit: 2,000 characters, 400 tokens, 30 levels, 25,000
@@ -1147,7 +1141,6 @@ def reward_groups(lm, rows, answers):
                      "zero_variance": (spread == 0).float().mean().item(), **shares}
 
 # ---------- 5 sampler: prompts -> rollouts --------------------------------------------------------
-#
 # Sampling is most of a step of RL or OPD. What makes it fast, in reading order:
 #   continuous batching  every BLOCK tokens, waiting rows take the places of ended ones
 #   paged cache          keys and values lie in pages of one pool: memory is for tokens that exist,
@@ -1190,14 +1183,11 @@ class Row:
 def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256, kv_gib=0.0,
            done=None):
     """Sample k rollouts of each prompt from softmax(logits / temperature); temperature 0 is greedy.
-
     prompts: P lists of token ids; seed: a tuple of ints. Returns P*k Rollouts, prompt by prompt;
     done(i, rollouts) is called for prompts[i] as soon as its last one has ended. This is the policy
     that the losses differentiate: no top-k, no top-p. The random numbers of a rollout depend on
     (seed, prompt, sample index) alone, so its neighbours in the batch do not matter. At most
-    sample_rows rows are decoded at once, fewer where kv_gib GiB of keys and values (0: what is
-    free) hold fewer. Raises UserError when they do not hold one.
-    """
+    sample_rows rows are decoded at once, and as many as kv_gib GiB hold (0: all that is free)."""
     if not prompts:
         return []
     rows = [Row(p, random_stream(seed, p, j), max_new_tokens, i)
@@ -1318,8 +1308,7 @@ class PagedCache:
             lm.body(input_ids=ids.to(lm.device), use_cache=False, attend=attend)
 
 def cache_bytes(lm, kv_gib):
-    """Bytes for keys and values. kv_gib 0: half of a CPU's memory, or 80 % of what is free on a GPU
-    after autocast's bf16 copies of the weights."""
+    """Bytes for keys and values. kv_gib 0: half of a CPU's memory, 80 % of what a GPU can spare."""
     if kv_gib:
         return kv_gib * 2**30
     if lm.device.type == "cuda":
@@ -1449,8 +1438,7 @@ def inverse_cdf(weights, uniform):
     return block * 64 + torch.searchsorted(inner, rest, right=True)
 
 def attention(module, query, key, value, attention_mask, scaling, attend=None, **kwargs):
-    """What attention layers call, query (B, H, T, dim) -> (B, T, H, dim): PyTorch's own, causal,
-    where the caller of the model has not given another, `attend`."""
+    """The attention of all layers, causal, or the caller's: (B, H, T, dim) -> (B, T, H, dim)."""
     odd = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
     check(not odd, f"unsupported architecture: its attention has {', '.join(odd)}")
     if attend is None:
@@ -1477,13 +1465,11 @@ def micro_batches(rows, micro_tokens, device, share=None):
 
 def over_chunks(fn, lm, hidden, temperature, chunk, **constants):
     """Forward and backward of a loss, `chunk` tokens at once; returns what it logs, summed.
-
     hidden: (N, D), from lm's graph; constants: (N, ...) tensors or None. fn takes a chunk's
     log-probs (n, V) and, by name, its part of each constant that is not None. It returns the
     chunk's part of the loss, a scalar, and a tuple of (n,) tensors to log. A chunk's gradient is
     taken before the next begins, so that (N, V) never exists: by autograd down to the logits, then
-    by two matrix products. At the end all go through the model at once.
-    """
+    by two matrix products. At the end all go through the model at once."""
     sums, head, chunk = 0.0, lm.head(), lm.chunk_size(chunk, hidden.shape[-1])
     states = hidden.detach().to(head.dtype)
     constants = {k: v.to(hidden.device) for k, v in constants.items() if v is not None}
@@ -1503,22 +1489,15 @@ def over_chunks(fn, lm, hidden, temperature, chunk, **constants):
     torch.autograd.backward((hidden, weight), (grad, head_grad.to(weight.dtype)))
     return sums.cpu()
 
-def flat(values, rows):
-    """One number a row (B,) -> one a response token (N,), fp32, in the order of `LM.states`."""
-    lengths = torch.tensor([len(r.tokens) for r in rows], dtype=torch.long)
-    return values.float().repeat_interleave(lengths)
-
 # ---------- 7 optimizer ---------------------------------------------------------------------------
 
 def make_optimizer(lm, cfg):
     """AdamW on the fp32 masters (tied weights once)."""
     parameters = list(lm.model.parameters())
-    assert all(p.dtype == torch.float32 for p in parameters), "masters must be fp32"
-    fused = parameters[0].device.type == "cuda"
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, cfg.adam_beta2),
-                                  weight_decay=cfg.weight_decay, fused=fused)
+                                  weight_decay=cfg.weight_decay, fused=True)
     for p in parameters:  # AdamW would make these at its first step; `Run.steps` may load them
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device if fused else "cpu"),
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
 
@@ -1526,7 +1505,7 @@ def optimizer_step(lm, optimizer, cfg, updates):
     """Clip the gradient, update, drop the gradient. Returns its norm before clipping; if that is
     not finite, the update is skipped. The learning rate follows from the number of updates made:
     linear warmup, then constant or, over `updates` of them, linear decay to 0."""
-    if isinstance(lm.model, FSDPModule):
+    if isinstance(lm.model, fsdp.FSDPModule):
         lm.model.reshard()  # drops what is gathered, before the weights change
     norm = full_tensor(torch.nn.utils.clip_grad_norm_(lm.model.parameters(), cfg.grad_clip))
     if norm.isfinite():
@@ -1591,8 +1570,7 @@ def read_record(folder):
     return read_json(path).get("run", {}) if path.is_file() else {}
 
 def lock(path, name):
-    """Lock a file until it is closed or the process ends. UserError if another process has locked
-    it: `name` is in use. Rank 0 does it for all."""
+    """Lock a file until the process ends. UserError if another has locked it: `name` is in use."""
     file = open(os.devnull if rank() else path, "a")
     try:
         if rank() == 0:
@@ -1622,9 +1600,8 @@ def differences(old, new):
 
 def progress(*args, disable=False, **kwargs):
     """tqdm; into a log file it writes a line every ten seconds only."""
-    interval = 0.2 if sys.stderr.isatty() else 10  # seconds
-    return tqdm(*args, disable=disable or rank() > 0, dynamic_ncols=True, mininterval=interval,
-                maxinterval=60, **kwargs)
+    return tqdm(*args, disable=disable or rank() > 0, dynamic_ncols=True, maxinterval=60,
+                mininterval=0.2 if sys.stderr.isatty() else 10, **kwargs)  # seconds
 
 def rounded(value):
     """A number with four significant digits; ints stay, what JSON cannot hold becomes None."""
@@ -1689,8 +1666,7 @@ class Run:
         on_stop(stop_at_once)
 
     def newest_checkpoint(self):
-        """Its folder, or None, its steps and their metrics. UserError if it is made from other
-        models, though their names are the same."""
+        """Its folder or None, its steps, their metrics. UserError if other models have made it."""
         path = max(self.out.glob("state-????????"), default=None)
         if path:
             differ = differences(read_json(path / "made_with.json"), self.made_with)
@@ -1780,8 +1756,7 @@ class Run:
             shutil.rmtree(path)
 
     def finish(self):
-        """Write the model; the record tells the steps and seconds that it took. When it cannot be
-        written, the checkpoint stays."""
+        """Write the model and how long it took. If it cannot be written, the checkpoint stays."""
         seconds = self.seconds_before + sum(line["seconds"] for line in self.metrics)
         self.record |= {"finished": True, "steps": len(self.metrics), "seconds": rounded(seconds)}
         save_lm(self.lm, self.out, self.record)
@@ -1791,11 +1766,9 @@ class Run:
         print(f"{self.out}: {len(self.metrics)} steps in {seconds:.0f} s, model saved")
 
 # ---------- 9 processes: torchrun starts them, FSDP2 shards the models ----------------------------
-#
 # Each process runs the same script and knows all rollouts of a step. The work is divided:
 #   sampling   each takes its share of the prompts, with a copy of all weights that exists meanwhile
-#   training   each takes its share of the rows; losses are divided by counts of the whole update,
-#              so that the gradients of all processes add up to that of a single one
+#   training   each takes its share of the rows; losses are divided by counts of the whole update
 #   writing    rank 0 only; but of a checkpoint each process writes its shards
 
 def world_size():
@@ -1849,9 +1822,8 @@ def all_reduce_sum(tensor):
     return tensor
 
 def shared_micro_batches(rows, micro_tokens, device):
-    """`micro_batches` of this process's share of the rows, which all processes have. The rows are
-    dealt out by length. Sharded models need the same number of passes everywhere: shorter lists are
-    filled up with empty groups, passes over one token of padding without a loss."""
+    """`micro_batches` of this process's share of the rows, dealt out by length. Empty groups, a
+    token of padding without a loss, fill up: sharded models need as many passes everywhere."""
     n = world_size()
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt + rows[i].tokens))
     groups = [micro_batches(rows, micro_tokens, device, order[i::n]) for i in range(n)]
@@ -1890,9 +1862,9 @@ def shard_model(lm, source, device):
     for module in (*model.base_model.layers, model):
         # as in one process under autocast, embedding and residual stream keep the masters' fp32
         inner = torch.bfloat16 if lm.bf16 and module is not model else None
-        precision = MixedPrecisionPolicy(inner, torch.float32, cast_forward_inputs=False)
-        fully_shard(module, mesh=mesh, reshard_after_forward=module is not model,
-                    mp_policy=precision)
+        precision = fsdp.MixedPrecisionPolicy(inner, torch.float32, cast_forward_inputs=False)
+        fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=module is not model,
+                         mp_policy=precision)
         module.set_gradient_divide_factor(1.0)  # gradients add up
         module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=device)
@@ -1906,7 +1878,7 @@ def shard_model(lm, source, device):
         for module in (model, lm.replica):
             setattr(module.get_submodule(owner), name, value)
     model.sharded_body = lambda **inputs: model.base_model(**inputs)[:1]
-    register_fsdp_forward_method(model, "sharded_body")
+    fsdp.register_fsdp_forward_method(model, "sharded_body")
 
 def full_tensor(tensor):
     """A sharded tensor put together, which all processes must call; any other tensor as it is."""

@@ -31,7 +31,7 @@ from typing import Literal
 import torch
 
 from common import (Run, StageConfig, all_gather_dict, all_reduce_sum, batch_indices, check,
-                    count_steps, describe_lm, flat, load_lm, load_problems, make_optimizer,
+                    count_steps, describe_lm, load_lm, load_problems, make_optimizer,
                     optimizer_step, over_chunks, pick, reward_groups, run_cli,
                     sample_shared, shared_micro_batches, tokenize_problems)
 
@@ -119,6 +119,10 @@ def accumulate(cfg, policy, rows, adv, weights, old, ref):
     hidden, tokens = policy.states(rows)  # (N, D), (N,)
     clip_high = cfg.clip_high or cfg.clip
 
+    def each(values):  # of a row (B,) -> of its tokens (N,)
+        lengths = torch.tensor([len(r.tokens) for r in rows], dtype=torch.long)
+        return values.float().repeat_interleave(lengths)
+
     def per_token(lists):  # (N,)
         if lists is not None:  # [] is a micro-batch without rows
             return torch.tensor([x for row in lists for x in row], device=tokens.device)
@@ -137,8 +141,8 @@ def accumulate(cfg, policy, rows, adv, weights, old, ref):
                                        (old - sampled).abs())
 
     return over_chunks(chunk, policy, hidden, cfg.temperature, cfg.vocab_chunk, y=tokens,
-                       sampled=per_token([r.logp for r in rows]), A=flat(adv, rows),
-                       weight=flat(weights, rows), old=per_token(old), ref=per_token(ref))
+                       sampled=per_token([r.logp for r in rows]), A=each(adv),
+                       weight=each(weights), old=per_token(old), ref=per_token(ref))
 
 def main(cfg):
     check(cfg.rollouts > 1, "--rollouts 1: a group of one has no advantage; take at least 2")

@@ -42,7 +42,7 @@ from typing import Literal
 import torch
 
 from common import (Run, StageConfig, all_reduce_sum, batch_indices, check, check_pair, count_steps,
-                    describe_lm, flat, load_lm, load_problems, make_optimizer, optimizer_step,
+                    describe_lm, load_lm, load_problems, make_optimizer, optimizer_step,
                     over_chunks, pick, reward_groups, run_cli, sample_shared,
                     shared_micro_batches, tokenize_problems)
 
@@ -103,12 +103,11 @@ def accumulate(cfg, student, teacher, rows, n_tokens, sparse):
     with torch.no_grad():
         hidden_teacher, _ = teacher.states(rows)
     head_teacher = teacher.head()  # (V, D)
-    dense = None
+    lengths, dense = [len(r.tokens) for r in rows], None
     if cfg.estimator != "full":  # constants, of all tokens before the first has its loss
         logp, logq = (lm.token_logp(h, tokens, cfg.temperature, cfg.vocab_chunk)
                       for lm, h in ((student, hidden), (teacher, hidden_teacher)))
-        dense = dense_advantages(logp, logq, [len(r.tokens) for r in rows],
-                                 returns=cfg.estimator == "return")
+        dense = dense_advantages(logp, logq, lengths, returns=cfg.estimator == "return")
 
     def chunk(logp, h_teacher, y, sampled, A_sparse, A=None):  # (n, V), (n, D), the others (n,)
         logq = teacher.logits(h_teacher, head_teacher, cfg.temperature).log_softmax(-1)
@@ -121,9 +120,9 @@ def accumulate(cfg, student, teacher, rows, n_tokens, sparse):
         return loss.sum() / n_tokens, (kl, kl**2, entropy, gap)
 
     sampled = torch.tensor([x for r in rows for x in r.logp])
+    A_sparse = sparse.repeat_interleave(torch.tensor(lengths, dtype=torch.long))  # (N,)
     return over_chunks(chunk, student, hidden, cfg.temperature, cfg.vocab_chunk, y=tokens,
-                       h_teacher=hidden_teacher, sampled=sampled, A=dense,
-                       A_sparse=flat(sparse, rows))
+                       h_teacher=hidden_teacher, sampled=sampled, A=dense, A_sparse=A_sparse)
 
 def main(cfg):
     check(cfg.temperature > 0, "--temperature must be positive")
