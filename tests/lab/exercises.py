@@ -71,7 +71,8 @@ EXERCISES = [
         "The sampler draws from softmax(logits / T), the loss differentiates softmax(logits).",
         GRADIENT + "grpo_loss_equals_the_plain_version[k2-True]"),
     Exercise(
-        "GRPO with several updates a step and a KL ends at its second step, without a KL it does not",
+        "GRPO with several updates a step and a KL ends at its second step, without a KL it does "
+        "not",
         "step 1: `sampler_gap` 1e-7 → 0.022, an error; `k3_ref` 0.0041 → 0.0003",
         f"{GRPO} --mini-batch 8 --kl-coef 0.1 --steps 10",
         "grpo.py", "old=per_token(old), ref=per_token(ref)",
