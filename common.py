@@ -1721,7 +1721,7 @@ class Run:
         last = [line["grad_norm"] for line in self.metrics[-MAX_SKIPPED:]]
         gap, bound = metrics.get("sampler_gap", 0), 0.2 if self.lm.bf16 else 1e-3
         check(not gap > bound, f"sampler_gap {gap:.3g}: sampling and training see other log-probs, "
-              f"and rounding explains {bound} at most: {self.lm.name} is not supported")
+              f"rounding explains {bound} at most: a model that is not supported, or a defect")
         check(last != [None] * MAX_SKIPPED, f"the last {MAX_SKIPPED} steps had a loss or gradient "
               "that is not finite: the run diverged (is --lr too high?)")
 

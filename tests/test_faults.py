@@ -392,7 +392,7 @@ def test_a_sampler_gap_beyond_rounding_ends_the_run(stage, gap, ends, line_of, t
     gaps = [row["sampler_gap"] for row in metrics(tmp_path / "out")]
     assert gaps[0] == pytest.approx(gap, rel=0.1) and (len(gaps) == 1) == ends
     assert (got.status == 1) == ends
-    assert not ends or re.fullmatch("error: sampler_gap 0.003: .* rounding .*", got.err), got.err
+    assert not ends or re.fullmatch("error: sampler_gap 0.003: .*, rounding .*", got.err), got.err
 
 # --- a full disk
 

@@ -312,7 +312,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
 
 @pytest.mark.parametrize("rope, positions", [({"rope_type": "default", "rope_theta": 1e4}, 200),
                                              (YARN, 200), (DYNAMIC, 192), (LONGROPE, 142)])
-def test_a_response_stays_inside_the_positions_that_the_model_knows(rope, positions, tmp_path):
+def test_a_response_stays_inside_the_models_positions(rope, positions, tmp_path):
     """Up to them training sees the log-probs of the sampler, whatever stands beside a row; one
     more is refused. Of dynamic NTK and longrope they end where the angles begin to depend on the
     longest row, less the block that an ended row may go on for."""
