@@ -1,0 +1,129 @@
+"""Word problems in English, for a real model on a CPU.
+
+    Rosa has 3 boxes with 14 shells in each. Rosa gives 17 shells to Ali. At a market Rosa finds
+    9 more shells. How many shells does Rosa have now?
+
+A problem is a story of two or three operations + - * / on whole numbers up to 300, told in one of
+several ways. Its solution is a line for each operation and then the box:
+
+    3 * 14 = 42 shells
+    42 - 17 = 25 shells
+    25 + 9 = 34 shells
+    \\boxed{34}
+
+    python tests/words.py --out runs/words --model HuggingFaceTB/SmolLM2-135M-Instruct
+
+writes train.jsonl (512 labelled problems), valid.jsonl (100), test.jsonl (200) and corpus.jsonl
+(1,280 worked examples, problem and response). No two problems, of whatever sets, are equal; half of
+each set have two operations. Then a folder half-student: the model with half of its layers, evenly
+chosen, the first and the last among them, which any tool can load. It is untrained in the sense
+that its layers have never met: it writes nothing sensible before it is trained. words.json names
+the layers. Everything is a function of the seed and the model.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+transformers.utils.logging.disable_progress_bar()
+
+NAMES = "Ali Ben Clara Dina Emil Farah Greta Hugo Ines Jonas Kofi Lena Mona Nils Olga Rosa".split()
+OBJECTS = "apples books buttons cards coins eggs flowers marbles pencils shells stamps toys".split()
+LARGEST = 300  # number of a story
+STARTS = ("{a} has {n} {o}.", "{a} owns {n} {o}.", "There are {n} {o} on the table of {a}.",
+          "Last week {a} collected {n} {o}.")
+PACKS = ("{a} has {x} boxes with {y} {o} in each.", "{a} buys {x} bags of {y} {o} each.",
+         "{x} friends give {y} {o} each to {a}.", "Every day for {x} days {a} collects {y} {o}.")
+EVENTS = {
+    "+": ("{a} buys {y} more {o}.", "Then {b} gives {y} {o} to {a}.",
+          "At a market {a} finds {y} more {o}.", "On Monday {y} {o} more come by post for {a}."),
+    "-": ("{a} gives {y} {o} to {b}.", "{a} sells {y} of the {o}.", "Then {y} {o} get lost.",
+          "{b} borrows {y} {o} from {a}."),
+    "*": ("A lucky prize makes the {o} of {a} {y} times as many.",
+          "{a} works hard until there are {y} times as many {o}."),
+    "/": ("{a} puts all the {o} into {y} equal piles and keeps one pile only.",
+          "{a} shares all the {o} equally among {y} people, one of whom is {a}."),
+}
+ENDS = ("How many {o} does {a} have now?", "How many {o} has {a} in the end?",
+        "What is the number of {o} that {a} has left?")
+
+def compute(op, x, y):
+    return {"+": x + y, "-": x - y, "*": x * y, "/": x // y}[op]
+
+def draw_operand(rng, op, x):
+    """A number y for which x op y is a whole number from 1 to LARGEST, or None if there is none."""
+    if op == "+":
+        return rng.randint(3, 99) if x <= LARGEST - 99 else None
+    if op == "-":
+        return rng.randint(2, x - 1) if x > 5 else None
+    fits = [y for y in range(2, 6) if (x % y == 0 if op == "/" else x * y <= LARGEST)]
+    return rng.choice(fits) if fits and x > 5 else None
+
+def make_problem(rng, k):
+    """(problem, response, answer) of a story of k operations."""
+    (a, b), o = rng.sample(NAMES, 2), rng.choice(OBJECTS)
+    x, y = rng.randint(6, 99), None
+    steps, story = [], [rng.choice(STARTS).format(a=a, n=x, o=o)]
+    if rng.random() < 0.4:  # packs: the first operation is x * y
+        x, y = rng.randint(2, 9), rng.randint(4, 25)
+        steps, story = [("*", x, y)], [rng.choice(PACKS).format(a=a, x=x, y=y, o=o)]
+        x *= y
+    while len(steps) < k:
+        op = rng.choice("++--*/")
+        y = draw_operand(rng, op, x)
+        if y is not None:
+            story.append(rng.choice(EVENTS[op]).format(a=a, b=b, y=y, o=o))
+            steps.append((op, x, y))
+            x = compute(op, x, y)
+    lines = "".join(f"{x} {op} {y} = {compute(op, x, y)} {o}\n" for op, x, y in steps)
+    problem = " ".join([*story, rng.choice(ENDS).format(a=a, o=o)])
+    return problem, f"{lines}\\boxed{{{x}}}", str(x)
+
+def make_set(rng, n, taken):
+    """n new problems, none of them in `taken`, to which they are added."""
+    rows = []
+    while len(rows) < n:
+        problem, response, answer = make_problem(rng, 2 + len(rows) % 2)
+        if problem not in taken:
+            taken.add(problem)
+            rows.append({"problem": problem, "response": response, "answer": answer})
+    return rows
+
+def halve(model, out):
+    """Write a model with half of its layers to the folder `out`; returns which it has kept."""
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    config, n = whole.config, whole.config.num_hidden_layers
+    kept = [round(i * (n - 1) / (n // 2 - 1)) for i in range(n // 2)]
+    whole.model.layers = torch.nn.ModuleList(whole.model.layers[i] for i in kept)
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in kept]
+    whole.save_pretrained(out)
+    AutoTokenizer.from_pretrained(model).save_pretrained(out)
+    return kept
+
+def build(out, seed=0, model="", *, train=512, valid=100, test=200, corpus=1280):
+    """Write the problems, and the student if a model is named, to the folder `out`."""
+    out, rng, taken = Path(out), random.Random(seed), set()
+    out.mkdir(parents=True, exist_ok=True)
+    for name, n in {"test": test, "valid": valid, "train": train, "corpus": corpus}.items():
+        left_out = "answer" if name == "corpus" else "response"
+        rows = [{k: v for k, v in row.items() if k != left_out} for row in make_set(rng, n, taken)]
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = halve(model, out / "half-student") if model else []
+    (out / "words.json").write_text(json.dumps({"seed": seed, "layers": kept}) + "\n")
+    return out
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="runs/words", help="folder to write [default: runs/words]")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn [default: 0]")
+    parser.add_argument("--model", default="", help="folder or hub name of a model to halve")
+    args = parser.parse_args()
+    print(f"the word problems of seed {args.seed} are in {build(args.out, args.seed, args.model)}")
