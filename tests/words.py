@@ -13,7 +13,7 @@ several ways. Its solution is a line for each operation and then the box:
 
     python tests/words.py --out runs/words --model HuggingFaceTB/SmolLM2-135M-Instruct
 
-writes train.jsonl (512 labelled problems), valid.jsonl (100), test.jsonl (200) and corpus.jsonl
+writes train.jsonl (256 labelled problems), valid.jsonl (100), test.jsonl (200) and corpus.jsonl
 (1,280 worked examples, problem and response). No two problems, of whatever sets, are equal; half of
 each set have two operations. Then a folder half-student: the model with half of its layers, evenly
 chosen, the first and the last among them, which any tool can load. It is untrained in the sense
@@ -98,7 +98,7 @@ def halve(model, out):
     """Write a model with half of its layers to the folder `out`; returns which it has kept."""
     whole = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     config, n = whole.config, whole.config.num_hidden_layers
-    kept = [round(i * (n - 1) / (n // 2 - 1)) for i in range(n // 2)]
+    kept = [round(i * (n - 1) / max(n // 2 - 1, 1)) for i in range(n // 2)]
     whole.model.layers = torch.nn.ModuleList(whole.model.layers[i] for i in kept)
     config.num_hidden_layers = len(kept)
     if getattr(config, "layer_types", None):
@@ -107,7 +107,7 @@ def halve(model, out):
     AutoTokenizer.from_pretrained(model).save_pretrained(out)
     return kept
 
-def build(out, seed=0, model="", *, train=512, valid=100, test=200, corpus=1280):
+def build(out, seed=0, model="", *, train=256, valid=100, test=200, corpus=1280):
     """Write the problems, and the student if a model is named, to the folder `out`."""
     out, rng, taken = Path(out), random.Random(seed), set()
     out.mkdir(parents=True, exist_ok=True)
