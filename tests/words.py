@@ -1,24 +1,17 @@
 """Word problems in English, for a real model on a CPU.
 
-    Rosa has 3 boxes with 14 shells in each. Rosa gives 17 shells to Ali. At a market Rosa finds
-    9 more shells. How many shells does Rosa have now?
+    Rosa has 3 boxes with 14 shells in each. Rosa gives 17 shells to Ali. At a market Rosa finds 9
+    more shells. How many shells does Rosa have now?
 
-A problem is a story of two or three operations + - * / on whole numbers up to 300, told in one of
-several ways. Its solution is a line for each operation and then the box:
-
-    3 * 14 = 42 shells
-    42 - 17 = 25 shells
-    25 + 9 = 34 shells
-    \\boxed{34}
+A problem is a story of two or three operations + - * / on whole numbers up to 300; its solution has
+a line for each, `3 * 14 = 42 shells`, and at the end the box, `\\boxed{34}`.
 
     python tests/words.py --out runs/words --model HuggingFaceTB/SmolLM2-135M-Instruct
 
 writes train.jsonl (256 labelled problems), valid.jsonl (100), test.jsonl (200) and corpus.jsonl
-(1,280 worked examples, problem and response). No two problems, of whatever sets, are equal; half of
-each set have two operations. Then a folder half-student: the model with half of its layers, evenly
-chosen, the first and the last among them, which any tool can load. It is untrained in the sense
-that its layers have never met: it writes nothing sensible before it is trained. words.json names
-the layers. Everything is a function of the seed and the model.
+(1,280 worked examples, problem and response), no two problems alike. Then half-student: the model
+with half of its layers, evenly chosen with the first and the last, which words.json names. Any tool
+loads it, but it writes no sense before it is trained. All is a function of the seed and the model.
 """
 
 import argparse
@@ -67,22 +60,22 @@ def draw_operand(rng, op, x):
 def make_problem(rng, k):
     """(problem, response, answer) of a story of k operations."""
     (a, b), o = rng.sample(NAMES, 2), rng.choice(OBJECTS)
-    x, y = rng.randint(6, 99), None
-    steps, story = [], [rng.choice(STARTS).format(a=a, n=x, o=o)]
+    x, y, steps = rng.randint(6, 99), None, []
+    story = rng.choice(STARTS).format(a=a, n=x, o=o)
     if rng.random() < 0.4:  # packs: the first operation is x * y
         x, y = rng.randint(2, 9), rng.randint(4, 25)
-        steps, story = [("*", x, y)], [rng.choice(PACKS).format(a=a, x=x, y=y, o=o)]
+        steps, story = [("*", x, y)], rng.choice(PACKS).format(a=a, x=x, y=y, o=o)
         x *= y
     while len(steps) < k:
         op = rng.choice("++--*/")
         y = draw_operand(rng, op, x)
         if y is not None:
-            story.append(rng.choice(EVENTS[op]).format(a=a, b=b, y=y, o=o))
+            story += " " + rng.choice(EVENTS[op]).format(a=a, b=b, y=y, o=o)
             steps.append((op, x, y))
             x = compute(op, x, y)
     lines = "".join(f"{x} {op} {y} = {compute(op, x, y)} {o}\n" for op, x, y in steps)
-    problem = " ".join([*story, rng.choice(ENDS).format(a=a, o=o)])
-    return problem, f"{lines}\\boxed{{{x}}}", str(x)
+    story += " " + rng.choice(ENDS).format(a=a, o=o)
+    return story, f"{lines}\\boxed{{{x}}}", str(x)
 
 def make_set(rng, n, taken):
     """n new problems, none of them in `taken`, to which they are added."""
