@@ -60,31 +60,28 @@ def draw_operand(rng, op, x):
 def make_problem(rng, k):
     """(problem, response, answer) of a story of k operations."""
     (a, b), o = rng.sample(NAMES, 2), rng.choice(OBJECTS)
-    x, y, steps = rng.randint(6, 99), None, []
+    x, lines = rng.randint(6, 99), []
     story = rng.choice(STARTS).format(a=a, n=x, o=o)
     if rng.random() < 0.4:  # packs: the first operation is x * y
         x, y = rng.randint(2, 9), rng.randint(4, 25)
-        steps, story = [("*", x, y)], rng.choice(PACKS).format(a=a, x=x, y=y, o=o)
+        story, lines = rng.choice(PACKS).format(a=a, x=x, y=y, o=o), [f"{x} * {y} = {x * y} {o}"]
         x *= y
-    while len(steps) < k:
+    while len(lines) < k:
         op = rng.choice("++--*/")
-        y = draw_operand(rng, op, x)
-        if y is not None:
+        if y := draw_operand(rng, op, x):
             story += " " + rng.choice(EVENTS[op]).format(a=a, b=b, y=y, o=o)
-            steps.append((op, x, y))
-            x = compute(op, x, y)
-    lines = "".join(f"{x} {op} {y} = {compute(op, x, y)} {o}\n" for op, x, y in steps)
+            lines.append(f"{x} {op} {y} = {(x := compute(op, x, y))} {o}")
     story += " " + rng.choice(ENDS).format(a=a, o=o)
-    return story, f"{lines}\\boxed{{{x}}}", str(x)
+    return story, "\n".join([*lines, f"\\boxed{{{x}}}"]), str(x)
 
 def make_set(rng, n, taken):
     """n new problems, none of them in `taken`, to which they are added."""
     rows = []
     while len(rows) < n:
-        problem, response, answer = make_problem(rng, 2 + len(rows) % 2)
-        if problem not in taken:
-            taken.add(problem)
-            rows.append({"problem": problem, "response": response, "answer": answer})
+        row = dict(zip(("problem", "response", "answer"), make_problem(rng, 2 + len(rows) % 2)))
+        if row["problem"] not in taken:
+            taken.add(row["problem"])
+            rows.append(row)
     return rows
 
 def halve(model, out):
