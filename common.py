@@ -237,10 +237,11 @@ class LM:
         weight = self.model.get_output_embeddings().weight.detach()[: self.vocab]
         return weight.bfloat16() if self.bf16 else weight
 
-    def chunk_size(self, chunk):
-        """Tokens of a vocabulary chunk; 0 is 256 MiB of fp32 logits, on a CPU 16 (its caches)."""
-        mib = 16 if self.device.type == "cpu" else 256
-        return chunk or max(1, (mib << 20) // (4 * self.vocab))
+    def chunk_size(self, chunk, D):
+        """Tokens of a vocabulary chunk; 0 is 256 MiB of fp32 logits, on a CPU 16 (its caches), but
+        there enough tokens for each pass over the head (V, D) to pay."""
+        mib, least = (16, min(D // 2, 256)) if self.device.type == "cpu" else (256, 1)
+        return chunk or max((mib << 20) // (4 * self.vocab), least)
 
     def logits(self, hidden, head, temperature):
         """logits / temperature in fp32: (n, D), (V, D) -> (n, V)."""
@@ -251,7 +252,7 @@ class LM:
     @torch.no_grad()
     def token_logp(self, hidden, tokens, temperature, chunk):
         """log pi(y_t|s_t) as a constant: (N, D), (N,) -> (N,), `chunk` tokens at once (0: auto)."""
-        head, chunk = self.head(), self.chunk_size(chunk)
+        head, chunk = self.head(), self.chunk_size(chunk, hidden.shape[-1])
         blocks = zip(hidden.split(chunk), tokens.split(chunk))
         return torch.cat([pick(self.logits(h, head, temperature).log_softmax(-1), y)
                           for h, y in blocks])
@@ -393,10 +394,11 @@ def save_lm(lm, out, run_record):
     except Exception as error:  # on a full disk the libraries raise many kinds
         raise UserError(f"cannot write the model to {out}: {first_line(error)}") from error
     config = {**read_json(beside / "config.json"), "dtype": lm.saved_dtype, "run": run_record}
-    write_json(beside / "config.json", config)
-    for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
+    (beside / "config.json").unlink()
+    for path in beside.iterdir():
         os.replace(path, Path(out) / path.name)
     beside.rmdir()
+    write_json(Path(out) / "config.json", config)
 
 def fingerprint(lm):
     """A short hash that names a policy: up to 8,191 evenly spaced entries of every tensor."""
@@ -1190,13 +1192,13 @@ def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256
     decode(lm, rows, temperature, sample_rows, kv_gib, on_end)
     return rollouts
 
-@torch.inference_mode()
 def decode(lm, rows, temperature, sample_rows, kv_gib, on_end=lambda row: None):
     """Fill in the rollouts of the rows; on_end(row) is called when one has ended."""
     waiting, live, stops = deque(rows), [], set(lm.stop_ids)  # live: the oldest first
     longest = max(len(row) + row.limit for row in rows)
     lm.model.eval()  # without gradient checkpointing
-    with lm.autocast():  # it makes bf16 copies of the weights once
+    # autocast makes bf16 copies of the weights once; in inference mode it would at every step
+    with torch.inference_mode(not lm.bf16), torch.no_grad(), lm.autocast():
         cache = PagedCache(lm, min(sample_rows, len(rows)), longest, kv_gib)
         step = Step(lm, cache, temperature)
         while waiting or live:
@@ -1454,28 +1456,32 @@ def micro_batches(rows, micro_tokens, device, share=None):
             groups.append([i])
     return groups
 
-def over_chunks(fn, chunk, lm, hidden, **constants):
-    """Forward and backward of a loss over blocks of `chunk` tokens; returns what it logs, summed.
+def over_chunks(fn, lm, hidden, temperature, chunk, **constants):
+    """Forward and backward of a loss, `chunk` tokens at once; returns what it logs, summed.
 
-    hidden: (N, D), from lm's graph; constants: (N, ...) tensors or None. fn takes lm's head (V, D),
-    a block of hidden and, by name, of each constant that is not None. It returns the block's part
-    of the loss, a scalar, and a tuple of (n,) tensors to log. A block's gradient is taken before
-    the next block begins, so that (N, V) never exists; then all go through the model at once.
+    hidden: (N, D), from lm's graph; constants: (N, ...) tensors or None. fn takes a chunk's
+    log-probs (n, V) and, by name, its part of each constant that is not None. It returns the
+    chunk's part of the loss, a scalar, and a tuple of (n,) tensors to log. A chunk's gradient is
+    taken before the next begins, so that (N, V) never exists: by autograd down to the logits, then
+    by two matrix products. At the end all go through the model at once.
     """
-    grads, sums, chunk = [], 0.0, lm.chunk_size(chunk)
+    sums, head, chunk = 0.0, lm.head(), lm.chunk_size(chunk, hidden.shape[-1])
+    states = hidden.detach().to(head.dtype)
     constants = {k: v.to(hidden.device) for k, v in constants.items() if v is not None}
-    head = lm.head().requires_grad_()
-    head_grad = torch.zeros_like(head, dtype=torch.float32)
-    for h, *block in zip(*(t.split(chunk) for t in (hidden.detach(), *constants.values()))):
-        loss, logged = fn(head, h.requires_grad_(), **dict(zip(constants, block)))
+    grad, head_grad = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.float32)
+    add = head_grad.addmm_ if not lm.bf16 else lambda x, y: head_grad.add_(x @ y)
+    for h, g, *part in zip(*(t.split(chunk) for t in (states, grad, *constants.values()))):
+        logits = lm.logits(h, head, temperature).requires_grad_()
+        loss, logged = fn(logits.log_softmax(-1), **dict(zip(constants, part)))
         # NaN if the loss is not finite: then the whole update is skipped, see `optimizer_step`
-        (loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)).backward()
-        grads.append(h.grad)
-        head_grad += head.grad
-        head.grad = None
+        scale = torch.where(loss.detach().isfinite(), 1 / temperature, math.nan)
+        (loss * scale).backward()
         sums = sums + torch.stack([x.detach().sum(dtype=torch.float64) for x in logged])
+        by_head = logits.grad.to(head.dtype)  # by the product of states and head
+        g.copy_(by_head @ head)
+        add(by_head.T, h)
     weight = lm.model.get_output_embeddings().weight[: lm.vocab]
-    torch.autograd.backward((hidden, weight), (torch.cat(grads), head_grad.to(weight.dtype)))
+    torch.autograd.backward((hidden, weight), (grad, head_grad.to(weight.dtype)))
     return sums.cpu()
 
 def flat(values, rows):

@@ -164,8 +164,7 @@ def accumulate(cfg, student, teacher, rows, n_tokens):
             hidden_teacher, _ = teacher.states(rows)
         head_teacher = teacher.head()  # (V, D)
 
-    def chunk(head, h, y, h_teacher=None):
-        logp = student.logits(h, head, cfg.temperature).log_softmax(-1)  # (n, V)
+    def chunk(logp, y, h_teacher=None):  # (n, V), (n,), (n, D)
         if cfg.targets == "soft":
             logq = teacher.logits(h_teacher, head_teacher, cfg.temperature).log_softmax(-1)
             loss = forward_kl(logp, logq)  # (n,)
@@ -174,7 +173,8 @@ def accumulate(cfg, student, teacher, rows, n_tokens):
         entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
         return loss.sum() / n_tokens, (loss, entropy)
 
-    return over_chunks(chunk, cfg.vocab_chunk, student, hidden, y=tokens, h_teacher=hidden_teacher)
+    return over_chunks(chunk, student, hidden, cfg.temperature, cfg.vocab_chunk, y=tokens,
+                       h_teacher=hidden_teacher)
 
 def main(cfg):
     check(cfg.temperature > 0, "--temperature must be positive")

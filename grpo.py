@@ -123,8 +123,7 @@ def accumulate(cfg, policy, rows, adv, weights, old, ref):
         if lists is not None:  # [] is a micro-batch without rows
             return torch.tensor([x for row in lists for x in row], device=tokens.device)
 
-    def chunk(head, h, y, sampled, A, weight, old=None, ref=None):
-        all_logp = policy.logits(h, head, cfg.temperature).log_softmax(-1)  # (n, V)
+    def chunk(all_logp, y, sampled, A, weight, old=None, ref=None):  # (n, V), the others (n,)
         entropy = -(all_logp.detach().exp() * all_logp.detach()).sum(-1)
         logp = pick(all_logp, y)  # (n,)
         old = logp.detach() if old is None else old
@@ -137,7 +136,7 @@ def accumulate(cfg, policy, rows, adv, weights, old, ref):
         return (weight * loss).sum(), (torch.ones_like(logp), clipped, entropy, k3,
                                        (old - sampled).abs())
 
-    return over_chunks(chunk, cfg.vocab_chunk, policy, hidden, y=tokens,
+    return over_chunks(chunk, policy, hidden, cfg.temperature, cfg.vocab_chunk, y=tokens,
                        sampled=per_token([r.logp for r in rows]), A=flat(adv, rows),
                        weight=flat(weights, rows), old=per_token(old), ref=per_token(ref))
 

@@ -110,8 +110,7 @@ def accumulate(cfg, student, teacher, rows, n_tokens, sparse):
         dense = dense_advantages(logp, logq, [len(r.tokens) for r in rows],
                                  returns=cfg.estimator == "return")
 
-    def chunk(head, h, h_teacher, y, A_sparse, A=None):
-        logp = student.logits(h, head, cfg.temperature).log_softmax(-1)  # (n, V)
+    def chunk(logp, h_teacher, y, A_sparse, A=None):  # (n, V), (n, D), then (n,)
         logq = teacher.logits(h_teacher, head_teacher, cfg.temperature).log_softmax(-1)
         kl = reverse_kl(logp, logq)  # (n,)
         entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
@@ -120,8 +119,8 @@ def accumulate(cfg, student, teacher, rows, n_tokens, sparse):
             loss = mixed_loss(loss, pick(logp, y), A_sparse, cfg.sparse_weight)
         return loss.sum() / n_tokens, (kl, kl**2, entropy)
 
-    return over_chunks(chunk, cfg.vocab_chunk, student, hidden, h_teacher=hidden_teacher, y=tokens,
-                       A_sparse=flat(sparse, rows), A=dense)
+    return over_chunks(chunk, student, hidden, cfg.temperature, cfg.vocab_chunk, y=tokens,
+                       h_teacher=hidden_teacher, A_sparse=flat(sparse, rows), A=dense)
 
 def main(cfg):
     check(cfg.temperature > 0, "--temperature must be positive")

@@ -67,7 +67,7 @@ EXERCISES = [
     Exercise(
         "GRPO's `sampler_gap` is not 0 with --temperature 0.7; with 1 nothing is wrong",
         "at step 0: 1e-7 → 0.019", f"{GRPO} --kl-coef 0 --temperature 0.7 --steps 5",
-        "grpo.py", "policy.logits(h, head, cfg.temperature)", "policy.logits(h, head, 1.0)",
+        "grpo.py", "policy, hidden, cfg.temperature", "policy, hidden, 1.0",
         "The sampler draws from softmax(logits / T), the loss differentiates softmax(logits).",
         GRADIENT + "grpo_loss_equals_the_plain_version[k2-True]"),
     Exercise(

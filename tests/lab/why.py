@@ -52,7 +52,7 @@ def state_kls(student, teacher, rows):
     found = []
     for group in micro_batches(rows, 0, student.device):
         h, h_teacher = (lm.states([rows[i] for i in group])[0] for lm in (student, teacher))
-        n = student.chunk_size(0)
+        n = student.chunk_size(0, h.shape[-1])
         for a, b in zip(h.split(n), h_teacher.split(n)):
             logp, logq = (lm.logits(x, lm.head(), 1.0).log_softmax(-1)
                           for lm, x in ((student, a), (teacher, b)))
