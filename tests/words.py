@@ -9,9 +9,9 @@ a line for each, `3 * 14 = 42 shells`, and at the end the box, `\\boxed{34}`.
     python tests/words.py --out runs/words --model HuggingFaceTB/SmolLM2-135M-Instruct
 
 writes train.jsonl (256 labelled problems), valid.jsonl (100), test.jsonl (200) and corpus.jsonl
-(1,280 worked examples, problem and response), no two problems alike. Then half-student: the model
-with half of its layers, evenly chosen with the first and the last, which words.json names. Any tool
-loads it, but it writes no sense before it is trained. All is a function of the seed and the model.
+(512 worked examples, problem and response), no two problems alike. Then half-student: the model
+without the middle half of its layers (words.json names those that stay). Any tool loads it, but it
+writes no sense before it is trained. Everything is a function of the seed and the model.
 """
 
 import argparse
@@ -85,10 +85,10 @@ def make_set(rng, n, taken):
     return rows
 
 def halve(model, out):
-    """Write a model with half of its layers to the folder `out`; returns which it has kept."""
+    """Write a model without the middle half of its layers to `out`; returns which it has kept."""
     whole = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     config, n = whole.config, whole.config.num_hidden_layers
-    kept = [round(i * (n - 1) / max(n // 2 - 1, 1)) for i in range(n // 2)]
+    kept = [*range(n // 4), *range(n // 4 + n - n // 2, n)]
     whole.model.layers = torch.nn.ModuleList(whole.model.layers[i] for i in kept)
     config.num_hidden_layers = len(kept)
     if getattr(config, "layer_types", None):
@@ -97,7 +97,7 @@ def halve(model, out):
     AutoTokenizer.from_pretrained(model).save_pretrained(out)
     return kept
 
-def build(out, seed=0, model="", *, train=256, valid=100, test=200, corpus=1280):
+def build(out, seed=0, model="", *, train=256, valid=100, test=200, corpus=512):
     """Write the problems, and the student if a model is named, to the folder `out`."""
     out, rng, taken = Path(out), random.Random(seed), set()
     out.mkdir(parents=True, exist_ok=True)
