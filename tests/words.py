@@ -3,7 +3,7 @@
     Rosa has 3 boxes with 14 shells in each. Rosa gives 17 shells to Ali. At a market Rosa finds 9
     more shells. How many shells does Rosa have now?
 
-A problem is a story of two or three operations + - * / on whole numbers up to 300; its solution has
+A problem is a story of two or three operations + - * / on whole numbers up to 30; its solution has
 a line for each, `3 * 14 = 42 shells`, and at the end the box, `\\boxed{34}`.
 
     python tests/words.py --out runs/words --model HuggingFaceTB/SmolLM2-135M-Instruct
@@ -27,7 +27,7 @@ transformers.utils.logging.disable_progress_bar()
 
 NAMES = "Ali Ben Clara Dina Emil Farah Greta Hugo Ines Jonas Kofi Lena Mona Nils Olga Rosa".split()
 OBJECTS = "apples books buttons cards coins eggs flowers marbles pencils shells stamps toys".split()
-LARGEST = 300  # number of a story
+LARGEST = 30  # number of a story
 STARTS = ("{a} has {n} {o}.", "{a} owns {n} {o}.", "There are {n} {o} on the table of {a}.",
           "Last week {a} collected {n} {o}.")
 PACKS = ("{a} has {x} boxes with {y} {o} in each.", "{a} buys {x} bags of {y} {o} each.",
@@ -51,7 +51,7 @@ def compute(op, x, y):
 def draw_operand(rng, op, x):
     """A number y for which x op y is a whole number from 1 to LARGEST, or None if there is none."""
     if op == "+":
-        return rng.randint(3, 99) if x <= LARGEST - 99 else None
+        return rng.randint(3, LARGEST - x) if x <= LARGEST - 3 else None
     if op == "-":
         return rng.randint(2, x - 1) if x > 5 else None
     fits = [y for y in range(2, 6) if (x % y == 0 if op == "/" else x * y <= LARGEST)]
@@ -60,10 +60,11 @@ def draw_operand(rng, op, x):
 def make_problem(rng, k):
     """(problem, response, answer) of a story of k operations."""
     (a, b), o = rng.sample(NAMES, 2), rng.choice(OBJECTS)
-    x, lines = rng.randint(6, 99), []
+    x, lines = rng.randint(6, LARGEST), []
     story = rng.choice(STARTS).format(a=a, n=x, o=o)
     if rng.random() < 0.4:  # packs: the first operation is x * y
-        x, y = rng.randint(2, 9), rng.randint(4, 25)
+        x = rng.randint(2, 9)
+        y = rng.randint(2, LARGEST // x)
         story, lines = rng.choice(PACKS).format(a=a, x=x, y=y, o=o), [f"{x} * {y} = {x * y} {o}"]
         x *= y
     while len(lines) < k:
