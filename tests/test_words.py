@@ -14,19 +14,18 @@ import words
 from conftest import children
 from world import make_model
 
-SETS = ("train", "valid", "test", "corpus")
+SIZES = {"train": 200, "valid": 20, "test": 40, "corpus": 800, "healing": 40}
 OPERATIONS = {  # the first that fits; NAME is the one whom the question is about
     "{x} * {y}": "boxes|bags|friends|Every day|times as many", "{x} / {y}": "piles|shares",
     "{x} - {y}": "gives .* to (?!NAME)|sells|lost|borrows", "{x} + {y}": "buys|gives|finds|post"}
 
 def read(folder):
     return {name: [json.loads(x) for x in (folder / f"{name}.jsonl").read_text().splitlines()]
-            for name in SETS}
+            for name in SIZES}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return words.build(tmp_path_factory.mktemp("words"), seed=3, valid=20, test=40, train=200,
-                       corpus=800)
+    return words.build(tmp_path_factory.mktemp("words"), seed=3, **SIZES)
 
 def solve(problem):
     """The answer to a story, from its numbers and its verbs."""
@@ -49,7 +48,7 @@ def test_answers_are_right(folder):
     sets = read(folder)
     for row in sets["train"] + sets["valid"] + sets["test"]:
         assert solve(row["problem"]) == int(row["answer"]), row
-    for row in sets["corpus"]:
+    for row in sets["corpus"] + sets["healing"]:
         assert row["response"].endswith(f"\n\\boxed{{{solve(row['problem']):g}}}"), row
 
 def test_worked_lines_chain(folder):
@@ -67,7 +66,7 @@ def test_worked_lines_chain(folder):
 def test_sets_are_disjoint(tmp_path, monkeypatch):
     """No problem occurs twice, in whatever sets, even where 100 are drawn from 104."""
     monkeypatch.setattr(words, "make_problem", lambda rng, k: [str(rng.randrange(104))] * 3)
-    sets = read(words.build(tmp_path, **dict.fromkeys(SETS, 25)))
+    sets = read(words.build(tmp_path, **dict.fromkeys(SIZES, 20)))
     assert len({row["problem"] for rows in sets.values() for row in rows}) == 100
 
 def test_problems_vary(folder):
@@ -81,9 +80,8 @@ def test_problems_vary(folder):
 
 def test_same_seed_same_files(folder, tmp_path):
     """A seed gives the same bytes each time; another seed gives other problems."""
-    sizes = dict(valid=20, test=40, train=200, corpus=800)
-    again, other = (words.build(tmp_path / str(s), seed=s, **sizes) for s in (3, 4))
-    for name in SETS:
+    again, other = (words.build(tmp_path / str(s), seed=s, **SIZES) for s in (3, 4))
+    for name in SIZES:
         assert (again / f"{name}.jsonl").read_bytes() == (folder / f"{name}.jsonl").read_bytes()
         assert (other / f"{name}.jsonl").read_bytes() != (folder / f"{name}.jsonl").read_bytes()
 

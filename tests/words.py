@@ -8,10 +8,11 @@ a line for each, `3 * 14 = 42 shells`, and at the end the box, `\\boxed{34}`.
 
     python tests/words.py --out runs/words --model HuggingFaceTB/SmolLM2-135M-Instruct
 
-writes train.jsonl (256 labelled problems), valid.jsonl (100), test.jsonl (200) and corpus.jsonl
-(512 worked examples, problem and response), no two problems alike. Then half-student: the model
-without the middle half of its layers (words.json names those that stay). Any tool loads it, but it
-writes no sense before it is trained. Everything is a function of the seed and the model.
+writes train.jsonl (256 labelled problems), valid.jsonl (100), test.jsonl (200), and worked examples
+(problem and response): corpus.jsonl (512), healing.jsonl (960, for the student). No two problems
+are alike. Then half-student: the model without the middle half of its layers (words.json names
+those that stay). Any tool loads it, but it writes no sense before it is trained. Everything is a
+function of the seed and the model.
 """
 
 import argparse
@@ -27,6 +28,8 @@ transformers.utils.logging.disable_progress_bar()
 
 NAMES = "Ali Ben Clara Dina Emil Farah Greta Hugo Ines Jonas Kofi Lena Mona Nils Olga Rosa".split()
 OBJECTS = "apples books buttons cards coins eggs flowers marbles pencils shells stamps toys".split()
+SIZES = {"test": 200, "valid": 100, "train": 256, "corpus": 512, "healing": 960}  # of the sets
+WORKED = ("corpus", "healing")  # sets of worked examples; the others have labels
 LARGEST = 30  # number of a story
 STARTS = ("{a} has {n} {o}.", "{a} owns {n} {o}.", "There are {n} {o} on the table of {a}.",
           "Last week {a} collected {n} {o}.")
@@ -98,12 +101,12 @@ def halve(model, out):
     AutoTokenizer.from_pretrained(model).save_pretrained(out)
     return kept
 
-def build(out, seed=0, model="", *, train=256, valid=100, test=200, corpus=512):
+def build(out, seed=0, model="", **sizes):
     """Write the problems, and the student if a model is named, to the folder `out`."""
     out, rng, taken = Path(out), random.Random(seed), set()
     out.mkdir(parents=True, exist_ok=True)
-    for name, n in {"test": test, "valid": valid, "train": train, "corpus": corpus}.items():
-        left_out = "answer" if name == "corpus" else "response"
+    for name, n in (SIZES | sizes).items():
+        left_out = "answer" if name in WORKED else "response"
         rows = [{k: v for k, v in row.items() if k != left_out} for row in make_set(rng, n, taken)]
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     kept = halve(model, out / "half-student") if model else []
