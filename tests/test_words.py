@@ -70,7 +70,7 @@ def test_sets_are_disjoint(tmp_path, monkeypatch):
     assert len({row["problem"] for rows in sets.values() for row in rows}) == 100
 
 def test_problems_vary(folder):
-    """Every name, thing and operation occurs; most stories differ in more than names and numbers."""
+    """Every name, thing and operation occurs; most stories differ in more than these."""
     rows = read(folder)["corpus"]
     text = " ".join(row["problem"] + row["response"] for row in rows)
     assert all(word in text for word in [*words.NAMES, *words.OBJECTS, " + ", " - ", " * ", " / "])
