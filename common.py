@@ -46,13 +46,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.distributed.fsdp as fsdp
 import torch.nn.functional as F
 import transformers
 from mpmath import MPContext
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
-                                    register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -84,7 +83,8 @@ class StageConfig:
     data: str = "dapo"  # problems, DAPO-Math-17K (Table 1): file, folder, hub name or alias
     half: Literal["1", "2", "all"] = "all"  # which half of the deduplicated problems (Table 1)
     exclude: str = "math500,aime24,aime25"  # ours: sets whose problems are dropped, or none
-    split_seed: int = 0  # ours: seed of the halves; keep it over a whole recipe
+    labels: int = 0  # ours: use only so many problems, halves are of these; 0 is all
+    split_seed: int = 0  # ours: of --labels and --half; keep it over a whole recipe
     # --- ours
     seed: int = 0  # ours: of prompt order and sampling
     thinking: bool = False  # ours: Qwen3's thinking mode
@@ -92,7 +92,7 @@ class StageConfig:
     adam_beta2: float = 0.999  # ours: AdamW's beta2
     lr_schedule: Literal["constant", "linear"] = "constant"  # ours: linear decays to 0
     warmup_steps: int = 0  # ours: updates of linear learning-rate warmup
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto: bf16 on CUDA, else fp32
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto: bf16 where a GPU has it
     # --- memory, speed and display only: they change no result beyond rounding
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     micro_tokens: int = 0  # padded tokens of a micro-batch; 0: 32,768 on a GPU, 1,024 on a CPU
@@ -108,8 +108,7 @@ AT_LEAST_1 = {"epochs", "mini_batch", "prompts", "rollouts", "samples", "sample_
 
 @functools.cache  # inspect parses the whole file
 def field_comments(config_class):
-    """{field name: (group title, trailing comment)}, read from the source of a Config dataclass.
-    A comment line `# --- title` opens a group."""
+    """{field name: (title, comment)} from the source of a Config; `# --- title` opens a group."""
     comments, title = {}, "options"
     for base in config_class.__mro__[-2::-1]:  # all but object, the oldest first
         for line in inspect.getsource(base).splitlines():
@@ -160,9 +159,8 @@ def stop_at_once(number, _frame=None, note=""):
     raise KeyboardInterrupt(number, note)
 
 def run_cli(main, config_class, doc):
-    """Run main(cfg); a user's mistake, a full disk, SIGTERM or Ctrl-C ends it with one line. The
-    exit status is then 1, or 128 + the signal's number. Rank 0 prints its line at once. The others
-    wait: if they have the same mistake, torchrun ends them before they repeat it."""
+    """Run main(cfg). A user's mistake, a full disk or a signal ends it with one line; the status is
+    1, or 128 + the signal. Rank 0 speaks at once, the others wait for torchrun to end them."""
     status, wait = 1, 5 if "RANK" in os.environ else 0  # seconds
     on_stop(stop_at_once)
     try:
@@ -202,6 +200,7 @@ class LM:
     vocab: int  # ids of the tokenizer; embeddings beyond it are padding, which no softmax sees
     stop_ids: list  # sorted ids that end a response
     saved_dtype: str  # of the folder that it came from, and of those that we write
+    context: float = math.inf  # positions that it knows, for prompt and response
     bf16: bool = False  # compute in bfloat16 (masters stay fp32)
     recompute: bool = False  # gradient checkpointing
     replica: torch.nn.Module = None  # of a sharded model: the same modules without weights
@@ -211,8 +210,7 @@ class LM:
         return (self.replica or self.model).device
 
     @property
-    def body(self):
-        """The model without its head."""
+    def body(self):  # the model without its head
         return getattr(self.model, "sharded_body", self.model.base_model)
 
     def autocast(self):
@@ -279,7 +277,17 @@ def describe_lm(name):
     check(vocab <= config.vocab_size, f"{name}: {vocab} tokens but {config.vocab_size} embeddings")
     check(stop_ids, f"{name}: neither generation_config.json nor the tokenizer names a stop token")
     dtype = str(config.dtype or "float32").removeprefix("torch.")
-    return LM(name, None, tokenizer, vocab, sorted(stop_ids), dtype)
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):  # a longer row changes the angles of all
+        context = rope.get("original_max_position_embeddings", context) - BLOCK
+    return LM(name, None, tokenizer, vocab, sorted(stop_ids), dtype, context)
+
+def check_context(lm, cfg, longest):
+    """Raise UserError if `longest` tokens, a prompt and its response, are more than lm knows."""
+    over = longest - lm.context
+    check(over <= 0, f"{lm.name} knows {lm.context} positions, a prompt and its response may take "
+          f"{longest}: lower --max-new-tokens {cfg.max_new_tokens} by {over}")
 
 @contextlib.contextmanager
 def load_errors_as_one_line(name):
@@ -287,21 +295,22 @@ def load_errors_as_one_line(name):
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load model {name!r} (neither a model folder here nor one that the "
-                        f"hub gives us): {first_line(error)}") from error
+        raise UserError(f"cannot load model {name!r} (no model folder here, nor one that the hub "
+                        f"gives us): {first_line(error)}") from error
 
 def load_lm(name, cfg, train=False, shard=True):
     """Load a Hugging Face folder or hub name as an LM, with shard=True sharded over all processes.
     train=True gives fp32 masters, because in bf16 an update of 1e-6 mostly rounds to nothing; a
     frozen model has the compute dtype. Raises UserError for what cannot be loaded or used."""
-    lm, device = describe_lm(name), cfg.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    lm, best = describe_lm(name), "cuda" if torch.cuda.is_available() else "cpu"
+    device = best if cfg.device == "auto" else cfg.device
     try:  # "cuda" is the device that `process_group` chose
-        device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
+        device = torch.empty(0, dtype=torch.float64, device=device).device  # mps has no float64
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"--device {device}: {first_line(error)}") from error
-    lm.bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type == "cuda")
+    lm.bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and has_bf16(device))
+    if cfg.dtype == "auto" and device.type == "cuda" and not lm.bf16:
+        print(f"{name}: computed in fp32, because this GPU has no bf16")
     dtype = torch.bfloat16 if lm.bf16 and not train else torch.float32
     shard = shard and world_size() > 1
     if shard:  # rank 0 reads the weights in the dtype of the files; the others have shapes only
@@ -319,6 +328,10 @@ def load_lm(name, cfg, train=False, shard=True):
         shard_model(lm, source, device)
     check_architecture(lm, sampled=train or not shard)
     return lm
+
+def has_bf16(device):
+    """Whether it is a GPU that has bf16 and its attention kernel; older ones have neither."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 def read_weights(name, dtype):
     """The model itself, on the CPU. Raises UserError, too, if it is incomplete."""
@@ -347,7 +360,7 @@ def check_architecture(lm, sampled):
         gap = lm.token_logp(*lm.states([row]), 1.0, 4).cpu() - torch.tensor(row.logp)
         check(gap.abs().max() <= 4 * rounding, f"{lm.name}: unsupported architecture, sampling "
               "does not give the log-probs that training sees")
-    if isinstance(lm.model, FSDPModule):
+    if isinstance(lm.model, fsdp.FSDPModule):
         lm.model.reshard()  # before `Run.steps` may load other weights
 
 def check_pair(teacher, student, thinking=False):
@@ -536,19 +549,25 @@ def load_problems(cfg):
         counts["in an evaluation set"] += len(banned & unique.keys())
         unique = {key: item for key, item in unique.items() if key not in banned}
     order = sorted(unique, key=lambda k: hashlib.sha256(f"{cfg.split_seed}:{k}".encode()).digest())
-    middle = len(order) // 2
-    chosen = {"all": order, "1": order[:middle], "2": order[middle:]}[cfg.half]
+    check(cfg.labels <= len(order), f"--labels {cfg.labels}: {cfg.data} has only {len(order)}")
+    used = order[: cfg.labels or None]
+    middle = len(used) // 2
+    chosen = {"all": used, "1": used[:middle], "2": used[middle:]}[cfg.half]
     dropped = [f"{counts[what]} {what}" for what in counts if what != "rows" and counts[what]]
     print(f"{cfg.data}: {counts['rows']} rows, dropped {', '.join(dropped) or 'none'}; "
           f"{len(order)} problems, using {len(chosen)} (half: {cfg.half})")
     check(chosen, f"data {cfg.data!r} (half {cfg.half}) holds no problem")
     return [unique[key] for key in chosen]
 
-def tokenize_problems(problems, tokenizer, cfg):
-    """Fill in the prompt ids; problems whose prompt is over the limit are counted and skipped."""
-    prompts = (tuple(build_prompt(tokenizer, p.problem, cfg.thinking)) for p in problems)
+def tokenize_problems(problems, cfg, *lms):
+    """Fill in the prompt ids, of the tokenizer of all lms; too long ones are counted and skipped.
+    UserError if a response may leave the positions of an lm."""
+    prompts = (tuple(build_prompt(lms[0].tokenizer, p.problem, cfg.thinking)) for p in problems)
     filled = [dataclasses.replace(p, prompt=ids) for p, ids in zip(problems, prompts)]
-    return skip_long_prompts(filled, cfg)
+    filled = skip_long_prompts(filled, cfg)
+    for lm in lms:
+        check_context(lm, cfg, max(len(p.prompt) for p in filled) + cfg.max_new_tokens)
+    return filled
 
 def skip_long_prompts(items, cfg):
     """The items whose prompt has at most --max-prompt-tokens; UserError if none has."""
@@ -571,13 +590,10 @@ def count_steps(cfg, n_items):
     return cfg.steps or max(1, cfg.epochs * (n_items // cfg.prompts))
 
 # ---------- 4 verifier: response, answer -> right or wrong ----------------------------------------
-
-# The flow: the answer is taken out of the response (extract_answer), rewritten in one notation
-# (_normalise), split into tokens and computed (_Reader); then two values are compared
-# (_values_equal). A value is a number or a Composite, such as a list or a matrix. A number is a
-# Fraction or, where it is not exact, has 400 digits. Letters get random numbers, so two expressions
-# are equal if their values are equal at three points. Nothing is solved, expanded or executed.
-#
+# extract_answer takes the answer out of the response, _normalise rewrites it in one notation,
+# _Reader computes it, _values_equal compares. A value is a number or a Composite, such as a list or
+# a matrix; a number is a Fraction or, if not exact, has 400 digits. Letters get random numbers: two
+# expressions are equal if they are at three points. Nothing is solved, expanded or executed.
 # Refused are answers outside the grammar, because their meaning would be a guess: words that are no
 # unit (33 or more), `2 3`, improper mixed numbers, ellipses, sums, integrals. They equal only the
 # same text. Given up are answers beyond a limit: 2,000 characters, 400 tokens, 30 levels, 25,000
@@ -1113,10 +1129,6 @@ def grade(response: str, answer: str) -> str:
     except Exception:  # counted apart from wrong, and never raised into training
         return "gave_up"
 
-def verify(response: str, answer: str) -> bool:
-    """Returns whether the answer of the response is right."""
-    return grade(response, answer) == "correct"
-
 def reward_groups(lm, rows, answers):
     """Returns the reward in {0, 1} of K rollouts for each of P answers, (P, K), and what to log."""
     k = len(rows) // len(answers)
@@ -1129,7 +1141,6 @@ def reward_groups(lm, rows, answers):
                      "zero_variance": (spread == 0).float().mean().item(), **shares}
 
 # ---------- 5 sampler: prompts -> rollouts --------------------------------------------------------
-#
 # Sampling is most of a step of RL or OPD. What makes it fast, in reading order:
 #   continuous batching  every BLOCK tokens, waiting rows take the places of ended ones
 #   paged cache          keys and values lie in pages of one pool: memory is for tokens that exist,
@@ -1172,14 +1183,11 @@ class Row:
 def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256, kv_gib=0.0,
            done=None):
     """Sample k rollouts of each prompt from softmax(logits / temperature); temperature 0 is greedy.
-
     prompts: P lists of token ids; seed: a tuple of ints. Returns P*k Rollouts, prompt by prompt;
     done(i, rollouts) is called for prompts[i] as soon as its last one has ended. This is the policy
     that the losses differentiate: no top-k, no top-p. The random numbers of a rollout depend on
     (seed, prompt, sample index) alone, so its neighbours in the batch do not matter. At most
-    sample_rows rows are decoded at once, fewer where kv_gib GiB of keys and values (0: what is
-    free) hold fewer. Raises UserError when they do not hold one.
-    """
+    sample_rows rows are decoded at once, and as many as kv_gib GiB hold (0: all that is free)."""
     if not prompts:
         return []
     rows = [Row(p, random_stream(seed, p, j), max_new_tokens, i)
@@ -1300,8 +1308,7 @@ class PagedCache:
             lm.body(input_ids=ids.to(lm.device), use_cache=False, attend=attend)
 
 def cache_bytes(lm, kv_gib):
-    """Bytes for keys and values. kv_gib 0: half of a CPU's memory, or 80 % of what is free on a GPU
-    after autocast's bf16 copies of the weights."""
+    """Bytes for keys and values. kv_gib 0: half of a CPU's memory, 80 % of what a GPU can spare."""
     if kv_gib:
         return kv_gib * 2**30
     if lm.device.type == "cuda":
@@ -1398,7 +1405,8 @@ def attend_pages(q, keys, values, used, scaling):
     keys, values: (m, page, kv heads, D), used: (m,). Returns (m, H, D) and, to put pages together,
     the log of each softmax's denominator, (m, H); -1e30 for an empty page."""
     m, page, heads, dim = keys.shape
-    if q.is_cuda and q.dtype == torch.bfloat16:  # each page is a sequence of its own
+    fits = dim <= 256 and dim % 8 == 0 and m < 65536  # what the kernel takes
+    if q.dtype == torch.bfloat16 and has_bf16(q.device) and fits:  # a page is a sequence of its own
         one = torch.arange(m + 1, dtype=torch.int32, device=q.device)
         out, lse = torch.ops.aten._flash_attention_forward(
             q, keys.flatten(0, 1), values.flatten(0, 1), one, one * page, 1, page, 0.0, False,
@@ -1430,8 +1438,7 @@ def inverse_cdf(weights, uniform):
     return block * 64 + torch.searchsorted(inner, rest, right=True)
 
 def attention(module, query, key, value, attention_mask, scaling, attend=None, **kwargs):
-    """What attention layers call, query (B, H, T, dim) -> (B, T, H, dim): PyTorch's own, causal,
-    where the caller of the model has not given another, `attend`."""
+    """The attention of all layers, causal, or the caller's: (B, H, T, dim) -> (B, T, H, dim)."""
     odd = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
     check(not odd, f"unsupported architecture: its attention has {', '.join(odd)}")
     if attend is None:
@@ -1458,13 +1465,11 @@ def micro_batches(rows, micro_tokens, device, share=None):
 
 def over_chunks(fn, lm, hidden, temperature, chunk, **constants):
     """Forward and backward of a loss, `chunk` tokens at once; returns what it logs, summed.
-
     hidden: (N, D), from lm's graph; constants: (N, ...) tensors or None. fn takes a chunk's
     log-probs (n, V) and, by name, its part of each constant that is not None. It returns the
     chunk's part of the loss, a scalar, and a tuple of (n,) tensors to log. A chunk's gradient is
     taken before the next begins, so that (N, V) never exists: by autograd down to the logits, then
-    by two matrix products. At the end all go through the model at once.
-    """
+    by two matrix products. At the end all go through the model at once."""
     sums, head, chunk = 0.0, lm.head(), lm.chunk_size(chunk, hidden.shape[-1])
     states = hidden.detach().to(head.dtype)
     constants = {k: v.to(hidden.device) for k, v in constants.items() if v is not None}
@@ -1484,22 +1489,15 @@ def over_chunks(fn, lm, hidden, temperature, chunk, **constants):
     torch.autograd.backward((hidden, weight), (grad, head_grad.to(weight.dtype)))
     return sums.cpu()
 
-def flat(values, rows):
-    """One number a row (B,) -> one a response token (N,), fp32, in the order of `LM.states`."""
-    lengths = torch.tensor([len(r.tokens) for r in rows], dtype=torch.long)
-    return values.float().repeat_interleave(lengths)
-
 # ---------- 7 optimizer ---------------------------------------------------------------------------
 
 def make_optimizer(lm, cfg):
     """AdamW on the fp32 masters (tied weights once)."""
     parameters = list(lm.model.parameters())
-    assert all(p.dtype == torch.float32 for p in parameters), "masters must be fp32"
-    fused = parameters[0].device.type == "cuda"
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, cfg.adam_beta2),
-                                  weight_decay=cfg.weight_decay, fused=fused)
+                                  weight_decay=cfg.weight_decay, fused=True)
     for p in parameters:  # AdamW would make these at its first step; `Run.steps` may load them
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device if fused else "cpu"),
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
 
@@ -1507,7 +1505,7 @@ def optimizer_step(lm, optimizer, cfg, updates):
     """Clip the gradient, update, drop the gradient. Returns its norm before clipping; if that is
     not finite, the update is skipped. The learning rate follows from the number of updates made:
     linear warmup, then constant or, over `updates` of them, linear decay to 0."""
-    if isinstance(lm.model, FSDPModule):
+    if isinstance(lm.model, fsdp.FSDPModule):
         lm.model.reshard()  # drops what is gathered, before the weights change
     norm = full_tensor(torch.nn.utils.clip_grad_norm_(lm.model.parameters(), cfg.grad_clip))
     if norm.isfinite():
@@ -1572,8 +1570,7 @@ def read_record(folder):
     return read_json(path).get("run", {}) if path.is_file() else {}
 
 def lock(path, name):
-    """Lock a file until it is closed or the process ends. UserError if another process has locked
-    it: `name` is in use. Rank 0 does it for all."""
+    """Lock a file until the process ends. UserError if another has locked it: `name` is in use."""
     file = open(os.devnull if rank() else path, "a")
     try:
         if rank() == 0:
@@ -1603,9 +1600,8 @@ def differences(old, new):
 
 def progress(*args, disable=False, **kwargs):
     """tqdm; into a log file it writes a line every ten seconds only."""
-    interval = 0.2 if sys.stderr.isatty() else 10  # seconds
-    return tqdm(*args, disable=disable or rank() > 0, dynamic_ncols=True, mininterval=interval,
-                maxinterval=60, **kwargs)
+    return tqdm(*args, disable=disable or rank() > 0, dynamic_ncols=True, maxinterval=60,
+                mininterval=0.2 if sys.stderr.isatty() else 10, **kwargs)  # seconds
 
 def rounded(value):
     """A number with four significant digits; ints stay, what JSON cannot hold becomes None."""
@@ -1670,8 +1666,7 @@ class Run:
         on_stop(stop_at_once)
 
     def newest_checkpoint(self):
-        """Its folder, or None, its steps and their metrics. UserError if it is made from other
-        models, though their names are the same."""
+        """Its folder or None, its steps, their metrics. UserError if other models have made it."""
         path = max(self.out.glob("state-????????"), default=None)
         if path:
             differ = differences(read_json(path / "made_with.json"), self.made_with)
@@ -1724,6 +1719,9 @@ class Run:
             self.bar.write(f"warning: step {self.step}: {metrics['skipped']} of {len(grad_norms)} "
                            "updates skipped, their loss or gradient is not finite")
         last = [line["grad_norm"] for line in self.metrics[-MAX_SKIPPED:]]
+        gap, bound = metrics.get("sampler_gap", 0), 0.2 if self.lm.bf16 else 1e-3
+        check(not gap > bound, f"sampler_gap {gap:.3g}: sampling and training see other log-probs, "
+              f"rounding explains {bound} at most: a model that is not supported, or a defect")
         check(last != [None] * MAX_SKIPPED, f"the last {MAX_SKIPPED} steps had a loss or gradient "
               "that is not finite: the run diverged (is --lr too high?)")
 
@@ -1758,8 +1756,7 @@ class Run:
             shutil.rmtree(path)
 
     def finish(self):
-        """Write the model; the record tells the steps and seconds that it took. When it cannot be
-        written, the checkpoint stays."""
+        """Write the model and how long it took. If it cannot be written, the checkpoint stays."""
         seconds = self.seconds_before + sum(line["seconds"] for line in self.metrics)
         self.record |= {"finished": True, "steps": len(self.metrics), "seconds": rounded(seconds)}
         save_lm(self.lm, self.out, self.record)
@@ -1769,11 +1766,9 @@ class Run:
         print(f"{self.out}: {len(self.metrics)} steps in {seconds:.0f} s, model saved")
 
 # ---------- 9 processes: torchrun starts them, FSDP2 shards the models ----------------------------
-#
 # Each process runs the same script and knows all rollouts of a step. The work is divided:
 #   sampling   each takes its share of the prompts, with a copy of all weights that exists meanwhile
-#   training   each takes its share of the rows; losses are divided by counts of the whole update,
-#              so that the gradients of all processes add up to that of a single one
+#   training   each takes its share of the rows; losses are divided by counts of the whole update
 #   writing    rank 0 only; but of a checkpoint each process writes its shards
 
 def world_size():
@@ -1827,9 +1822,8 @@ def all_reduce_sum(tensor):
     return tensor
 
 def shared_micro_batches(rows, micro_tokens, device):
-    """`micro_batches` of this process's share of the rows, which all processes have. The rows are
-    dealt out by length. Sharded models need the same number of passes everywhere: shorter lists are
-    filled up with empty groups, passes over one token of padding without a loss."""
+    """`micro_batches` of this process's share of the rows, dealt out by length. Empty groups, a
+    token of padding without a loss, fill up: sharded models need as many passes everywhere."""
     n = world_size()
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt + rows[i].tokens))
     groups = [micro_batches(rows, micro_tokens, device, order[i::n]) for i in range(n)]
@@ -1868,9 +1862,9 @@ def shard_model(lm, source, device):
     for module in (*model.base_model.layers, model):
         # as in one process under autocast, embedding and residual stream keep the masters' fp32
         inner = torch.bfloat16 if lm.bf16 and module is not model else None
-        precision = MixedPrecisionPolicy(inner, torch.float32, cast_forward_inputs=False)
-        fully_shard(module, mesh=mesh, reshard_after_forward=module is not model,
-                    mp_policy=precision)
+        precision = fsdp.MixedPrecisionPolicy(inner, torch.float32, cast_forward_inputs=False)
+        fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=module is not model,
+                         mp_policy=precision)
         module.set_gradient_divide_factor(1.0)  # gradients add up
         module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=device)
@@ -1884,7 +1878,7 @@ def shard_model(lm, source, device):
         for module in (model, lm.replica):
             setattr(module.get_submodule(owner), name, value)
     model.sharded_body = lambda **inputs: model.base_model(**inputs)[:1]
-    register_fsdp_forward_method(model, "sharded_body")
+    fsdp.register_fsdp_forward_method(model, "sharded_body")
 
 def full_tensor(tensor):
     """A sharded tensor put together, which all processes must call; any other tensor as it is."""

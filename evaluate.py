@@ -21,10 +21,10 @@ from typing import Literal
 
 import numpy as np
 
-from common import (DATA_ALIASES, append_json_line, build_prompt, check, describe_run, differences,
-                    fingerprint, grade, json_line, load_lm, lock, on_rank_0, progress, rank,
-                    read_json, read_json_lines, read_record, read_rows, run_cli, sample_and_write,
-                    to_problem, write_json, write_text)
+from common import (DATA_ALIASES, append_json_line, build_prompt, check, check_context,
+                    describe_run, differences, fingerprint, grade, json_line, load_lm, lock,
+                    on_rank_0, progress, rank, read_json, read_json_lines, read_record, read_rows,
+                    run_cli, sample_and_write, to_problem, write_json, write_text)
 
 @dataclass
 class Config:
@@ -41,7 +41,7 @@ class Config:
     limit: int = 0  # ours: only so many problems of each set, from the first; 0 is all
     seed: int = 0  # ours: of the sampling
     thinking: bool = False  # ours: Qwen3's thinking mode
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto: bf16 on CUDA, else fp32
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # ours: compute; auto: bf16 where a GPU has it
     # --- memory and speed only: they change no result beyond rounding
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     sample_rows: int = 512  # rows decoded at once
@@ -146,6 +146,9 @@ def evaluate(cfg, out):
     """
     sets, summary = read_sets(cfg), {}
     lm = load_lm(cfg.model, cfg, shard=False)
+    longest = max(len(build_prompt(lm.tokenizer, p.problem, cfg.thinking))
+                  for problems in sets.values() for p in problems)
+    check_context(lm, cfg, longest + cfg.max_new_tokens)
     names = ("samples", "temperature", "max_new_tokens", "seed", "thinking")
     identity = {"weights": fingerprint(lm), "bf16": lm.bf16, **{n: getattr(cfg, n) for n in names}}
     record = {**describe_run(cfg), "model": cfg.model, "identity": identity, "finished": False}
@@ -223,7 +226,9 @@ def ancestry(folder):
 
 def labels_used(records):
     """Distinct labelled problems behind a run: of each source all, or the halves that were used."""
-    used = {key: n for record in records for key, n in record["labels"].items()}
+    used = {}
+    for key, n in (item for record in records for item in record["labels"].items()):
+        used[key] = max(n, used.get(key, 0))  # --labels: the fewer are among the more
     whole = {key.removesuffix(":all") for key in used if key.endswith(":all")}
     return sum(n for key, n in used.items() if key.endswith(":all") or key[:-2] not in whole)
 

@@ -32,11 +32,11 @@ from typing import Literal
 import torch
 
 from common import (Rollout, Run, StageConfig, all_reduce_sum, append_json_line, batch_indices,
-                    build_prompt, check, check_pair, count_steps, describe_lm, differences,
-                    find_question, fingerprint, load_lm, load_problems, lock, make_optimizer,
-                    on_rank_0, optimizer_step, over_chunks, pick, progress, read_json_lines,
-                    read_rows, run_cli, sample_and_write, shared_micro_batches,
-                    skip_long_prompts, tokenize_problems, verify)
+                    build_prompt, check, check_context, check_pair, count_steps, describe_lm,
+                    differences, find_question, fingerprint, grade, load_lm, load_problems, lock,
+                    make_optimizer, on_rank_0, optimizer_step, over_chunks, pick, progress,
+                    read_json_lines, read_rows, run_cli, sample_and_write, shared_micro_batches,
+                    skip_long_prompts, tokenize_problems)
 
 @dataclass
 class Config(StageConfig):  # whose flags all three stages have
@@ -116,8 +116,11 @@ def fill_cache(cfg, teacher, path, cache, prompts):
 
 def correct_only(groups, problems, tokenizer):
     """The responses that the verifier accepts, a list for each problem that has one."""
-    groups = [[r for r in rows if verify(tokenizer.decode(r.tokens, skip_special_tokens=True),
-                                         p.answer)] for p, rows in zip(problems, groups)]
+    def right(row, p):
+        text = tokenizer.decode(row.tokens, skip_special_tokens=True)
+        return grade(text, p.answer) == "correct"
+
+    groups = [[row for row in rows if right(row, p)] for p, rows in zip(problems, groups)]
     correct = [rows for rows in groups if rows]
     print(f"--only-correct: {sum(map(len, correct))} responses to {len(correct)} of "
           f"{len(problems)} problems kept")
@@ -136,7 +139,9 @@ def worked_examples(cfg, lm):
         tokens = lm.tokenizer.encode(response, add_special_tokens=False)
         rows.append(Rollout(build_prompt(lm.tokenizer, question, cfg.thinking),
                             tokens + [lm.tokenizer.eos_token_id], [], True))
-    return [[row] for row in skip_long_prompts(rows, cfg)]
+    rows = skip_long_prompts(rows, cfg)
+    check_context(lm, cfg, max(len(row.prompt + row.tokens) for row in rows))
+    return [[row] for row in rows]
 
 def load_states(cfg, run, student):
     """The teacher (None if no step needs it) and what steps draw from: rows per prompt."""
@@ -146,7 +151,7 @@ def load_states(cfg, run, student):
     if cfg.only_correct:
         run.record["labels"] = {f"{cfg.data}:{cfg.half}": len(problems)}
     teacher = load_lm(cfg.teacher, cfg)
-    problems = tokenize_problems(problems, student.tokenizer, cfg)
+    problems = tokenize_problems(problems, cfg, student, teacher)
     groups = teacher_rollouts(cfg, run, teacher, problems)
     if cfg.only_correct:
         groups = correct_only(groups, problems, teacher.tokenizer)
@@ -170,7 +175,7 @@ def accumulate(cfg, student, teacher, rows, n_tokens):
             loss = forward_kl(logp, logq)  # (n,)
         else:
             loss = -pick(logp, y)
-        entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+        entropy = -logp.detach().exp().mul_(logp.detach()).sum(-1)
         return loss.sum() / n_tokens, (loss, entropy)
 
     return over_chunks(chunk, student, hidden, cfg.temperature, cfg.vocab_chunk, y=tokens,

@@ -31,7 +31,7 @@ from typing import Literal
 import torch
 
 from common import (Run, StageConfig, all_gather_dict, all_reduce_sum, batch_indices, check,
-                    count_steps, describe_lm, flat, load_lm, load_problems, make_optimizer,
+                    count_steps, describe_lm, load_lm, load_problems, make_optimizer,
                     optimizer_step, over_chunks, pick, reward_groups, run_cli,
                     sample_shared, shared_micro_batches, tokenize_problems)
 
@@ -119,12 +119,16 @@ def accumulate(cfg, policy, rows, adv, weights, old, ref):
     hidden, tokens = policy.states(rows)  # (N, D), (N,)
     clip_high = cfg.clip_high or cfg.clip
 
+    def each(values):  # of a row (B,) -> of its tokens (N,)
+        lengths = torch.tensor([len(r.tokens) for r in rows], dtype=torch.long)
+        return values.float().repeat_interleave(lengths)
+
     def per_token(lists):  # (N,)
         if lists is not None:  # [] is a micro-batch without rows
             return torch.tensor([x for row in lists for x in row], device=tokens.device)
 
     def chunk(all_logp, y, sampled, A, weight, old=None, ref=None):  # (n, V), the others (n,)
-        entropy = -(all_logp.detach().exp() * all_logp.detach()).sum(-1)
+        entropy = -all_logp.detach().exp().mul_(all_logp.detach()).sum(-1)
         logp = pick(all_logp, y)  # (n,)
         old = logp.detach() if old is None else old
         ref = logp.detach() if ref is None else ref
@@ -137,8 +141,8 @@ def accumulate(cfg, policy, rows, adv, weights, old, ref):
                                        (old - sampled).abs())
 
     return over_chunks(chunk, policy, hidden, cfg.temperature, cfg.vocab_chunk, y=tokens,
-                       sampled=per_token([r.logp for r in rows]), A=flat(adv, rows),
-                       weight=flat(weights, rows), old=per_token(old), ref=per_token(ref))
+                       sampled=per_token([r.logp for r in rows]), A=each(adv),
+                       weight=each(weights), old=per_token(old), ref=per_token(ref))
 
 def main(cfg):
     check(cfg.rollouts > 1, "--rollouts 1: a group of one has no advantage; take at least 2")
@@ -151,7 +155,7 @@ def main(cfg):
     run.record["labels"] = {f"{cfg.data}:{cfg.half}": len(problems)}
     policy = load_lm(cfg.model, cfg, train=True)
     reference = load_lm(cfg.model, cfg) if cfg.kl_coef else None
-    problems = tokenize_problems(problems, policy.tokenizer, cfg)
+    problems = tokenize_problems(problems, cfg, policy)
     steps = count_steps(cfg, len(problems))
     updates = cfg.prompts // cfg.mini_batch  # per step
     optimizer = make_optimizer(policy, cfg)

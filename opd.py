@@ -42,7 +42,7 @@ from typing import Literal
 import torch
 
 from common import (Run, StageConfig, all_reduce_sum, batch_indices, check, check_pair, count_steps,
-                    describe_lm, flat, load_lm, load_problems, make_optimizer, optimizer_step,
+                    describe_lm, load_lm, load_problems, make_optimizer, optimizer_step,
                     over_chunks, pick, reward_groups, run_cli, sample_shared,
                     shared_micro_batches, tokenize_problems)
 
@@ -97,30 +97,32 @@ def accumulate(cfg, student, teacher, rows, n_tokens, sparse):
     """Add the gradient of a micro-batch to the student's, for an update of n_tokens tokens.
 
     sparse: A_i of its rows, (B,), which counts with --sparse-weight only. Returns sums over its
-    tokens: of the exact KL, of its square, of the student's entropy.
+    tokens: of the exact KL, its square, the student's entropy, |log pi_theta - when sampled|.
     """
     hidden, tokens = student.states(rows)  # (N, D), (N,)
     with torch.no_grad():
         hidden_teacher, _ = teacher.states(rows)
     head_teacher = teacher.head()  # (V, D)
-    dense = None
+    lengths, dense = [len(r.tokens) for r in rows], None
     if cfg.estimator != "full":  # constants, of all tokens before the first has its loss
         logp, logq = (lm.token_logp(h, tokens, cfg.temperature, cfg.vocab_chunk)
                       for lm, h in ((student, hidden), (teacher, hidden_teacher)))
-        dense = dense_advantages(logp, logq, [len(r.tokens) for r in rows],
-                                 returns=cfg.estimator == "return")
+        dense = dense_advantages(logp, logq, lengths, returns=cfg.estimator == "return")
 
-    def chunk(logp, h_teacher, y, A_sparse, A=None):  # (n, V), (n, D), then (n,)
+    def chunk(logp, h_teacher, y, sampled, A_sparse, A=None):  # (n, V), (n, D), the others (n,)
         logq = teacher.logits(h_teacher, head_teacher, cfg.temperature).log_softmax(-1)
         kl = reverse_kl(logp, logq)  # (n,)
-        entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+        entropy = -logp.detach().exp().mul_(logp.detach()).sum(-1)
         loss = kl if cfg.estimator == "full" else -A * pick(logp, y)
         if cfg.sparse_weight:
             loss = mixed_loss(loss, pick(logp, y), A_sparse, cfg.sparse_weight)
-        return loss.sum() / n_tokens, (kl, kl**2, entropy)
+        gap = (pick(logp, y) - sampled).abs()
+        return loss.sum() / n_tokens, (kl, kl**2, entropy, gap)
 
+    sampled = torch.tensor([x for r in rows for x in r.logp])
+    A_sparse = sparse.repeat_interleave(torch.tensor(lengths, dtype=torch.long))  # (N,)
     return over_chunks(chunk, student, hidden, cfg.temperature, cfg.vocab_chunk, y=tokens,
-                       h_teacher=hidden_teacher, A_sparse=flat(sparse, rows), A=dense)
+                       h_teacher=hidden_teacher, sampled=sampled, A=dense, A_sparse=A_sparse)
 
 def main(cfg):
     check(cfg.temperature > 0, "--temperature must be positive")
@@ -134,7 +136,7 @@ def main(cfg):
         run.record["labels"] = {f"{cfg.data}:{cfg.half}": len(problems)}
     teacher = load_lm(cfg.teacher, cfg)
     student = load_lm(cfg.student, cfg, train=True)
-    problems = tokenize_problems(problems, student.tokenizer, cfg)
+    problems = tokenize_problems(problems, cfg, student, teacher)
     steps = count_steps(cfg, len(problems))
     optimizer = make_optimizer(student, cfg)
 
@@ -156,16 +158,16 @@ def main(cfg):
         # loss: the mean over all response tokens of the update, whatever the micro-batches
         run.time("updating")
         n_tokens = sum(len(r.tokens) for r in rows)
-        sums = torch.zeros(3, dtype=torch.float64)  # of kl, kl^2, entropy
+        sums = torch.zeros(4, dtype=torch.float64)  # of kl, kl^2, entropy, gap
         for group in shared_micro_batches(rows, cfg.micro_tokens, student.device):
             sums += accumulate(cfg, student, teacher, [rows[i] for i in group], n_tokens,
                                sparse[group])
         grad_norm = optimizer_step(student, optimizer, cfg, steps)
 
-        kl, square, entropy = (all_reduce_sum(sums) / n_tokens).tolist()
+        kl, square, entropy, gap = (all_reduce_sum(sums) / n_tokens).tolist()
         kl_std = max(0.0, square - kl**2) ** 0.5
         run.log("kl", "entropy", "length", **rewarded, kl=kl, kl_std=kl_std, entropy=entropy,
-                grad_norms=[grad_norm], rows=rows,
+                sampler_gap=gap, grad_norms=[grad_norm], rows=rows,
                 note=f"KL to the teacher {kl:.3f} nats a token")
     run.finish()
 

@@ -206,6 +206,17 @@ def test_split_is_the_same_on_every_machine_and_day(tmp_path):
     got = [{int(a) for _, a in halves(path, split_seed=s)[0]} for s in (0, 1)]
     assert got == [{3, 4, 6, 7, 10, 11}, {2, 4, 5, 6, 8, 11}]
 
+def test_a_label_budget_is_the_first_problems_and_its_halves_are_halves_of_these(tmp_path):
+    """So budgets are nested, whatever the row order, and copies do not count."""
+    rows = numbered(21)
+    path = write_lines(tmp_path / "a.jsonl", rows[::-1] + rows)
+    everything = load_problems(path)
+    for n in (21, 10, 3):
+        first, second, budget = halves(path, labels=n)
+        assert first + second == budget == everything[:n] and len(second) - len(first) in (0, 1)
+    with pytest.raises(UserError, match="--labels 22: .* has only 21"):
+        load_problems(path, labels=22)
+
 def test_evaluation_problems_leave_before_the_split(tmp_path, capsys):
     """Halves of a decontaminated set are those of a set that never held the evaluation problems."""
     rows = numbered(20)
@@ -230,11 +241,11 @@ def test_a_missing_evaluation_set_is_an_error_with_the_way_out(tmp_path):
 def test_too_long_prompts_are_counted_and_skipped(student_lm, capsys):
     """A prompt at the limit stays, a longer one goes and is counted (Q and ? are two tokens)."""
     problems = [common.Problem(t, "1") for t in ("5a+3", "5a+3b", "5a+3b-1")]  # 6, 7, 9 tokens
-    kept = tokenize_problems(problems, student_lm.tokenizer, settings(max_prompt_tokens=7))
+    kept = tokenize_problems(problems, settings(max_prompt_tokens=7, max_new_tokens=8), student_lm)
     assert [(p.problem, len(p.prompt)) for p in kept] == [("5a+3", 6), ("5a+3b", 7)]
     assert "skipped 1 " in capsys.readouterr().out
     with pytest.raises(UserError, match="--max-prompt-tokens 5"):
-        tokenize_problems(problems, student_lm.tokenizer, settings(max_prompt_tokens=5))
+        tokenize_problems(problems, settings(max_prompt_tokens=5), student_lm)
 
 def test_sft_examples_end_with_eos_and_keep_the_text(tmp_path, student_lm, capsys):
     """A `response` (else `solution`) becomes response ids that end with eos; long prompts are

@@ -108,7 +108,8 @@ def test_losses_equal_the_plain_version_with_all_logits(temperature, trainable_l
         advantages = [sparse] if stage is opd else []
         sums = stage.accumulate(cfg, lm, teacher_lm, rows, len(tokens), *advantages)
         assert (gradients(lm) - want).norm() <= 1e-5 * want.norm(), option
-        logged = (kl, kl**2, pi.entropy()) if stage is opd else (loss, pi.entropy())
+        gap = (-nll - torch.tensor([x for row in rows for x in row.logp])).abs()
+        logged = (kl, kl**2, pi.entropy(), gap) if stage is opd else (loss, pi.entropy())
         want = torch.stack([x.sum() for x in logged])
         torch.testing.assert_close(sums.float(), want, atol=1e-4, rtol=1e-4)
 

@@ -22,6 +22,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM
                           PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 
 import common
+import grpo
 from common import LM, Rollout, StageConfig, UserError, build_prompt, check_pair
 
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<im_end>", "<user>", "<assistant>", "<think>", "</think>"]
@@ -298,10 +299,36 @@ def test_a_model_that_does_not_exist_is_one_readable_line(name, tmp_path, monkey
         load_lm(name)
     assert "\n" not in str(caught.value)
 
-@pytest.mark.parametrize("device", ["cuda:99", "gpu9"])
+@pytest.mark.parametrize("device", ["cuda:99", "gpu9", "mps"])
 def test_a_device_that_is_not_there_is_one_readable_line(device, tmp_path):
     with pytest.raises(UserError, match=f"--device {device}"):
         load_lm(make_folder(tmp_path), device=device)
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "short_factor": [1.0] * 4,
+            "long_factor": [9.0] * 4, "original_max_position_embeddings": 150}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+        "original_max_position_embeddings": 150}
+
+@pytest.mark.parametrize("rope, positions", [({"rope_type": "default", "rope_theta": 1e4}, 200),
+                                             (YARN, 200), (DYNAMIC, 192), (LONGROPE, 142)])
+def test_a_response_stays_inside_the_models_positions(rope, positions, tmp_path):
+    """Up to them training sees the log-probs of the sampler, whatever stands beside a row; one
+    more is refused. Of dynamic NTK and longrope they end where the angles begin to depend on the
+    longest row, less the block that an ended row may go on for."""
+    lm = load_lm(make_folder(tmp_path, max_position_embeddings=200, rope_parameters=rope))
+    assert lm.context == positions
+    prompts, longest = [[5, 6, 7], [5, 6, 7, 8, 9]], positions - 5
+    rows = common.sample(lm, prompts, 4, max_new_tokens=longest, temperature=1.0, seed=(0,))
+    assert max(len(r.prompt + r.tokens) for r in rows) == positions
+    with torch.no_grad():
+        logp = lm.token_logp(*lm.states(rows), 1.0, 0)
+    assert (logp - torch.tensor([x for r in rows for x in r.logp])).abs().max() < 1e-4
+    problems = [common.Problem("1", "1")]
+    fits = positions - len(build_prompt(lm.tokenizer, "1", False))
+    assert common.tokenize_problems(problems, grpo.Config(model="", max_new_tokens=fits), lm)
+    with pytest.raises(UserError, match=f"knows {positions} positions.*--max-new-tokens .* by 1"):
+        common.tokenize_problems(problems, grpo.Config(model="", max_new_tokens=fits + 1), lm)
 
 def test_fingerprint_names_the_weights(tmp_path):
     """Equal for equal weights; another after one update at lr 1e-6, and for another model."""

@@ -5,11 +5,13 @@ that a right sampler would fail with a fresh seed.
 """
 
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import common
@@ -65,6 +67,27 @@ def test_bf16_sampling_and_scoring_agree(world):
     lm = common.load_lm(str(world / "init-student"), StageConfig(dtype="bf16"), train=True)
     assert all(p.dtype == torch.float32 for p in lm.model.parameters())
     assert 0 < gaps(lm, draw(lm)).mean() < 0.03
+
+class Casts(TorchDispatchMode):
+    """Counts the copies of matrices from fp32 to bf16."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if torch.is_tensor(out) and torch.is_tensor(args[0]) and out.dim() == 2:
+            casts = (args[0].dtype, out.dtype) == (torch.float32, torch.bfloat16)
+            self.counts[tuple(out.shape)] += casts
+        return out
+
+def test_each_weight_is_cast_to_bf16_once_a_sampling_phase(world):
+    """And not once a decoding step, which took twice the time: 40 tokens are 5 blocks."""
+    lm = common.load_lm(str(world / "init-student"), StageConfig(dtype="bf16"), train=True)
+    shapes = Counter(tuple(p.shape) for p in lm.model.parameters() if p.dim() == 2)
+    casts = Casts()
+    casts.counts = Counter()
+    with casts:
+        draw(lm, PROMPTS[:1], k=2, n=40)
+    assert sum(shapes.values()) > 20
+    assert all(casts.counts[shape] <= n for shape, n in shapes.items())
 
 def test_greedy_equals_generate_for_ragged_prompts(lm):
     rows = draw(lm, k=1, n=30, temperature=0.0)
@@ -276,6 +299,27 @@ def test_attention_inside_pages_equals_float64(heads, kv_heads):
     torch.testing.assert_close(lse[:4].double(), scores.logsumexp(-1), atol=1e-5, rtol=0)
     want = torch.einsum("mhp,mphd->mhd", scores.softmax(-1), v)
     torch.testing.assert_close(out[:4].double(), want, atol=1e-5, rtol=0)
+
+@pytest.mark.parametrize("m, dim, fits", [(5, 64, True), (5, 12, False), (5, 264, False),
+                                          (65536, 8, False)])
+def test_what_the_kernel_refuses_takes_the_plain_path(m, dim, fits, monkeypatch):
+    """As if this CPU were a GPU that has bf16: the kernel, which is not there, raises."""
+    monkeypatch.setattr(common, "has_bf16", lambda device: True)
+    q, keys = torch.randn(m, 2, dim).bfloat16(), torch.randn(m, 1, 2, dim).bfloat16()
+    args = q, keys, keys, torch.ones(m, dtype=torch.long), 1.0
+    if fits:
+        with pytest.raises(NotImplementedError, match="_flash_attention_forward"):
+            common.attend_pages(*args)
+    else:
+        torch.testing.assert_close(common.attend_pages(*args)[0], keys[:, 0].float())
+
+@pytest.mark.parametrize("capability, bf16", [((7, 0), False), ((7, 5), False), ((8, 0), True),
+                                              ((8, 9), True), ((12, 0), True)])
+def test_which_gpus_have_bf16(capability, bf16, monkeypatch):
+    """V100 and T4 do not."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert common.has_bf16(torch.device("cuda", 0)) == bf16
+    assert not common.has_bf16(torch.device("cpu"))
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -1,21 +1,33 @@
-"""How fast the sampler and the losses are on this device, beside what one would use instead.
+"""How fast the sampler, the losses and whole steps are here, beside what one would use instead.
 
 Prints a table and writes it as JSON. A ratio is of two medians from one run, in which ours and the
 reference take turns. Models have random weights: on CUDA Qwen3's shapes in bf16, on a CPU a small
 one in fp32. An untrained model never stops, so lengths are forced: all equal, or drawn from a
-log-normal whose 99th percentile is 8 times its median, as rollouts of a reasoning model are. (How
-fast whole steps are, and where their time goes, is in the metrics.jsonl of every run.)
+log-normal whose 99th percentile is 8 times its median, as rollouts of a reasoning model are.
 
-    python tests/lab/bench.py                            # sampling and losses
-    python tests/lab/bench.py --parts sampling --size 8b # on a GPU
+Steps are those of grpo.py and opd.py and of TRL's trainers (pip install trl): every turn a process
+of its own, with the same model, prompts, lengths and dtype, no KL to a reference, and AdamW. The
+update alone stands beside its floor, the matrix products of its linear layers.
+
+    python tests/lab/bench.py                             # all parts
+    python tests/lab/bench.py --parts sampling --size 8b  # on a GPU
+    python tests/lab/bench.py --parts steps --model FOLDER --dtype bf16 --repeats 1 --steps 1
 """
 
 import argparse
+import dataclasses
+import importlib.util
+import itertools
+import multiprocessing
+import os
 import platform
+import re
 import statistics
 import sys
+import tempfile
 import time
 import weakref
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +35,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM, StoppingCriteria
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
+                          StoppingCriteria, TrainerCallback)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
@@ -220,7 +234,147 @@ def bench_losses(args, device):
     mine, _ = loss_functions(16384, D, device)["reverse KL"]
     yield row("losses", "reverse KL, 16384 tokens", "peak GiB", peak_bytes(mine, device) / 2**30)
 
-PARTS = {"sampling": bench_sampling, "losses": bench_losses}
+# --- whole steps ----------------------------------------------------------------------------------
+
+GROUP = 8  # rollouts of a prompt
+
+def small_folder(out):
+    """The small shape as a model folder, with a tokenizer of as many words as it has embeddings."""
+    model = make_model("small", "cpu", torch.float32)
+    words = {f"w{i}": i for i in range(model.config.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="w0", eos_token="w1", unk_token="w2",
+        chat_template="{{ messages[0]['content'] }}").save_pretrained(out)
+    model.save_pretrained(out)
+    return out
+
+def questions(args):
+    words = np.random.default_rng(2).integers(3, 4096, (args.rollouts // GROUP, 16))
+    return [" ".join(f"w{i}" for i in line) for line in words]
+
+def our_steps(kind, args, out):
+    """Seconds of the steps of a run of grpo.py or opd.py, and of their updates."""
+    verdicts, describe = itertools.cycle(["correct", "wrong"]), common.describe_lm
+    common.grade = lambda text, answer: next(verdicts)  # every row has a gradient
+    common.describe_lm = lambda name: dataclasses.replace(describe(name), stop_ids=[])
+    common.Run.finish = lambda run: None
+    common.write_json(f"{out}/data.json", [{"problem": q, "answer": 1} for q in questions(args)])
+    stage = {"GRPO": grpo, "OPD": opd}[kind]
+    own = ({"model": args.model, "mini_batch": args.rollouts // GROUP, "kl_coef": 0}
+           if stage is grpo else {"teacher": args.model, "student": args.model})
+    stage.main(stage.Config(
+        **own, data=f"{out}/data.json", exclude="none", out=f"{out}/run", dtype=args.dtype,
+        prompts=args.rollouts // GROUP, rollouts=GROUP, max_new_tokens=args.tokens,
+        steps=args.steps, show_every=0, save_every=0))
+    lines = common.read_json_lines(f"{out}/run/metrics.jsonl")
+    assert all(line["tokens"] == args.rollouts * args.tokens for line in lines)
+    return [line["seconds"] for line in lines], [line["seconds_updating"] for line in lines]
+
+class StepClock(TrainerCallback):
+    """Seconds of a trainer's steps."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_step_begin(self, *_, **__):
+        self.seconds.append(-now())
+
+    def on_step_end(self, *_, **__):
+        self.seconds[-1] += now()
+
+def trl_steps(kind, args, out):
+    """Seconds of the steps of TRL's trainers, and no more."""
+    import datasets
+    import trl
+
+    bf16, clock = args.dtype == "bf16", StepClock()
+    settings = dict(
+        output_dir=out, max_steps=args.steps, max_completion_length=args.tokens, bf16=bf16,
+        per_device_train_batch_size=args.trl_rows, use_cpu=not torch.cuda.is_available(),
+        gradient_accumulation_steps=args.rollouts // args.trl_rows, gradient_checkpointing=False,
+        lr_scheduler_type="constant", logging_strategy="no", save_strategy="no", report_to="none",
+        disable_tqdm=True, shuffle_dataset=False, generation_kwargs={"eos_token_id": None},
+        top_k=0, temperature=1.0, model_init_kwargs={"dtype": "float32"})
+    prompts = [[{"role": "user", "content": f"{question}\n{common.INSTRUCTION}"}]
+               for question in questions(args) for _ in range(1 if kind == "GRPO" else GROUP)]
+    what = dict(model=args.model, callbacks=[clock],
+                train_dataset=datasets.Dataset.from_dict({"prompt": prompts}))
+    if kind == "GRPO":
+        trainer = trl.GRPOTrainer(
+            args=trl.GRPOConfig(num_generations=GROUP, beta=0.0, **settings), **what,
+            reward_funcs=lambda completions, **_: [i % 2.0 for i in range(len(completions))])
+    else:  # as ours, the teacher has the dtype of its computation
+        teacher_init = {"dtype": "bfloat16" if bf16 else "float32"}
+        trainer = trl.DistillationTrainer(
+            args=trl.DistillationConfig(beta=1.0, teacher_model_init_kwargs=teacher_init,
+                                        **settings), teacher_model=args.model, **what)
+    trainer.eos_token_ids, trainer.model.generation_config.eos_token_id = [-1], None
+    trainer.train()
+    assert trainer.state.log_history[-1]["completions/mean_length"] == args.tokens
+    return clock.seconds, None
+
+def floor_of_update(kind, args, out):
+    """Seconds of the three products that each linear layer needs, in blocks as large as serve."""
+    lm = common.load_lm(args.model, common.StageConfig(dtype=args.dtype))
+    prompt = common.build_prompt(lm.tokenizer, questions(args)[0], False)
+    head, seconds = lm.model.get_output_embeddings(), 0.0
+    for layer in lm.model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            block, each = (256, args.tokens) if layer is head else (1024, args.tokens + len(prompt))
+            weight = lm.head() if layer is head else layer.weight
+            x, grad = (torch.randn(block, n, device=lm.device, dtype=weight.dtype)
+                       for n in reversed(weight.shape))
+            products = {"": lambda: (x @ weight.T, grad @ weight, grad.T @ x)}
+            seconds += turns(2, products)[""] * args.rollouts * each / block
+    return [seconds], None
+
+def memory(field):
+    """VmRSS, or its peak VmHWM, of this process in GiB."""
+    return int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
+
+def measured(function, *args):
+    """What the function returns, and this process's peak memory beyond its imports, in GiB."""
+    silence, before = os.open(os.devnull, os.O_WRONLY), memory("VmRSS")
+    for fd in (1, 2):
+        os.dup2(silence, fd)
+    with tempfile.TemporaryDirectory() as out:
+        result = function(*args, out)
+    cuda = torch.cuda.is_available()
+    return *result, torch.cuda.max_memory_allocated() / 2**30 if cuda else memory("VmHWM") - before
+
+def in_child(*call):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measured, *call).result()
+
+def bench_steps(args, device):
+    sides = {"ours": our_steps}
+    if importlib.util.find_spec("trl"):
+        sides["trl"] = trl_steps
+    else:
+        print("TRL is not installed: its columns are left out")
+    with tempfile.TemporaryDirectory() as out:
+        name, args.model = Path(args.model).name or "small", args.model or small_folder(out)
+        n = args.rollouts * args.tokens
+        case = f"{name}, {args.dtype}, {args.rollouts} rows of {args.tokens}"
+        for kind in ("GRPO", "OPD"):
+            seconds, updates, peak = {s: [] for s in sides}, [], dict.fromkeys(sides, 0)
+            for side in list(sides) * args.repeats:
+                took, updating, gib = in_child(sides[side], kind, args)
+                counts = slice(int(len(took) > 1), None)  # the first of several does not
+                seconds[side] += took[counts]
+                updates += (updating or [])[counts]
+                peak[side] = max(peak[side], gib)
+            yield row("steps", f"{kind} step, {case}", "tokens/s",
+                      **{side: n / statistics.median(s) for side, s in seconds.items()})
+            yield row("steps", f"{kind} step, {case}", "peak GiB", **peak)
+            if kind == "GRPO":
+                (least,), *_ = in_child(floor_of_update, kind, args)
+                yield row("steps", f"GRPO update, {case}", "ms a token",
+                          1000 * statistics.median(updates) / n, floor=1000 * least / n)
+
+PARTS = {"sampling": bench_sampling, "losses": bench_losses, "steps": bench_steps}
 
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -230,8 +384,20 @@ def main():
     parser.add_argument("--size", choices=SHAPES, default="1.7b" if device == "cuda" else "small",
                         help="model [default: 1.7b on a GPU, else small]")
     parser.add_argument("--repeats", type=int, default=3, help="turns [default: 3]")
+    parser.add_argument("--model", default="", help="folder, of the steps [default: small]")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16" if device == "cuda" else
+                        "fp32", help="of the steps [default: bf16 on a GPU, else fp32]")
+    for flag, default, text in (
+            ("--rollouts", 0, "rows of a step, 8 a prompt [default: 128, with --model 32]"),
+            ("--tokens", 0, "of a row's response [default: 128, with --model 256]"),
+            ("--steps", 3, "of a turn; the first of several does not count [default: 3]"),
+            ("--trl-rows", 4, "of TRL's micro-batches [default: 4]")):
+        parser.add_argument(flag, type=int, default=default, help=text)
     parser.add_argument("--out", default="bench.json", help="[default: bench.json]")
     args = parser.parse_args()
+    args.rollouts = args.rollouts or (32 if args.model else 128)
+    args.tokens = args.tokens or (256 if args.model else 128)
+    os.environ["HF_HUB_OFFLINE"] = "1"
     chip = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
     hardware = {"device": chip, "threads": torch.get_num_threads(), "torch": torch.__version__,
                 "size": args.size}

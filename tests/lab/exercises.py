@@ -65,14 +65,15 @@ EXERCISES = [
         "Mean and std are the batch's: all of an easy prompt is praised, all of a hard one blamed.",
         EQUATION + "advantages_see_their_own_group_only_and_a_constant_group_is_exactly_zero"),
     Exercise(
-        "GRPO's `sampler_gap` is not 0 with --temperature 0.7; with 1 nothing is wrong",
-        "at step 0: 1e-7 → 0.019", f"{GRPO} --kl-coef 0 --temperature 0.7 --steps 5",
+        "GRPO with --temperature 0.7 ends at its first step; with 1 nothing is wrong",
+        "`sampler_gap`: 1e-7 → 0.017, an error", f"{GRPO} --kl-coef 0 --temperature 0.7 --steps 5",
         "grpo.py", "policy, hidden, cfg.temperature", "policy, hidden, 1.0",
         "The sampler draws from softmax(logits / T), the loss differentiates softmax(logits).",
         GRADIENT + "grpo_loss_equals_the_plain_version[k2-True]"),
     Exercise(
-        "GRPO's `sampler_gap` grows, `k3_ref` does not, and `reward` stalls",
-        "step 9: `sampler_gap` 1e-7 → 0.055, `k3_ref` 0.051 → 0.0002, `reward` 0.57 → 0.27",
+        "GRPO with several updates a step and a KL ends at its second step, without a KL it does "
+        "not",
+        "step 1: `sampler_gap` 1e-7 → 0.022, an error; `k3_ref` 0.0041 → 0.0003",
         f"{GRPO} --mini-batch 8 --kl-coef 0.1 --steps 10",
         "grpo.py", "old=per_token(old), ref=per_token(ref)",
         "old=per_token(ref), ref=per_token(old)",

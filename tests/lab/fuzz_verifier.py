@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
 
-from common import _equal, answers_equal, extract_answer, grade, verify
+from common import _equal, answers_equal, extract_answer, grade
 from test_verifier import GOLDS, HOSTILE, INJECTIONS, RESPONSES, RIGHT, WRONG
 
 SEEDS = [gold.strip() for gold in GOLDS] + [case[1] for case in RIGHT + WRONG + RESPONSES]
@@ -91,7 +91,8 @@ def fuzz(n, seed, budget):
                 verdict = f"answers_equal {answers_equal(text, gold)}"
             else:
                 verdict = grade(response, text if form in (3, 4) else gold)
-                if verify(response, text) not in (True, False) or extract_answer(response) == "":
+                kinds = ("correct", "wrong", "no_answer", "gave_up")
+                if grade(response, text) not in kinds or extract_answer(response) == "":
                     violations.append(f"not a verdict: {response!r:.80}")
             took = (time.process_time() - start) / (1 if form == 5 else 2)
         except BaseException as error:  # the point of the exercise

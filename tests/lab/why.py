@@ -144,10 +144,11 @@ def print_table(title, head, *rows):
 
 def measure(args):
     """Print the tables; returns what the pictures show of each."""
-    cfg = opd.Config(data=str(args.run / "train.jsonl"), exclude="none", dtype="fp32")
+    cfg = opd.Config(data=str(args.run / "train.jsonl"), exclude="none", dtype="fp32",
+                     max_new_tokens=args.max_new_tokens)
     lms = {name: load_lm(str(args.run / name), cfg, train=name in STUDENTS)
            for name in dict.fromkeys((*STUDENTS, *GROUPS, TEACHER))}
-    problems = tokenize_problems(load_problems(cfg), lms[TEACHER].tokenizer, cfg)
+    problems = tokenize_problems(load_problems(cfg), cfg, lms[TEACHER])
 
     found = {when: at_the_start(args, lms[name], lms[TEACHER], problems)
              for name, when in STUDENTS.items()}
