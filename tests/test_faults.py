@@ -374,8 +374,8 @@ def test_skipped_updates_are_counted_and_five_in_a_row_end_the_run(stage, update
         assert got.status == 0, got.err
         assert all(t.isfinite().all() for t in load_file(out / "model.safetensors").values())
 
-@pytest.mark.parametrize("stage, gap, ends", [("grpo", 0.003, True), ("grpo", 0.0003, False),
-                                              ("opd", 0.003, True), ("opd", 0.0003, False)])
+@pytest.mark.parametrize("stage, gap, ends", [("grpo", 0.003, True), ("opd", 0.003, True),
+                                              ("opd", 0.0003, False)])
 def test_a_sampler_gap_beyond_rounding_ends_the_run(stage, gap, ends, line_of, tmp_path):
     """Whatever is wrong, training must not go on with other log-probs than sampling saw."""
     def shift():
@@ -388,7 +388,7 @@ def test_a_sampler_gap_beyond_rounding_ends_the_run(stage, gap, ends, line_of, t
         common.decode = shifted
         common.check_architecture = lambda *args, **kwargs: None  # it would find this one
 
-    got = forked(line_of(stage, tmp_path / "out"), shift)
+    got = forked(line_of(stage, tmp_path / "out", "--steps 2"), shift)
     gaps = [row["sampler_gap"] for row in metrics(tmp_path / "out")]
     assert gaps[0] == pytest.approx(gap, rel=0.1) and (len(gaps) == 1) == ends
     assert (got.status == 1) == ends

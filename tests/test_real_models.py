@@ -11,7 +11,6 @@ import json
 import os
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,7 +65,7 @@ def test_worked_examples_are_the_templates_conversation(name, text, tmp_path):
     answer = "12 + 30 = 42, so \\boxed{42}."
     (tmp_path / "data.json").write_text(json.dumps([{"problem": QUESTION, "response": answer}]))
     cfg = fkl_warmup.Config(targets="data", data=str(tmp_path / "data.json"))
-    (row,), = fkl_warmup.worked_examples(cfg, SimpleNamespace(tokenizer=tokenizer(name)))
+    (row,), = fkl_warmup.worked_examples(cfg, common.LM(name, None, tokenizer(name), 0, [], ""))
     turns = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": answer}]
     whole = tokenizer(name).apply_chat_template(turns, tokenize=False)
     assert whole.startswith(text)
