@@ -1497,7 +1497,7 @@ def make_optimizer(lm, cfg):
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, cfg.adam_beta2),
                                   weight_decay=cfg.weight_decay, fused=lm.device.type == "cuda")
     for p in parameters:  # AdamW would make these at its first step; `Run.steps` may load them
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device if p.is_cuda else "cpu"),
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
 

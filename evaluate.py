@@ -15,7 +15,8 @@ The random numbers of a sample depend on (seed, prompt, sample index), not on ba
 
 import math
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -126,7 +127,7 @@ def answer_set(cfg, lm, problems, path):
         bar.set_postfix(avg=percent(summarise(list(lines.values()))), refresh=False)
         bar.update()
 
-    prompts = [build_prompt(lm.tokenizer, problems[i].problem, cfg.thinking) for i in missing]
+    prompts = [problems[i].prompt for i in missing]
     with bar:
         sample_and_write(lm, prompts, cfg.samples, cfg, (cfg.seed,), write)
     if missing:  # they were written in the order in which they ended
@@ -146,9 +147,10 @@ def evaluate(cfg, out):
     """
     sets, summary = read_sets(cfg), {}
     lm = load_lm(cfg.model, cfg, shard=False)
-    longest = max(len(build_prompt(lm.tokenizer, p.problem, cfg.thinking))
-                  for problems in sets.values() for p in problems)
-    check_context(lm, cfg, longest + cfg.max_new_tokens)
+    for name, problems in sets.items():
+        prompts = (tuple(build_prompt(lm.tokenizer, p.problem, cfg.thinking)) for p in problems)
+        sets[name] = [replace(p, prompt=ids) for p, ids in zip(problems, prompts)]
+        check_context(lm, cfg, max(len(p.prompt) for p in sets[name]) + cfg.max_new_tokens)
     names = ("samples", "temperature", "max_new_tokens", "seed", "thinking")
     identity = {"weights": fingerprint(lm), "bf16": lm.bf16, **{n: getattr(cfg, n) for n in names}}
     record = {**describe_run(cfg), "model": cfg.model, "identity": identity, "finished": False}
@@ -226,9 +228,9 @@ def ancestry(folder):
 
 def labels_used(records):
     """Distinct labelled problems behind a run: of each source all, or the halves that were used."""
-    used = {}
-    for key, n in (item for record in records for item in record["labels"].items()):
-        used[key] = max(n, used.get(key, 0))  # --labels: the fewer are among the more
+    used = Counter()
+    for record in records:
+        used |= Counter(record["labels"])  # the larger: with --labels the fewer are among the more
     whole = {key.removesuffix(":all") for key in used if key.endswith(":all")}
     return sum(n for key, n in used.items() if key.endswith(":all") or key[:-2] not in whole)
 

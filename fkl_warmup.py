@@ -116,11 +116,9 @@ def fill_cache(cfg, teacher, path, cache, prompts):
 
 def correct_only(groups, problems, tokenizer):
     """The responses that the verifier accepts, a list for each problem that has one."""
-    def right(row, p):
-        text = tokenizer.decode(row.tokens, skip_special_tokens=True)
-        return grade(text, p.answer) == "correct"
-
-    groups = [[row for row in rows if right(row, p)] for p, rows in zip(problems, groups)]
+    groups = [[r for r in rows if grade(tokenizer.decode(r.tokens, skip_special_tokens=True),
+                                        p.answer) == "correct"]
+              for p, rows in zip(problems, groups)]
     correct = [rows for rows in groups if rows]
     print(f"--only-correct: {sum(map(len, correct))} responses to {len(correct)} of "
           f"{len(problems)} problems kept")

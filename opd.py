@@ -113,11 +113,11 @@ def accumulate(cfg, student, teacher, rows, n_tokens, sparse):
         logq = teacher.logits(h_teacher, head_teacher, cfg.temperature).log_softmax(-1)
         kl = reverse_kl(logp, logq)  # (n,)
         entropy = -logp.detach().exp().mul_(logp.detach()).sum(-1)
-        loss = kl if cfg.estimator == "full" else -A * pick(logp, y)
+        logp_y = pick(logp, y)  # (n,)
+        loss = kl if cfg.estimator == "full" else -A * logp_y
         if cfg.sparse_weight:
-            loss = mixed_loss(loss, pick(logp, y), A_sparse, cfg.sparse_weight)
-        gap = (pick(logp, y) - sampled).abs()
-        return loss.sum() / n_tokens, (kl, kl**2, entropy, gap)
+            loss = mixed_loss(loss, logp_y, A_sparse, cfg.sparse_weight)
+        return loss.sum() / n_tokens, (kl, kl**2, entropy, (logp_y - sampled).abs())
 
     sampled = torch.tensor([x for r in rows for x in r.logp])
     A_sparse = sparse.repeat_interleave(torch.tensor(lengths, dtype=torch.long))  # (N,)

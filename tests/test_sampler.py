@@ -69,22 +69,24 @@ def test_bf16_sampling_and_scoring_agree(world):
     assert 0 < gaps(lm, draw(lm)).mean() < 0.03
 
 class Casts(TorchDispatchMode):
-    """Counts the copies of matrices from fp32 to bf16."""
+    """Counts the copies of matrices from fp32 to bf16, by shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if torch.is_tensor(out) and torch.is_tensor(args[0]) and out.dim() == 2:
-            casts = (args[0].dtype, out.dtype) == (torch.float32, torch.bfloat16)
-            self.counts[tuple(out.shape)] += casts
+            is_cast = (args[0].dtype, out.dtype) == (torch.float32, torch.bfloat16)
+            self.counts[tuple(out.shape)] += is_cast
         return out
 
 def test_each_weight_is_cast_to_bf16_once_a_sampling_phase(world):
     """And not once a decoding step, which took twice the time: 40 tokens are 5 blocks."""
     lm = common.load_lm(str(world / "init-student"), StageConfig(dtype="bf16"), train=True)
     shapes = Counter(tuple(p.shape) for p in lm.model.parameters() if p.dim() == 2)
-    casts = Casts()
-    casts.counts = Counter()
-    with casts:
+    with Casts() as casts:
         draw(lm, PROMPTS[:1], k=2, n=40)
     assert sum(shapes.values()) > 20
     assert all(casts.counts[shape] <= n for shape, n in shapes.items())
