@@ -1469,12 +1469,16 @@ def over_chunks(fn, lm, hidden, temperature, chunk, **constants):
     log-probs (n, V) and, by name, its part of each constant that is not None. It returns the
     chunk's part of the loss, a scalar, and a tuple of (n,) tensors to log. A chunk's gradient is
     taken before the next begins, so that (N, V) never exists: by autograd down to the logits, then
-    by two matrix products. At the end all go through the model at once."""
+    by two matrix products, of which the head's is added to its .grad, if the head learns. At the
+    end all go through the model at once."""
     sums, head, chunk = 0.0, lm.head(), lm.chunk_size(chunk, hidden.shape[-1])
     states = hidden.detach().to(head.dtype)
     constants = {k: v.to(hidden.device) for k, v in constants.items() if v is not None}
-    grad, head_grad = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.float32)
-    add = head_grad.addmm_ if not lm.bf16 else lambda x, y: head_grad.add_(x @ y)
+    grad, weight = torch.empty_like(hidden), lm.model.get_output_embeddings().weight
+    if weight.requires_grad and weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    # in parts, whose products find room in memory that the last ones have left
+    head_grad = weight.grad[: lm.vocab].split(4096) if weight.requires_grad else ()
     for h, g, *part in zip(*(t.split(chunk) for t in (states, grad, *constants.values()))):
         logits = lm.logits(h, head, temperature).requires_grad_()
         loss, logged = fn(logits.log_softmax(-1), **dict(zip(constants, part)))
@@ -1484,9 +1488,9 @@ def over_chunks(fn, lm, hidden, temperature, chunk, **constants):
         sums = sums + torch.stack([x.detach().sum(dtype=torch.float64) for x in logged])
         by_head = logits.grad.to(head.dtype)  # by the product of states and head
         g.copy_(by_head @ head)
-        add(by_head.T, h)
-    weight = lm.model.get_output_embeddings().weight[: lm.vocab]
-    torch.autograd.backward((hidden, weight), (grad, head_grad.to(weight.dtype)))
+        for total, by in zip(head_grad, by_head.split(4096, 1)):
+            total.add_(by.T @ h) if lm.bf16 else total.addmm_(by.T, h)
+    hidden.backward(grad)
     return sums.cpu()
 
 # ---------- 7 optimizer ---------------------------------------------------------------------------

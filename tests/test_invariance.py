@@ -159,6 +159,19 @@ def test_micro_batches_keep_every_row_once_within_the_budget(rows):
             assert len(g) == 1 or longest * len(g) <= budget
     assert len(micro_batches(rows, 10_000, torch.device("cpu"))) == 1
 
+def test_a_frozen_head_gets_no_gradient_and_changes_no_other(trainable_lm, rows, teacher_lm):
+    """A fork with adapters trains other weights only (the world's head is its embedding, too)."""
+    lm, head = trainable_lm, trainable_lm.model.get_output_embeddings().weight
+    cfg, found = opd.Config(teacher="", student=""), []
+    for learns in (True, False):
+        lm.model.zero_grad()
+        head.requires_grad_(learns)
+        opd.accumulate(cfg, lm, teacher_lm, rows, 50, torch.zeros(len(rows)))
+        assert (head.grad is not None) == learns
+        found.append(torch.cat([p.grad.flatten() for p in lm.model.parameters() if p is not head]))
+    head.requires_grad_()
+    assert found[0].norm() > 0 and torch.equal(*found)
+
 class WideTensors(TorchDispatchMode):
     """The most bytes that tensors with a dimension of size V had at one time."""
 
