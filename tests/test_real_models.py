@@ -141,12 +141,12 @@ def test_sampler_log_probs_are_the_trainers(dtype, prompts):
     else:
         assert gap.max() < 1e-4 and gap.mean() < 1e-5
 
-SETTINGS = ("--max-new-tokens 8 --prompts 1 --rollouts 2 --steps 2 --lr 3e-5 --save-every 1 "
-            "--show-every 0 --dtype bf16 --exclude none")
+SETTINGS = ("--max-new-tokens 8 --prompts 1 --rollouts 2 --steps 2 --lr 3e-5 --show-every 0 "
+            "--dtype bf16 --exclude none --save-every")
 
-def test_the_recipe_on_real_weights_is_killed_in_every_stage(tmp_path):
-    """Teacher's GRPO, warmup, distillation: two steps each, in bf16. Each is killed when both are
-    logged and goes on after the first, from its checkpoint: the second has the same metrics."""
+def test_the_recipe_on_real_weights_and_a_kill(tmp_path):
+    """Teacher's GRPO, warmup, distillation: two steps each, in bf16. The last is killed when both
+    are logged and goes on after the first, from its checkpoint: the second has the same metrics."""
     data = [{"problem": f"What is {a} + 5?", "answer": a + 5} for a in range(4)]
     (tmp_path / "data.json").write_text(json.dumps(data))
 
@@ -164,14 +164,15 @@ def test_the_recipe_on_real_weights_is_killed_in_every_stage(tmp_path):
                           ("fkl_warmup", f"--teacher {teacher} --student {student}"),
                           ("opd", f"--teacher {teacher} --student {tmp_path}/fkl_warmup")):
         out = teacher if stage == "grpo" else f"{tmp_path}/{stage}"
-        line = f"{stage}.py {models} {SETTINGS} --data {tmp_path}/data.json --out {out}"
-        assert forked(line, die_at_the_end).status == -signal.SIGKILL
-        steps = metrics(out)
-        ended = forked(line, prepare)
+        line = f"{stage}.py {models} --data {tmp_path}/data.json --out {out} {SETTINGS} "
+        if stage == "opd":
+            assert forked(line + "1", die_at_the_end).status == -signal.SIGKILL
+            killed = metrics(out)
+        ended = forked(line + str(int(stage == "opd")), prepare)
         assert ended.status == 0, ended.err
-        assert "continuing after 1 steps" in ended.out
-        assert metrics(out) == steps and len(steps) == 2
-        assert all(step["grad_norm"] > 0 and step.get("kl", 1) > 0 for step in steps)
+        assert len(metrics(out)) == 2
+        assert all(step["grad_norm"] > 0 and step.get("kl", 1) > 0 for step in metrics(out))
+    assert "continuing after 1 steps" in ended.out and metrics(out) == killed
     opd = common.load_lm(f"{tmp_path}/opd", common.StageConfig(dtype="bf16"))
     moved = {common.fingerprint(x) for x in (opd, load(SMOLLM, "bf16"))}
     assert len(moved) == 2 and opd.saved_dtype == "bfloat16"
