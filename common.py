@@ -1270,8 +1270,8 @@ class PagedCache:
         # pages that ended rows left are filled with the last ones
         gaps = [page for page in range(1, len(owners) + 1) if page not in owners]
         moved = [page for page in owners if page > len(owners)]
-        if gaps:
-            self.pool[:, :, gaps] = self.pool[:, :, moved]
+        for layer in self.pool if gaps else ():  # all layers at once would double the memory
+            layer[:, gaps] = layer[:, moved]
         for page, gap in zip(moved, gaps):
             row, i = owners[page]
             row.pages[i] = gap

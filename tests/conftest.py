@@ -17,7 +17,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "lab")]
 os.environ["HF_HUB_OFFLINE"] = "1"  # a hub name fails at once; nothing is downloaded
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and sums keep one order
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-cache-")
+datasets_cache = tempfile.TemporaryDirectory(prefix="datasets-cache-")  # removed at the end
+os.environ["HF_DATASETS_CACHE"] = datasets_cache.name
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
