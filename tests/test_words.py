@@ -46,9 +46,9 @@ def test_answers_are_right(folder):
     for name, rows in read(folder).items():
         for row in rows:
             answer = f"{solve(row['problem']):g}"
-            assert row["answer"] == answer, row
-            assert ("response" in row) == (name == "corpus")
-            assert row.get("response", f"\\boxed{{{answer}}}").endswith(f"\\boxed{{{answer}}}"), row
+            assert row["answer"] == answer and ("response" in row) == (name == "corpus"), row
+            if name == "corpus":
+                assert row["response"].endswith(f"\n\\boxed{{{answer}}}"), row
 
 def test_worked_lines_chain(folder):
     """Each line of a solution is true by Python's arithmetic and starts from the result before."""
