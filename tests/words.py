@@ -1,18 +1,16 @@
 """Word problems in English, for a real model on a CPU.
 
-    Rosa has 3 boxes with 14 shells in each. Rosa gives 17 shells to Ali. At a market Rosa finds 9
-    more shells. How many shells does Rosa have now?
+    Rosa has 3 boxes of 6 shells, gives 7 to Ali, finds 9 more. How many shells has Rosa now?
 
-A problem is a story of two or three operations + - * / on whole numbers up to 30; its solution has
-a line for each, `3 * 14 = 42 shells`, and at the end the box, `\\boxed{34}`.
+A problem is a story of two operations + - * / (each third one of three) on whole numbers up to 20;
+its solution has a line for each, `3*6=18`, and at the end the box, `\\boxed{20}`.
 
     python tests/words.py --out runs/words --model HuggingFaceTB/SmolLM2-135M-Instruct
 
-writes train.jsonl (256 labelled problems), valid.jsonl (100), test.jsonl (200), and worked examples
-(problem and response): corpus.jsonl (512), healing.jsonl (960, for the student). No two problems
-are alike. Then half-student: the model without the middle half of its layers (words.json names
-those that stay). Any tool loads it, but it writes no sense before it is trained. Everything is a
-function of the seed and the model.
+writes train.jsonl (256 labelled problems), valid.jsonl (100), test.jsonl (200), and corpus.jsonl
+(1,280 worked examples: problem, response, answer). No two problems are alike. Then half-student:
+the model without the middle half of its layers (words.json names those that stay). Any tool loads
+it, but it writes no sense before it is trained. Everything is a function of the seed and the model.
 """
 
 import argparse
@@ -28,25 +26,18 @@ transformers.utils.logging.disable_progress_bar()
 
 NAMES = "Ali Ben Clara Dina Emil Farah Greta Hugo Ines Jonas Kofi Lena Mona Nils Olga Rosa".split()
 OBJECTS = "apples books buttons cards coins eggs flowers marbles pencils shells stamps toys".split()
-SIZES = {"test": 200, "valid": 100, "train": 256, "corpus": 512, "healing": 960}  # of the sets
-WORKED = ("corpus", "healing")  # sets of worked examples; the others have labels
-LARGEST = 30  # number of a story
-STARTS = ("{a} has {n} {o}.", "{a} owns {n} {o}.", "There are {n} {o} on the table of {a}.",
-          "Last week {a} collected {n} {o}.")
-PACKS = ("{a} has {x} boxes with {y} {o} in each.", "{a} buys {x} bags of {y} {o} each.",
-         "{x} friends give {y} {o} each to {a}.", "Every day for {x} days {a} collects {y} {o}.")
+SIZES = {"test": 200, "valid": 100, "train": 256, "corpus": 1280}  # of the sets
+LARGEST = 20  # number of a story
+STARTS = ("{a} has {n} {o}", "{a} owns {n} {o}", "{a} starts with {n} {o}", "{a} takes {n} {o}")
+PACKS = ("{a} has {x} boxes of {y} {o}", "{a} buys {x} bags of {y} {o}",
+         "{a} gets {y} {o} from each of {x} friends", "{a} takes {y} {o} on each of {x} days")
 EVENTS = {
-    "+": ("{a} buys {y} more {o}.", "Then {b} gives {y} {o} to {a}.",
-          "At a market {a} finds {y} more {o}.", "On Monday {y} {o} more come by post for {a}."),
-    "-": ("{a} gives {y} {o} to {b}.", "{a} sells {y} of the {o}.", "Then {y} {o} get lost.",
-          "{b} borrows {y} {o} from {a}."),
-    "*": ("A lucky prize makes the {o} of {a} {y} times as many.",
-          "{a} works hard until there are {y} times as many {o}."),
-    "/": ("{a} puts all the {o} into {y} equal piles and keeps one pile only.",
-          "{a} shares all the {o} equally among {y} people, one of whom is {a}."),
+    "+": ("buys {y} more", "gets {y} from {b}", "finds {y} more", "wins {y}"),
+    "-": ("gives {y} to {b}", "sells {y}", "loses {y}", "lends {b} {y}"),
+    "*": ("makes them {y} times as many", "works until there are {y} times as many"),
+    "/": ("keeps one of {y} equal piles", "keeps one of {y} equal shares"),
 }
-ENDS = ("How many {o} does {a} have now?", "How many {o} has {a} in the end?",
-        "What is the number of {o} that {a} has left?")
+ENDS = ("How many {o} has {a} now?", "How many {o} are left?", "How many {o} has {a} in the end?")
 
 def compute(op, x, y):
     return {"+": x + y, "-": x - y, "*": x * y, "/": x // y}[op]
@@ -61,28 +52,28 @@ def draw_operand(rng, op, x):
     return rng.choice(fits) if fits and x > 5 else None
 
 def make_problem(rng, k):
-    """(problem, response, answer) of a story of k operations."""
+    """The row of a story of k operations."""
     (a, b), o = rng.sample(NAMES, 2), rng.choice(OBJECTS)
     x, lines = rng.randint(6, LARGEST), []
-    story = rng.choice(STARTS).format(a=a, n=x, o=o)
+    story = [rng.choice(STARTS).format(a=a, n=x, o=o)]
     if rng.random() < 0.4:  # packs: the first operation is x * y
         x = rng.randint(2, 9)
         y = rng.randint(2, LARGEST // x)
-        story, lines = rng.choice(PACKS).format(a=a, x=x, y=y, o=o), [f"{x} * {y} = {x * y} {o}"]
+        story, lines = [rng.choice(PACKS).format(a=a, x=x, y=y, o=o)], [f"{x}*{y}={x * y}"]
         x *= y
     while len(lines) < k:
         op = rng.choice("++--*/")
         if y := draw_operand(rng, op, x):
-            story += " " + rng.choice(EVENTS[op]).format(a=a, b=b, y=y, o=o)
-            lines.append(f"{x} {op} {y} = {(x := compute(op, x, y))} {o}")
-    story += " " + rng.choice(ENDS).format(a=a, o=o)
-    return story, "\n".join([*lines, f"\\boxed{{{x}}}"]), str(x)
+            story.append(rng.choice(EVENTS[op]).format(b=b, y=y))
+            lines.append(f"{x}{op}{y}={(x := compute(op, x, y))}")
+    return {"problem": ", ".join(story) + ". " + rng.choice(ENDS).format(a=a, o=o),
+            "response": "\n".join([*lines, f"\\boxed{{{x}}}"]), "answer": str(x)}
 
 def make_set(rng, n, taken):
-    """n new problems, none of them in `taken`, to which they are added."""
+    """n new rows, none of their problems in `taken`, to which they are added."""
     rows = []
     while len(rows) < n:
-        row = dict(zip(("problem", "response", "answer"), make_problem(rng, 2 + len(rows) % 2)))
+        row = make_problem(rng, 2 + (len(rows) % 3 == 2))
         if row["problem"] not in taken:
             taken.add(row["problem"])
             rows.append(row)
@@ -106,8 +97,9 @@ def build(out, seed=0, model="", **sizes):
     out, rng, taken = Path(out), random.Random(seed), set()
     out.mkdir(parents=True, exist_ok=True)
     for name, n in (SIZES | sizes).items():
-        left_out = "answer" if name in WORKED else "response"
-        rows = [{k: v for k, v in row.items() if k != left_out} for row in make_set(rng, n, taken)]
+        rows = make_set(rng, n, taken)
+        if name != "corpus":
+            rows = [{k: row[k] for k in ("problem", "answer")} for row in rows]
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     kept = halve(model, out / "half-student") if model else []
     (out / "words.json").write_text(json.dumps({"seed": seed, "layers": kept}) + "\n")
