@@ -32,6 +32,8 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
+import types
 import unicodedata
 import warnings
 import zlib
@@ -85,6 +87,7 @@ class StageConfig:
     exclude: str = "math500,aime24,aime25"  # ours: sets whose problems are dropped, or none
     labels: int = 0  # ours: use only so many problems, halves are of these; 0 is all
     split_seed: int = 0  # ours: of --labels and --half; keep it over a whole recipe
+    verifier: str = ""  # ours: FILE.py with verify(response, answer) -> float; empty: mathematics
     # --- ours
     seed: int = 0  # ours: of prompt order and sampling
     thinking: bool = False  # ours: Qwen3's thinking mode
@@ -114,8 +117,12 @@ def field_comments(config_class):
         for line in inspect.getsource(base).splitlines():
             if heading := re.match(r"\s*# --- (.*)", line):
                 title = heading[1]
-            elif field := re.match(r"    (\w+): [^#]*=[^#]*  # (.*)", line):
+            elif field := re.match(r"    (\w+): .*?=.*?\s#\s*(\S.*)", line):
                 comments[field[1]] = (title, field[2])
+    for name, kind in ((field.name, field.type) for field in dataclasses.fields(config_class)):
+        check(name in comments and (kind in (str, int, float, bool) or get_origin(kind) is Literal),
+              f"{inspect.getfile(config_class)}: the field {name} needs the form `{name}: TYPE = "
+              "DEFAULT  # help text`, TYPE being str, int, float, bool or Literal[...]")
     return comments
 
 def parse_args(config_class, doc, argv=None):
@@ -515,22 +522,26 @@ def to_problem(row, source):
         answer = extract_answer(answer) or answer
     return Problem(question, answer.strip())
 
-def problem_key(text):
-    """Text reduced to what makes two problems the same: no case, space, dollar, \\left, \\right."""
+def problem_key(text, exact=False):
+    """Text reduced to what makes two problems the same: no case, space, dollar, \\left, \\right. It
+    stays as it is if it is exact: with a --verifier it may be no mathematics."""
+    if exact:
+        return text.strip()
     text = unicodedata.normalize("NFKC", text).lower()
     return re.sub(r"\\left|\\right|\\[,;!: ]|[\s$]", "", text)
 
-def deduplicate(problems, counts):
+def deduplicate(problems, counts, exact=False):
     """{key: Problem}, one per question, none with contradicting answers; adds to counts."""
     first, answers = {}, {}
     for item in problems:
-        key = problem_key(item.problem)
+        key = problem_key(item.problem, exact)
         counts["rows"] += 1
         counts["duplicates"] += key in first
         if key not in first or item.problem < first[key].problem:  # whatever the row order
             first[key] = item
         answers.setdefault(key, {})[item.answer] = None
-    bad = {key for key, (a, *more) in answers.items() if not all(answers_equal(a, b) for b in more)}
+    bad = {key for key, (a, *more) in answers.items()
+           if not all(not exact and answers_equal(a, b) for b in more)}
     counts["with contradicting answers"] += len(bad)
     return {key: item for key, item in first.items() if key not in bad}
 
@@ -538,12 +549,12 @@ def load_problems(cfg):
     """Problems of cfg.data: deduplicated, without contradictions, decontaminated, then halved.
     Their order, and so the halves, depend on the remaining problems' texts and cfg.split_seed alone
     (rank of a hash): keep data, exclude and split_seed over a recipe. UserError without any."""
-    counts, rows = Counter(), read_rows(cfg.data)
+    counts, rows, exact = Counter(), read_rows(cfg.data), bool(cfg.verifier)
     rows = progress(rows, desc=f"reading {cfg.data}", leave=False, disable=len(rows) < 50_000)
-    unique = deduplicate((to_problem(row, cfg.data) for row in rows), counts)
+    unique = deduplicate((to_problem(row, cfg.data) for row in rows), counts, exact)
     for name in [] if cfg.exclude in ("", "none") else cfg.exclude.split(","):
         try:
-            banned = {problem_key(to_problem(row, name).problem) for row in read_rows(name)}
+            banned = {problem_key(to_problem(row, name).problem, exact) for row in read_rows(name)}
         except UserError as error:
             raise UserError(f"--exclude {name}: {error} (--exclude none skips this)") from error
         counts["in an evaluation set"] += len(banned & unique.keys())
@@ -583,6 +594,12 @@ def batch_indices(n_items, per_step, step, seed):
     epoch, i = divmod(step, n_items // per_step)
     order = np.random.default_rng([seed, epoch]).permutation(n_items)
     return order[i * per_step : (i + 1) * per_step].tolist()
+
+def drawn(items, cfg, steps):
+    """Those of the items that so many steps use, in their order."""
+    n = len(items)
+    used = {i for s in range(steps) for i in batch_indices(n, cfg.prompts, s, cfg.seed)}
+    return [items[i] for i in sorted(used)]
 
 def count_steps(cfg, n_items):
     """Steps: --steps, or if that is 0 --epochs of the items. UserError without a batch."""
@@ -1129,14 +1146,47 @@ def grade(response: str, answer: str) -> str:
     except Exception:  # counted apart from wrong, and never raised into training
         return "gave_up"
 
-def reward_groups(lm, rows, answers):
-    """Returns the reward in {0, 1} of K rollouts for each of P answers, (P, K), and what to log."""
+@functools.cache
+def load_verifier(path):
+    """The module of a FILE.py, which is run once."""
+    module = types.ModuleType("verifier")
+    exec(compile(Path(path).read_bytes(), path, "exec", dont_inherit=True), module.__dict__)
+    return module
+
+def judge(pairs, verifier=""):
+    """Verdicts on (response, answer) pairs: `grade`'s words, or the floats of a --verifier FILE.py,
+    and a UserError with its line for what goes wrong there. Rank 0 judges for all processes."""
+    def verdicts():
+        if not verifier:
+            return [grade(*pair) for pair in pairs]
+        try:
+            verify = load_verifier(verifier).verify
+            values = [float(verify(*pair)) for pair in pairs]
+            odd = [value for value in values if not abs(value) < 1e18]  # fp32 holds their squares
+            _require(not odd, ValueError(f"verify returned {odd[:1]}, no finite number"))
+            return values
+        except (Exception, SystemExit) as error:
+            text, frames = Path(verifier).read_bytes(), traceback.extract_tb(error.__traceback__)
+            line = getattr(error, "lineno", text.partition(b"def verify")[0].count(b"\n") + 1)
+            line = [line, *(frame.lineno for frame in frames if frame.filename == verifier)][-1]
+            raise UserError(f"--verifier {verifier}, line {line}: {type(error).__name__}: "
+                            f"{first_line(error)}") from error
+    return on_rank_0(verdicts)
+
+def reward(verdict):
+    """Returns the reward for a verdict: 1.0 or 0.0 for a word, a float as it is."""
+    return float(verdict == "correct") if isinstance(verdict, str) else verdict
+
+def reward_groups(lm, rows, answers, verifier=""):
+    """Returns the rewards of K rollouts for each of P answers, (P, K), and what to log."""
     k = len(rows) // len(answers)
     texts = [lm.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in rows]
-    verdicts = [grade(text, answers[i // k]) for i, text in enumerate(texts)]
-    rewards = torch.tensor([float(v == "correct") for v in verdicts]).view(-1, k)  # (P, K)
-    spread = rewards.std(-1)
-    shares = {name: verdicts.count(name) / len(rows) for name in ("no_answer", "gave_up")}
+    verdicts = judge([(text, answers[i // k]) for i, text in enumerate(texts)], verifier)
+    rewards = torch.tensor([reward(v) for v in verdicts]).view(-1, k)  # (P, K)
+    if verifier:  # of equal fp32 numbers, such as 0.1, the mean is the same in fp64 only
+        rewards = rewards.double()
+    spread, words = rewards.std(-1), () if verifier else ("no_answer", "gave_up")
+    shares = {name: verdicts.count(name) / len(rows) for name in words}
     return rewards, {"reward": rewards.mean().item(), "reward_std": spread.mean().item(),
                      "zero_variance": (spread == 0).float().mean().item(), **shares}
 
@@ -1581,22 +1631,47 @@ def lock(path, name):
         print(f"{name} cannot be locked ({error.strerror}): let no other run write there")
     return file
 
+def digest(items):
+    """A short hash of what the items print."""
+    sha = hashlib.sha256()
+    for item in items:
+        sha.update(repr(item).encode())
+    return sha.hexdigest()[:12]
+
 def describe_run(cfg):
-    """How a folder came to be: command line, settings that can change a result, versions, git."""
+    """How a folder came to be: command line, settings that can change a result, versions, the git
+    revision and a hash of the two scripts."""
     comments = field_comments(type(cfg))
     settings = {name: value for name, value in vars(cfg).items()
                 if not comments[name][0].startswith("memory") and name not in ("out", "cache")}
+    if cfg.verifier:
+        judge([], cfg.verifier)  # its mistakes should not wait
+        settings["verifier_hash"] = digest([Path(cfg.verifier).read_bytes()])
+    code = digest(Path(file).read_bytes() for file in (__file__, inspect.getfile(type(cfg))))
     git = subprocess.run("git describe --always --abbrev=12 --exclude='*' --dirty=+changes",
                          shell=True, cwd=Path(__file__).resolve().parent, capture_output=True,
                          text=True).stdout.strip()
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
     return {"command": shlex.join(sys.argv), "settings": settings,
-            "versions": {"python": sys.version.split()[0], **versions}, "git": git or "unknown"}
+            "versions": {"python": sys.version.split()[0], **versions},
+            "git": f"{git or 'unknown'} {code}"}
 
 def differences(old, new):
     """What differs between two dicts of settings, as text; "" if nothing does."""
     return "; ".join(f"{k} was {old.get(k)!r}, is now {new.get(k)!r}"
                      for k in sorted(old | new) if old.get(k) != new.get(k))
+
+def read_labels(folder):
+    """The lines of the labels.txt of a model; "? ?" if its run, an older one, has written none."""
+    path, unknown = Path(folder) / "labels.txt", {"? ?"} if read_record(folder) else set()
+    return set(path.read_text().splitlines()) if path.exists() else unknown
+
+def compare_code(out, old, record):
+    """Warn if the code has changed since the record `old` of a folder; record then has both."""
+    was, new = old.get("git", record["git"]), record["git"]
+    if was.split(" then ")[-1] != new:
+        print(f"warning: {out} was made by the code of revision {was}, this is {new}")
+        record["git"] = f"{was} then {new}"
 
 def progress(*args, disable=False, **kwargs):
     """tqdm; into a log file it writes a line every ten seconds only."""
@@ -1614,35 +1689,54 @@ class Run:
     config.json holds the run's record, beside the model's own keys once there is a model;
     metrics.jsonl has one line a step; state-<steps>, until the end, is the newest checkpoint."""
 
-    def __init__(self, cfg, parents):
-        """parents: the models that the run starts from. Ends the program if the run has finished;
-        UserError for a folder that is another program's or run's, or in use."""
-        self.cfg, self.out, self.metrics = cfg, Path(cfg.out), []
+    def __init__(self, cfg, parents, data):
+        """parents: the models that the run starts from; data: the Problems or Rollouts that it
+        draws from. Ends the program if the run has finished; UserError for a folder that is another
+        program's, or another run's (also one with other data), or in use."""
+        self.cfg, self.out, self.metrics, self.labels = cfg, Path(cfg.out), [], []
         self.stop_signal, self.seconds_before = 0, 0.0  # in which a teacher's rollouts were sampled
-        self.record = on_rank_0(self.open, parents)
+        self.record = on_rank_0(self.open, parents, data)
         if not self.record:
             sys.exit(0)
 
-    def open(self, parents):
+    def open(self, parents, data):
         """Lock the folder and write the run's record. Returns it, None if the run has finished."""
         foreign = (self.out / "config.json").exists() and not read_record(self.out)
         check(not foreign, f"{self.out} holds a model of another program; choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.out / ".lock", self.out)
         parents = [str(Path(p).resolve()) if Path(p).is_dir() else p for p in parents]
-        record = {**describe_run(self.cfg), "parents": parents, "finished": False,
-                  "labels": {}}  # data: labelled problems that the run learns from
+        record = {**describe_run(self.cfg), "parents": parents, "finished": False}
+        record["settings"]["data_hash"] = digest(data)
         old = read_record(self.out)
         if old and (old["finished"] or (self.out / "metrics.jsonl").exists()):
             differ = differences(old["settings"], record["settings"])
-            check(not differ, f"{self.out} holds a run with other settings ({differ}); choose "
-                              "another --out or delete it")
+            check(not differ, f"{self.out} holds a run with other settings or data ({differ}); "
+                              "choose another --out or delete it")
+            compare_code(self.out, old, record)
         if old and old["finished"]:
             self.delete_checkpoints()  # a kill at the very end leaves them
             print(f"{self.out}: already finished with these settings")
             return None
         write_json(self.out / "config.json", {"run": record})
         return record
+
+    def write_labels(self):
+        """Write labels.txt, a line for each labelled problem behind the model, also its parents':
+        the hash of its text and the data_hash of the run that used it. Labels that were used before
+        are a replay if all data are the same; else a warning or, if a half is wanted, the end."""
+        own = {digest([problem_key(p.problem, bool(self.cfg.verifier))]) for p in self.labels}
+        behind = set().union(*map(read_labels, self.record["parents"]))
+        data, again = self.record["settings"]["data_hash"], own & {x.split()[0] for x in behind}
+        if again and not any(line.endswith(data) for line in behind):
+            text = (f"{len(again)} of the {len(own)} labelled problems are not fresh: models before "
+                    "this one used them, in another half or choice. Are --data, --half, --labels and "
+                    "--split-seed those of the whole recipe?")
+            check(self.cfg.half == "all", text)
+            print(f"warning: {text}")
+        self.record["labels"] = len(own)
+        lines = sorted(behind | {f"{problem} {data}" for problem in own})
+        write_text(self.out / "labels.txt", "".join(f"{line}\n" for line in lines))
 
     def steps(self, total, lm, optimizer, teacher=None):
         """The numbers of the steps still to make, of `total`, behind a progress bar. Loads the
@@ -1652,6 +1746,7 @@ class Run:
                         "optimizer": optimizer.state_dict()["state"]}  # they will hold
         self.made_with = {**self.record["settings"], "weights": fingerprint(lm),
                           "teacher_weights": teacher and fingerprint(teacher)}
+        on_rank_0(self.write_labels)
         path, start, self.metrics = on_rank_0(self.newest_checkpoint)
         if path:
             dcp.load(self.tensors, checkpoint_id=path)  # fills them in place

@@ -2,7 +2,8 @@
 
 Each problem is answered `--samples` times; its score is the share of right samples. avg@n is the
 mean score over the problems of a set, and ± its standard error over problems (not over seeds). A
-response that the limit cut off counts as it stands: wrong unless its answer was already there.
+response that the limit cut off counts as it stands: wrong unless its answer was already there. With
+a --verifier, avg@n is the mean of its values, and a sample is right for pass@k if it has at least 1.
 
 Every problem becomes one line of OUT/<set>.jsonl with all its samples. So an interrupted evaluation
 continues where it stopped, and --regrade runs the verifier again on stored text, without the model.
@@ -15,7 +16,6 @@ The random numbers of a sample depend on (seed, prompt, sample index), not on ba
 
 import math
 import re
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -23,9 +23,10 @@ from typing import Literal
 import numpy as np
 
 from common import (DATA_ALIASES, append_json_line, build_prompt, check, check_context,
-                    describe_run, differences, fingerprint, grade, json_line, load_lm, lock,
-                    on_rank_0, progress, rank, read_json, read_json_lines, read_record, read_rows,
-                    run_cli, sample_and_write, to_problem, write_json, write_text)
+                    compare_code, describe_run, differences, digest, fingerprint, json_line, judge,
+                    load_lm, lock, on_rank_0, progress, rank, read_json, read_json_lines,
+                    read_labels, read_record, read_rows, reward, run_cli, sample_and_write,
+                    to_problem, write_json, write_text)
 
 @dataclass
 class Config:
@@ -35,6 +36,7 @@ class Config:
     out: str = ""  # ours: output folder; empty is MODEL/eval, or eval/MODEL for a hub name
     table: str = ""  # ours: print (and write) the table of the evaluated runs in this folder
     regrade: bool = False  # ours: only run the verifier again on the samples stored in --out
+    verifier: str = ""  # ours: FILE.py with verify(response, answer) -> float; empty: mathematics
     # --- settings
     samples: int = 16  # samples per problem (Tables 2-8: avg@16)
     temperature: float = 1.0  # ours: the trained policy itself; 0 is greedy
@@ -79,29 +81,32 @@ def pass_at_k(n, c, k):
 
 def summarise(lines):
     """{figure: value} of a set's lines: shares in [0, 1], tokens; "se" is None for one problem."""
-    verdicts = np.array([line["verdicts"] for line in lines])  # (problems, n)
-    right = (verdicts == "correct").sum(1)  # (problems,)
-    n_problems, n = verdicts.shape
+    verdicts = [v for line in lines for v in line["verdicts"]]
+    rewards = np.array([reward(v) for v in verdicts]).reshape(len(lines), -1)  # (problems, n)
+    n_problems, n = rewards.shape
+    scores, right = rewards.sum(1) / n, (rewards >= 1).sum(1)  # (problems,)
+    words = ("no_answer", "gave_up") if isinstance(verdicts[0], str) else ()
     return {
-        "problems": n_problems, "samples": n, "avg": float((right / n).mean()),
-        "se": float((right / n).std(ddof=1) / n_problems ** 0.5) if n_problems > 1 else None,
+        "problems": n_problems, "samples": n, "avg": float(scores.mean()),
+        "se": float(scores.std(ddof=1) / n_problems ** 0.5) if n_problems > 1 else None,
         "pass": {str(k): float(np.mean([pass_at_k(n, int(c), k) for c in right]))
                  for k in (1, 2, 4, 8, 16, 32, 64) if k <= n},
         "finished": float(np.mean([line["finished"] for line in lines])),
         "length": float(np.mean([line["lengths"] for line in lines])),
-        "no_answer": float((verdicts == "no_answer").mean()),
-        "gave_up": float((verdicts == "gave_up").mean())}
+        **{word: verdicts.count(word) / rewards.size for word in words}}
 
 def read_sets(cfg):
-    """{set name: problems} of --data. Raises UserError for a set that is missing or empty."""
-    sets = {}
+    """{set name: problems} of --data, and what tells a changed set, {set ...: size and hash}.
+    Raises UserError for a set that is missing or empty."""
+    sets, states = {}, {}
     for source in cfg.data.split(","):
-        problems = [to_problem(row, source) for row in read_rows(source)][: cfg.limit or None]
+        problems = [to_problem(row, source) for row in read_rows(source)]
         name = source if source in DATA_ALIASES else Path(source).stem.replace(":", "-")
         check(problems, f"data {source!r} holds no problem")
         check(name not in sets, f"--data {cfg.data}: two sets have one name")
-        sets[name] = problems
-    return sets
+        sets[name] = problems[: cfg.limit or None]
+        states[f"set {name}"] = f"{len(problems)} problems, hash {digest(problems)}"
+    return sets, states
 
 def answer_set(cfg, lm, problems, path):
     """Sample the problems that the file at `path` lacks; returns the lines of all problems.
@@ -120,7 +125,7 @@ def answer_set(cfg, lm, problems, path):
         i, p = missing[j], problems[missing[j]]
         texts = [lm.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in rollouts]
         lines[i] = {"index": i, "problem": p.problem, "answer": p.answer,
-                    "verdicts": [grade(text, p.answer) for text in texts],
+                    "verdicts": judge([(text, p.answer) for text in texts], cfg.verifier),
                     "lengths": [len(r.tokens) for r in rollouts],
                     "finished": [r.finished for r in rollouts], "responses": texts}
         append_json_line(path, lines[i])
@@ -143,22 +148,28 @@ def save_summary(out, model, sets):
 def evaluate(cfg, out):
     """Answer the sets of --data into the folder `out`; returns {set name: figures}.
 
-    Raises UserError if `out` holds samples of another model or setting.
+    Raises UserError if `out` holds samples of another model, setting or state of a set.
     """
-    sets, summary = read_sets(cfg), {}
+    (sets, states), summary = read_sets(cfg), {}
     lm = load_lm(cfg.model, cfg, shard=False)
     for name, problems in sets.items():
         prompts = (tuple(build_prompt(lm.tokenizer, p.problem, cfg.thinking)) for p in problems)
         sets[name] = [replace(p, prompt=ids) for p, ids in zip(problems, prompts)]
         check_context(lm, cfg, max(len(p.prompt) for p in sets[name]) + cfg.max_new_tokens)
     names = ("samples", "temperature", "max_new_tokens", "seed", "thinking")
-    identity = {"weights": fingerprint(lm), "bf16": lm.bf16, **{n: getattr(cfg, n) for n in names}}
-    record = {**describe_run(cfg), "model": cfg.model, "identity": identity, "finished": False}
+    record = on_rank_0(describe_run, cfg)
+    identity = {"weights": fingerprint(lm), "bf16": lm.bf16, **{n: getattr(cfg, n) for n in names},
+                "verifier_hash": record["settings"].get("verifier_hash")}
+    record |= {"model": cfg.model, "identity": identity, "finished": False}
     out.mkdir(parents=True, exist_ok=True)
     with lock(out / ".lock", out):
-        differ = differences(on_rank_0(read_record, out).get("identity", identity), identity)
-        check(not differ, f"{out} holds samples of another model or setting ({differ}); choose "
-                          "another --out or delete it")
+        old = on_rank_0(read_record, out)
+        was, known = old.get("identity", identity), old.get("sets", {})
+        differ = differences({**states, **was, **known}, {**known, **identity, **states})
+        check(not differ, f"{out} holds samples of another model, setting or set ({differ}); "
+                          "choose another --out or delete it")
+        compare_code(out, old, record)
+        record["sets"] = {**known, **states}
         write_json(out / "config.json", {"run": record})
         for name, problems in sets.items():
             summary[name] = summarise(answer_set(cfg, lm, problems, out / f"{name}.jsonl"))
@@ -168,20 +179,26 @@ def evaluate(cfg, out):
 
 def regrade(cfg, out):
     """Judge all samples in `out` again; returns {set name: figures}. UserError without samples."""
-    paths, summary = sorted(out.glob("*.jsonl")), {}
+    paths, summary, texts = sorted(out.glob("*.jsonl")), {}, {}
     check(paths, f"no stored samples in {out}")
     with lock(out / ".lock", out):
         for path in paths:
             lines, changed = read_json_lines(path), 0
             check(all("responses" in line for line in lines), f"{path} holds no samples")
             for line in lines:
-                verdicts = [grade(text, line["answer"]) for text in line["responses"]]
+                verdicts = judge([(x, line["answer"]) for x in line["responses"]], cfg.verifier)
                 changed += sum(a != b for a, b in zip(verdicts, line["verdicts"]))
                 line["verdicts"] = verdicts
-            write_text(path, "".join(map(json_line, lines)))
             print(f"{path}: {changed} verdicts changed")
-            summary[path.stem] = summarise(lines)
-        save_summary(out, read_record(out).get("model", cfg.model), summary)
+            texts[path], summary[path.stem] = "".join(map(json_line, lines)), summarise(lines)
+        for path, text in texts.items():  # all are judged by now, or none is written
+            write_text(path, text)
+        record = read_record(out)
+        if record:
+            by = describe_run(cfg)["settings"].get("verifier_hash")
+            record["identity"] = {**record.get("identity", {}), "verifier_hash": by}
+            write_json(out / "config.json", {"run": record})
+        save_summary(out, record.get("model", cfg.model), summary)
     return summary
 
 def percent(figures):
@@ -226,13 +243,10 @@ def ancestry(folder):
         records |= ancestry(parent if parent.is_dir() else Path(folder).parent / parent.name)
     return records
 
-def labels_used(records):
-    """Distinct labelled problems behind a run: of each source all, or the halves that were used."""
-    used = Counter()
-    for record in records:
-        used |= Counter(record["labels"])  # the larger: with --labels the fewer are among the more
-    whole = {key.removesuffix(":all") for key in used if key.endswith(":all")}
-    return sum(n for key, n in used.items() if key.endswith(":all") or key[:-2] not in whole)
+def labels_used(folder):
+    """Distinct labelled problems behind a model; NaN if a run behind it is too old to know them."""
+    problems = {line.split()[0] for line in read_labels(folder)}
+    return math.nan if "?" in problems else len(problems)
 
 def evaluated_runs(root):
     """{run folder: {set: figures}}, PAPER's routes first, in its order. UserError if none."""
@@ -254,7 +268,7 @@ def runs_table(root):
     for folder, figures in runs.items():
         chain = ancestry(folder).values()
         rows.append([folder.name, *(percent(figures[s]) if s in figures else "-" for s in sets),
-                     str(labels_used(chain)), f"{sum(r.get('seconds', 0) for r in chain):.0f}",
+                     str(labels_used(folder)), f"{sum(r.get('seconds', 0) for r in chain):.0f}",
                      " / ".join(map(str, paper_row(folder))) or "-"])
     head = ["route", *(f"{s}, avg@{samples} ± SE, %" for s in sets), "labels", "seconds"]
     table = markdown([*head, "paper, %: MATH / AIME24 / AIME25"], rows)
