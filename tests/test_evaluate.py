@@ -149,7 +149,7 @@ def test_regrade_changes_verdicts_only_and_needs_no_model(world, done, copy, mon
     real one then restores the same bytes. The summary names whose samples they are."""
     monkeypatch.setattr(evaluate, "load_lm", lambda *a, **k: pytest.fail("loaded a model"))
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "grade", lambda text, answer: "correct")
+        patch.setattr(common, "grade", lambda text, answer: "correct")
         evaluate.main(Config(regrade=True, out=str(copy)))
     for name in ("test", "valid"):
         old, new = lines(done, name), lines(copy, name)
@@ -164,15 +164,16 @@ def test_regrade_changes_verdicts_only_and_needs_no_model(world, done, copy, mon
 
 # --- tables
 
-DATA = "d.jsonl"
-
-def fake_run(root, name, parents=(), labels=None, seconds=0.0, sets=None, targets="soft"):
-    """A finished run folder with what the table reads, and an evaluation if `sets` is given."""
+def fake_run(root, name, parents=(), labels=(), seconds=0.0, sets=None, targets="soft"):
+    """A finished run folder with what the table reads, and an evaluation if `sets` is given. labels:
+    numbers that stand for the run's own labelled problems."""
     folder = root / name
     folder.mkdir(parents=True)
     record = {"settings": {"targets": targets}, "parents": [str(p) for p in parents],
-              "labels": labels or {}, "seconds": seconds, "finished": True}
+              "seconds": seconds, "finished": True}
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen3", "run": record}))
+    behind = set().union({f"{n:012x} {0:012x}" for n in labels}, *map(common.read_labels, parents))
+    (folder / "labels.txt").write_text("\n".join(behind))
     if sets:
         (folder / "eval").mkdir()
         figures = {s: {"avg": a, "se": e, "samples": 16, "pass": {"16": 1.0}} for s, (a, e)
@@ -193,14 +194,14 @@ def test_runs_table_counts_labels_and_seconds_over_ancestors(tmp_path):
     bridge-1h), and counts once.
     """
     root = tmp_path / "world"
-    base = fake_run(root, "base", targets="data", seconds=900, labels={f"{DATA}:all": 999},
-                    sets={"test": (0.03, 0.01)})
-    teacher = fake_run(root, "teacher-1h", [base], {f"{DATA}:1": 128}, 60)
-    warmup = fake_run(root, "warmup", [f"{root}/../world/teacher-1h", base], {}, 10)
-    bridge = fake_run(root, "bridge-1h", [teacher, warmup], {}, 20, {"test": (0.435, 0.0178)})
-    fake_run(root, "fresh-2h", [bridge], {f"{DATA}:2": 128}, 40, {"test": (0.554, 0.02)})
-    fake_run(root, "replay-1h", [bridge], {f"{DATA}:1": 128}, 40, {"test": (0.484, 0.018)})
-    fake_run(root, "cold-grpo", [base], {f"{DATA}:all": 256}, 75.4,
+    first, second = range(128), range(128, 256)
+    base = fake_run(root, "base", targets="data", seconds=900, sets={"test": (0.03, 0.01)})
+    teacher = fake_run(root, "teacher-1h", [base], first, 60)
+    warmup = fake_run(root, "warmup", [f"{root}/../world/teacher-1h", base], [], 10)
+    bridge = fake_run(root, "bridge-1h", [teacher, warmup], [], 20, {"test": (0.435, 0.0178)})
+    fake_run(root, "fresh-2h", [bridge], second, 40, {"test": (0.554, 0.02)})
+    fake_run(root, "replay-1h", [bridge], first, 40, {"test": (0.484, 0.018)})
+    fake_run(root, "cold-grpo", [base], range(256), 75.4,
              {"test": (0.206, 0.011), "hard": (0.01, None)})
     evaluate.main(Config(table=str(root)))
     head, rows = cells((root / "table.md").read_text())
@@ -217,15 +218,18 @@ def test_runs_table_counts_labels_and_seconds_over_ancestors(tmp_path):
     assert list(got.items()) == list(want.items()), "the paper's routes in order, then others"
 
 def test_labels_of_halves_and_whole_are_a_union(tmp_path):
-    """all + 1H = all; 1H + 2H = both; two sources add up. Runs may be moved together."""
+    """all + 1H = all; 1H + 2H = both; others add up. Runs may be moved. An older run's are unknown,
+    also behind another one."""
     root = tmp_path / "there"
-    one = fake_run(root, "t1", [], {f"{DATA}:1": 10})
-    whole = fake_run(root, "t", [one], {f"{DATA}:all": 21}, sets={"s": (0, 0)})
-    fake_run(root, "halves", [one], {f"{DATA}:2": 11}, sets={"s": (0, 0)})
-    fake_run(root, "other", [whole], {"C:/x.jsonl:2": 5}, sets={"s": (0, 0)})
+    one = fake_run(root, "t1", [], range(10))
+    whole = fake_run(root, "t", [one], range(21), sets={"s": (0, 0)})
+    fake_run(root, "halves", [one], range(10, 21), sets={"s": (0, 0)})
+    fake_run(root, "other", [whole], range(50, 55), sets={"s": (0, 0)})
+    (one / "labels.txt").unlink()
+    fake_run(root, "older", [fake_run(root, "bridge", [one])], range(5), sets={"s": (0, 0)})
     moved = root.rename(tmp_path / "here")
     labels = {name: row[1] for name, row in cells(runs_table(moved))[1].items()}
-    assert labels == {"t": "21", "halves": "21", "other": "26"}
+    assert labels == {"t": "21", "halves": "21", "other": "26", "older": "nan"}
 
 @pytest.mark.parametrize("setting, sums", [
     ("qwen3-8b", (1232.3, 195.8, 157.6)), ("qwen3-14b", (1238.1, 196.3, 161.5)),
