@@ -130,6 +130,58 @@ def test_samples_of_other_settings_are_not_mixed_in(change, word, world, copy, t
         evaluate.main(settings(world, copy, **change))
     assert (copy / "test.jsonl").read_bytes() == before
 
+@pytest.mark.parametrize("change, told", [
+    (lambda rows: [*rows, {**rows[0], "problem": "9a+9b?"}], "12 problems, .* '13 problems"),
+    (lambda rows: rows[:-1], "12 problems, .* '11 problems"),
+    (lambda rows: [*rows[:-1], {**rows[-1], "answer": "0"}], "12 problems, .* '12 problems"),
+    (lambda rows: rows[::-1], "12 problems, .* '12 problems"),
+    (lambda rows: [{**row, "note": 1} for row in rows], "")])
+@pytest.mark.parametrize("limit", [0, 3])
+def test_a_changed_set_is_told(limit, change, told, world, copy, tmp_path):
+    """Longer, shorter, other problems, another order, also beyond --limit. A copy elsewhere of the
+    same problems is the same set, and the other set in the folder does not matter."""
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in change(lines(world))))
+    before = {p.name: p.read_bytes() for p in copy.glob("*.json*")}
+    if told:
+        with pytest.raises(UserError, match=f"set test was '{told}, hash"):
+            evaluate.main(settings(world, copy, data=str(path), limit=limit))
+        assert before == {p.name: p.read_bytes() for p in copy.glob("*.json*")}
+    else:
+        evaluate.main(settings(world, copy, data=str(path), limit=limit))
+        assert set(common.read_record(copy)["sets"]) == {"set test", "set valid"}
+
+def test_a_verifier_of_ones_own_is_part_of_what_samples_are(world, done, copy, tmp_path):
+    """avg is the mean of its values, pass@k counts those of at least 1. A folder that it has graded
+    is refused without it; --regrade changes that, all sets or, at a mistake, none."""
+    mine = tmp_path / "mine.py"
+    mine.write_text("def verify(response, answer):\n    return len(response) / 10\n")
+    evaluate.main(settings(world, tmp_path / "own", verifier=str(mine)))
+    got, figures = lines(tmp_path / "own"), summary(tmp_path / "own")["sets"]["test"]
+    assert [e["responses"] for e in got] == [e["responses"] for e in lines(done)]
+    want = [[len(r) / 10 for r in e["responses"]] for e in got]
+    assert [e["verdicts"] for e in got] == want
+    assert figures["avg"] == pytest.approx(statistics.mean(statistics.mean(x) for x in want))
+    assert figures["pass"]["1"] == pytest.approx(
+        statistics.mean(statistics.mean(v >= 1 for v in x) for x in want))
+    assert 0 < figures["pass"]["1"] < 1 and not {"no_answer", "gave_up"} & set(figures)
+    with pytest.raises(UserError, match="verifier_hash was '"):
+        evaluate.main(settings(world, tmp_path / "own"))
+    evaluate.main(Config(regrade=True, out=str(copy), verifier=str(mine)))
+    assert [e["verdicts"] for e in lines(copy)] == want
+    with pytest.raises(UserError, match="verifier_hash was '"):
+        evaluate.main(settings(world, copy))
+    before = {p.name: p.read_bytes() for p in copy.glob("*.json*")}
+    mine.write_text("n = 0\ndef verify(response, answer):\n    global n\n    n += 1\n"
+                    "    return 1 / (50 - n)\n")  # in the second set
+    other = mine.rename(tmp_path / "other.py")
+    with pytest.raises(UserError, match="other.py, line 5: ZeroDivisionError: "):
+        evaluate.main(Config(regrade=True, out=str(copy), verifier=str(other)))
+    assert before == {p.name: p.read_bytes() for p in copy.glob("*.json*")}
+    evaluate.main(Config(regrade=True, out=str(copy)))
+    evaluate.main(settings(world, copy))
+    assert (copy / "test.jsonl").read_bytes() == (done / "test.jsonl").read_bytes()
+
 def test_two_sets_of_one_name_are_refused(world, tmp_path):
     shutil.copy(world / "valid.jsonl", tmp_path / "test.jsonl")
     with pytest.raises(UserError, match="two sets have one name"):
