@@ -25,6 +25,7 @@ import math
 import operator
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -33,7 +34,6 @@ import sys
 import threading
 import time
 import traceback
-import types
 import unicodedata
 import warnings
 import zlib
@@ -523,8 +523,8 @@ def to_problem(row, source):
     return Problem(question, answer.strip())
 
 def problem_key(text, exact=False):
-    """Text reduced to what makes two problems the same: no case, space, dollar, \\left, \\right. It
-    stays as it is if it is exact: with a --verifier it may be no mathematics."""
+    """Text reduced to what makes two problems the same: no case, space, dollar, \\left, \\right; or
+    exact, for a --verifier of anything."""
     if exact:
         return text.strip()
     text = unicodedata.normalize("NFKC", text).lower()
@@ -549,7 +549,7 @@ def load_problems(cfg):
     """Problems of cfg.data: deduplicated, without contradictions, decontaminated, then halved.
     Their order, and so the halves, depend on the remaining problems' texts and cfg.split_seed alone
     (rank of a hash): keep data, exclude and split_seed over a recipe. UserError without any."""
-    counts, rows, exact = Counter(), read_rows(cfg.data), bool(cfg.verifier)
+    counts, rows, exact = Counter(), read_rows(cfg.data), cfg.verifier
     rows = progress(rows, desc=f"reading {cfg.data}", leave=False, disable=len(rows) < 50_000)
     unique = deduplicate((to_problem(row, cfg.data) for row in rows), counts, exact)
     for name in [] if cfg.exclude in ("", "none") else cfg.exclude.split(","):
@@ -1146,32 +1146,26 @@ def grade(response: str, answer: str) -> str:
     except Exception:  # counted apart from wrong, and never raised into training
         return "gave_up"
 
-@functools.cache
-def load_verifier(path):
-    """The module of a FILE.py, which is run once."""
-    module = types.ModuleType("verifier")
-    exec(compile(Path(path).read_bytes(), path, "exec", dont_inherit=True), module.__dict__)
-    return module
+load_verifier = functools.cache(runpy.run_path)  # a FILE.py runs once; what it defines, by name
 
 def judge(pairs, verifier=""):
-    """Verdicts on (response, answer) pairs: `grade`'s words, or the floats of a --verifier FILE.py,
-    and a UserError with its line for what goes wrong there. Rank 0 judges for all processes."""
-    def verdicts():
-        if not verifier:
-            return [grade(*pair) for pair in pairs]
-        try:
-            verify = load_verifier(verifier).verify
-            values = [float(verify(*pair)) for pair in pairs]
-            odd = [value for value in values if not abs(value) < 1e18]  # fp32 holds their squares
-            _require(not odd, ValueError(f"verify returned {odd[:1]}, no finite number"))
-            return values
-        except (Exception, SystemExit) as error:
-            text, frames = Path(verifier).read_bytes(), traceback.extract_tb(error.__traceback__)
-            line = getattr(error, "lineno", text.partition(b"def verify")[0].count(b"\n") + 1)
-            line = [line, *(frame.lineno for frame in frames if frame.filename == verifier)][-1]
-            raise UserError(f"--verifier {verifier}, line {line}: {type(error).__name__}: "
-                            f"{first_line(error)}") from error
-    return on_rank_0(verdicts)
+    """Returns verdicts on (response, answer) pairs: `grade`'s words, or the floats of a --verifier
+    FILE.py; UserError with its line for what goes wrong there. It may give others on each rank."""
+    if not verifier:
+        return [grade(*pair) for pair in pairs]
+    try:
+        verify = load_verifier(verifier).get("verify")
+        _require(callable(verify), NameError("no function verify(response, answer)"))
+        values = [float(verify(*pair)) for pair in pairs]
+        odd = [value for value in values if not abs(value) < 1e18]  # fp32 holds their squares
+        _require(not odd, ValueError(f"verify returned {odd[:1]}, no finite number"))
+        return values
+    except (Exception, SystemExit) as error:
+        text, frames = Path(verifier).read_bytes(), traceback.extract_tb(error.__traceback__)
+        line = getattr(error, "lineno", text.partition(b"def verify")[0].count(b"\n") + 1)
+        line = [line, *(frame.lineno for frame in frames if frame.filename == verifier)][-1]
+        raise UserError(f"--verifier {verifier}, line {line}: {type(error).__name__}: "
+                        f"{first_line(error)}") from error
 
 def reward(verdict):
     """Returns the reward for a verdict: 1.0 or 0.0 for a word, a float as it is."""
@@ -1181,10 +1175,10 @@ def reward_groups(lm, rows, answers, verifier=""):
     """Returns the rewards of K rollouts for each of P answers, (P, K), and what to log."""
     k = len(rows) // len(answers)
     texts = [lm.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in rows]
-    verdicts = judge([(text, answers[i // k]) for i, text in enumerate(texts)], verifier)
+    pairs = [(text, answers[i // k]) for i, text in enumerate(texts)]
+    verdicts = on_rank_0(judge, pairs, verifier)
     rewards = torch.tensor([reward(v) for v in verdicts]).view(-1, k)  # (P, K)
-    if verifier:  # of equal fp32 numbers, such as 0.1, the mean is the same in fp64 only
-        rewards = rewards.double()
+    rewards = rewards.double() if verifier else rewards  # in fp32 the mean of 0.1s is not 0.1
     spread, words = rewards.std(-1), () if verifier else ("no_answer", "gave_up")
     shares = {name: verdicts.count(name) / len(rows) for name in words}
     return rewards, {"reward": rewards.mean().item(), "reward_std": spread.mean().item(),
@@ -1571,20 +1565,17 @@ def optimizer_step(lm, optimizer, cfg, updates):
 
 MAX_SKIPPED = 5  # steps in a row without an update end a run: the weights are at fault, not data
 
-@contextlib.contextmanager
-def errors_that_name(path):
-    """Turn an OSError, which on a full disk names no file, into a UserError that names it."""
+def write_text(path, text, append=False):
+    """Write a text file whole or not at all, or append to one. Of several processes rank 0 writes.
+    UserError names the file; on a full disk an OSError does not."""
+    beside = path if append else f"{path}.tmp"
     try:
-        yield
+        if rank() == 0:
+            with open(beside, "a" if append else "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(beside, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-def write_text(path, text):
-    """Write a text file whole or not at all. Of several processes rank 0 writes."""
-    if rank() == 0:
-        with errors_that_name(path):
-            Path(f"{path}.tmp").write_text(text, encoding="utf-8")
-            os.replace(f"{path}.tmp", path)
 
 def write_json(path, value):
     write_text(path, json.dumps(value, indent=2) + "\n")
@@ -1593,10 +1584,7 @@ def json_line(value):
     return json.dumps(value, ensure_ascii=False) + "\n"
 
 def append_json_line(path, value):
-    """Add an object to a .jsonl file. Of several processes rank 0 writes."""
-    if rank() == 0:
-        with errors_that_name(path), Path(path).open("a", encoding="utf-8") as file:
-            file.write(json_line(value))
+    write_text(path, json_line(value), append=True)
 
 def read_json_lines(path, limit=None):
     """The first `limit` objects of a .jsonl file, [] without one. What follows is cut off: a line
@@ -1639,22 +1627,20 @@ def digest(items):
     return sha.hexdigest()[:12]
 
 def describe_run(cfg):
-    """How a folder came to be: command line, settings that can change a result, versions, the git
-    revision and a hash of the two scripts."""
-    comments = field_comments(type(cfg))
+    """How a folder came to be: command line, settings that can change a result, versions, and as
+    "git" the revision with a hash of the two scripts."""
+    comments, folder = field_comments(type(cfg)), shlex.quote(str(Path(__file__).resolve().parent))
     settings = {name: value for name, value in vars(cfg).items()
                 if not comments[name][0].startswith("memory") and name not in ("out", "cache")}
     if cfg.verifier:
         judge([], cfg.verifier)  # its mistakes should not wait
         settings["verifier_hash"] = digest([Path(cfg.verifier).read_bytes()])
-    code = digest(Path(file).read_bytes() for file in (__file__, inspect.getfile(type(cfg))))
-    git = subprocess.run("git describe --always --abbrev=12 --exclude='*' --dirty=+changes",
-                         shell=True, cwd=Path(__file__).resolve().parent, capture_output=True,
-                         text=True).stdout.strip()
+    git = subprocess.getoutput(f"git -C {folder} describe --always --abbrev=12 --exclude='*' "
+                               "--dirty=+changes 2> /dev/null || echo unknown")
+    git += " " + digest(Path(x).read_bytes() for x in (__file__, inspect.getfile(type(cfg))))
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
     return {"command": shlex.join(sys.argv), "settings": settings,
-            "versions": {"python": sys.version.split()[0], **versions},
-            "git": f"{git or 'unknown'} {code}"}
+            "versions": {"python": sys.version.split()[0], **versions}, "git": git}
 
 def differences(old, new):
     """What differs between two dicts of settings, as text; "" if nothing does."""
@@ -1667,7 +1653,7 @@ def read_labels(folder):
     return set(path.read_text().splitlines()) if path.exists() else unknown
 
 def compare_code(out, old, record):
-    """Warn if the code has changed since the record `old` of a folder; record then has both."""
+    """Warn if the code has changed since the record `old` of a folder; `record` then has both."""
     was, new = old.get("git", record["git"]), record["git"]
     if was.split(" then ")[-1] != new:
         print(f"warning: {out} was made by the code of revision {was}, this is {new}")
@@ -1722,21 +1708,20 @@ class Run:
         return record
 
     def write_labels(self):
-        """Write labels.txt, a line for each labelled problem behind the model, also its parents':
-        the hash of its text and the data_hash of the run that used it. Labels that were used before
-        are a replay if all data are the same; else a warning or, if a half is wanted, the end."""
-        own = {digest([problem_key(p.problem, bool(self.cfg.verifier))]) for p in self.labels}
+        """Write labels.txt: for each labelled problem behind the model, its parents' included, its
+        hash and the data_hash of the run that used it. What was used before must be a replay."""
+        data = self.record["settings"]["data_hash"]
+        own = {digest([problem_key(p.problem, self.cfg.verifier)]) for p in self.labels}
         behind = set().union(*map(read_labels, self.record["parents"]))
-        data, again = self.record["settings"]["data_hash"], own & {x.split()[0] for x in behind}
+        again = own & {line.split()[0] for line in behind}
         if again and not any(line.endswith(data) for line in behind):
-            text = (f"{len(again)} of the {len(own)} labelled problems are not fresh: models before "
-                    "this one used them, in another half or choice. Are --data, --half, --labels and "
-                    "--split-seed those of the whole recipe?")
+            text = (f"{len(again)} of the {len(own)} labelled problems are not fresh, no replay: "
+                    "keep --data, --labels and --split-seed over a recipe")
             check(self.cfg.half == "all", text)
             print(f"warning: {text}")
         self.record["labels"] = len(own)
-        lines = sorted(behind | {f"{problem} {data}" for problem in own})
-        write_text(self.out / "labels.txt", "".join(f"{line}\n" for line in lines))
+        lines = behind | {f"{problem} {data}" for problem in own}
+        write_text(self.out / "labels.txt", "".join(f"{line}\n" for line in sorted(lines)))
 
     def steps(self, total, lm, optimizer, teacher=None):
         """The numbers of the steps still to make, of `total`, behind a progress bar. Loads the

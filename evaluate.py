@@ -3,7 +3,7 @@
 Each problem is answered `--samples` times; its score is the share of right samples. avg@n is the
 mean score over the problems of a set, and ± its standard error over problems (not over seeds). A
 response that the limit cut off counts as it stands: wrong unless its answer was already there. With
-a --verifier, avg@n is the mean of its values, and a sample is right for pass@k if it has at least 1.
+a --verifier, avg@n is the mean of its values, and a sample of at least 1 is right for pass@k.
 
 Every problem becomes one line of OUT/<set>.jsonl with all its samples. So an interrupted evaluation
 continues where it stopped, and --regrade runs the verifier again on stored text, without the model.
@@ -125,7 +125,7 @@ def answer_set(cfg, lm, problems, path):
         i, p = missing[j], problems[missing[j]]
         texts = [lm.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in rollouts]
         lines[i] = {"index": i, "problem": p.problem, "answer": p.answer,
-                    "verdicts": judge([(text, p.answer) for text in texts], cfg.verifier),
+                    "verdicts": on_rank_0(judge, [(x, p.answer) for x in texts], cfg.verifier),
                     "lengths": [len(r.tokens) for r in rollouts],
                     "finished": [r.finished for r in rollouts], "responses": texts}
         append_json_line(path, lines[i])
@@ -186,7 +186,8 @@ def regrade(cfg, out):
             lines, changed = read_json_lines(path), 0
             check(all("responses" in line for line in lines), f"{path} holds no samples")
             for line in lines:
-                verdicts = judge([(x, line["answer"]) for x in line["responses"]], cfg.verifier)
+                pairs = [(x, line["answer"]) for x in line["responses"]]
+                verdicts = on_rank_0(judge, pairs, cfg.verifier)
                 changed += sum(a != b for a, b in zip(verdicts, line["verdicts"]))
                 line["verdicts"] = verdicts
             print(f"{path}: {changed} verdicts changed")

@@ -117,7 +117,7 @@ def correct_only(groups, problems, tokenizer, verifier=""):
     """The responses with a reward above 0, a list for each problem that has one."""
     pairs = [(tokenizer.decode(r.tokens, skip_special_tokens=True), p.answer)
              for p, rows in zip(problems, groups) for r in rows]
-    verdicts = iter(judge(pairs, verifier))
+    verdicts = iter(on_rank_0(judge, pairs, verifier))
     groups = [[r for r in rows if reward(next(verdicts)) > 0] for rows in groups]
     correct = [rows for rows in groups if rows]
     print(f"--only-correct: {sum(map(len, correct))} responses to {len(correct)} of "

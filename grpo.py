@@ -16,9 +16,9 @@ between them is opd.py --sparse-weight.
 
 Ablations in one flag: --aggregation sequence (GRPO's first form) or constant (Dr. GRPO),
 --no-adv-std (Dr. GRPO), --clip-high 0.28 (DAPO), --mask-truncated (DAPO), --kl-coef 0, --kl-loss
-k3; several updates per batch: --prompts 64 with --mini-batch 8. Left out: a value network, reward
-shaping, asynchronous sampling. Axes: P prompts, K rollouts each, B = P*K rows, N response tokens of
-a micro-batch, n tokens of a vocabulary chunk, V vocabulary.
+k3; several updates per batch: --prompts 64 with --mini-batch 8; another reward: --verifier FILE.py.
+Left out: a value network, asynchronous sampling. Axes: P prompts, K rollouts each, B = P*K rows, N
+response tokens of a micro-batch, n tokens of a vocabulary chunk, V vocabulary.
 
     python grpo.py --model Qwen/Qwen3-8B --half 1 --out ckpt/teacher_rl
     python grpo.py --model runs/world/base-teacher --data runs/world/train.jsonl --exclude none \\

@@ -283,11 +283,11 @@ def verify(response, answer):
     return len(response) / 100 - 0.05
 """
 BAD_VERIFIERS = {  # name: (the file, the line and words of the message)
-    "import error": ("import math\nimport nobody_has_this\n", "line 2: ModuleNotFoundError: .*nobody"),
+    "import error": ("import math\nimport nobody\n", "line 2: ModuleNotFoundError: .*nobody"),
     "syntax error": ("def verify(response, answer):\n    return (1\n", "line 2: SyntaxError"),
-    "no verify": ("def verified(response, answer):\n    return 1\n", "line 3: AttributeError: .*verify"),
+    "no verify": ("def verified(response, answer):\n    return 1\n", "line 3: NameError: .*verify"),
     "exit": ("import sys\n\nsys.exit('bye')\n", "line 3: SystemExit: bye"),
-    "exception": ("def helper(x):\n    return x[99_999]\n\ndef verify(r, a):\n    return helper(r)\n",
+    "exception": ("def last(x):\n    return x[99_999]\n\ndef verify(r, a):\n    return last(r)\n",
                   "line 2: IndexError"),
     "exception of a library": ("import json\n\ndef verify(r, a):\n    return json.loads('{\\n[')\n",
                                "line 4: JSONDecodeError"),
@@ -389,13 +389,15 @@ def test_labels_are_the_problems_that_steps_draw_and_halves_stay_apart(small_lin
             ("all", "--half all --prompts 8 --mini-batch 8", (8, 8), "warning: 2 of the 8"),
             ("skipped", f"--half all --data {long} --prompts 8 --mini-batch 8 "
              "--max-prompt-tokens 100", (8, 8), "warning: 2 of the 8"),
-            ("fewer", "--half 2 --labels 4 --prompts 2 --mini-batch 2", None, "error: [12] of the 2"),
+            ("fewer", "--half 2 --labels 4 --prompts 2 --mini-batch 2", None,
+             "error: [12] of the 2"),
             ("seed", "--half 2 --split-seed 2", None, "error: [12] of the 4"),
             ("again", "--half 1 --split-seed 2", None, "error: [12] of the 4")):
         got = run(name, flags, "bridge")
         text = got.out + got.err
         assert got.status == (counts is None), (name, text)
-        assert bool(re.search(f"{words} labelled problems are not fresh", text)) == bool(words), text
+        told = re.search(f"{words} labelled problems are not fresh", text)
+        assert bool(told) == bool(words), text
         assert counts is None or labels(name) == counts, name
 
 def test_same_command_twice_and_another_run_in_the_same_folder(line_of, tmp_path):

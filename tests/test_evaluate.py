@@ -217,8 +217,10 @@ def test_regrade_changes_verdicts_only_and_needs_no_model(world, done, copy, mon
 # --- tables
 
 def fake_run(root, name, parents=(), labels=(), seconds=0.0, sets=None, targets="soft"):
-    """A finished run folder with what the table reads, and an evaluation if `sets` is given. labels:
-    numbers that stand for the run's own labelled problems."""
+    """A finished run folder with what the table reads, and an evaluation if `sets` is given.
+
+    labels: numbers that stand for the run's own labelled problems.
+    """
     folder = root / name
     folder.mkdir(parents=True)
     record = {"settings": {"targets": targets}, "parents": [str(p) for p in parents],

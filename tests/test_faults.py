@@ -499,8 +499,8 @@ def test_a_checkpoint_of_other_settings_is_refused(lost, broken_off, line_of, tm
 # --- what a run was made from: data and code
 
 CHANGES = {  # name: (what is done to the rows of the data file, whether the run is another one)
-    "another answer": (lambda rows: [{**rows[0], "answer": "1", "response": "\\boxed{1}"}, *rows[1:]],
-                       True),
+    "another answer": (
+        lambda rows: [{**rows[0], "answer": "1", "response": "\\boxed{1}"}, *rows[1:]], True),
     "a row less": (lambda rows: rows[1:], True),
     "a row more": (lambda rows: [*rows, {**rows[0], "problem": "9a+9b?"}], True),
     "another question": (lambda rows: [*rows[1:], {**rows[0], "problem": "9a+9b?"}], True),
@@ -540,8 +540,9 @@ def test_changed_scripts_are_told(line_of, whole, broken_off, monkeypatch, tmp_p
         patch.setattr(common, "__file__", str(tmp_path / "common.py"))
         assert common.describe_run(opd.Config())["git"].split()[1] != now.split()[1]
     old = "0123456789ab 0123456789ab"
-    for name, made, was, told in (("a", whole("opd").out, now, False), ("d", broken_off, now, False),
-                                  ("b", whole("opd").out, old, True), ("c", broken_off, old, True)):
+    done = whole("opd").out
+    for name, made, was, told in (("a", done, now, False), ("b", broken_off, now, False),
+                                  ("c", done, old, True), ("d", broken_off, old, True)):
         out = shutil.copytree(made, tmp_path / name)
         config = json.loads((out / "config.json").read_text())
         config["run"]["git"] = was

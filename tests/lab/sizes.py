@@ -92,7 +92,7 @@ class Shape:
     tied: bool  # one matrix is embedding and head
     head_dim: int = 128  # d
     qk_norm: bool = False
-    counted: tuple = ()  # parameters in all layers, of them in experts, and in the rest; () for MODELS
+    counted: tuple = ()  # parameters in the layers, of them in experts, and in the rest; if known
     experts: float = 1.0  # share of the experts that a token passes through, nan if it is not known
 
     @property
@@ -117,7 +117,7 @@ class Shape:
 
     @property
     def active(self):
-        """Parameters that a token passes through. UserError if the share of the experts is unknown."""
+        """Parameters that a token passes through. UserError if nobody says how many experts."""
         check(self.experts > 0, "no seconds: it has experts, and its config.json does not say how "
               "many there are (num_experts) and how many a token takes (num_experts_per_tok)")
         return self.params - (1 - self.experts) * (self.counted[1] if self.counted else 0)
