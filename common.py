@@ -33,7 +33,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 import unicodedata
 import warnings
 import zlib
@@ -87,7 +86,7 @@ class StageConfig:
     exclude: str = "math500,aime24,aime25"  # ours: sets whose problems are dropped, or none
     labels: int = 0  # ours: use only so many problems, halves are of these; 0 is all
     split_seed: int = 0  # ours: of --labels and --half; keep it over a whole recipe
-    verifier: str = ""  # ours: FILE.py with verify(response, answer) -> float; empty: mathematics
+    verifier: str = ""  # ours: FILE.py with a deterministic verify(response, answer) -> reward
     # --- ours
     seed: int = 0  # ours: of prompt order and sampling
     thinking: bool = False  # ours: Qwen3's thinking mode
@@ -119,10 +118,6 @@ def field_comments(config_class):
                 title = heading[1]
             elif field := re.match(r"    (\w+): .*?=.*?\s#\s*(\S.*)", line):
                 comments[field[1]] = (title, field[2])
-    for name, kind in ((field.name, field.type) for field in dataclasses.fields(config_class)):
-        check(name in comments and (kind in (str, int, float, bool) or get_origin(kind) is Literal),
-              f"{inspect.getfile(config_class)}: the field {name} needs the form `{name}: TYPE = "
-              "DEFAULT  # help text`, TYPE being str, int, float, bool or Literal[...]")
     return comments
 
 def parse_args(config_class, doc, argv=None):
@@ -136,6 +131,7 @@ def parse_args(config_class, doc, argv=None):
     parser.error = refuse
     own = config_class.__annotations__  # the script's own flags come before those of all stages
     for field in sorted(dataclasses.fields(config_class), key=lambda field: field.name not in own):
+        check(field.name in comments, f"Config.{field.name} has no `# help text` in its line")
         (title, comment), default = comments[field.name], field.default
         group = groups.setdefault(title, parser.add_argument_group(title))
         shown = "" if default in (None, "") else f" [default: {default}]"
@@ -523,12 +519,9 @@ def to_problem(row, source):
     return Problem(question, answer.strip())
 
 def problem_key(text, exact=False):
-    """Text reduced to what makes two problems the same: no case, space, dollar, \\left, \\right; or
-    exact, for a --verifier of anything."""
-    if exact:
-        return text.strip()
-    text = unicodedata.normalize("NFKC", text).lower()
-    return re.sub(r"\\left|\\right|\\[,;!: ]|[\s$]", "", text)
+    """What makes problems the same: no case, space, dollar, \\left, \\right; or the exact text."""
+    plain = unicodedata.normalize("NFKC", text).lower()
+    return text if exact else re.sub(r"\\left|\\right|\\[,;!: ]|[\s$]", "", plain)
 
 def deduplicate(problems, counts, exact=False):
     """{key: Problem}, one per question, none with contradicting answers; adds to counts."""
@@ -540,8 +533,7 @@ def deduplicate(problems, counts, exact=False):
         if key not in first or item.problem < first[key].problem:  # whatever the row order
             first[key] = item
         answers.setdefault(key, {})[item.answer] = None
-    bad = {key for key, (a, *more) in answers.items()
-           if not all(not exact and answers_equal(a, b) for b in more)}
+    bad = {key for key, (a, *more) in answers.items() if not all(answers_equal(a, b) for b in more)}
     counts["with contradicting answers"] += len(bad)
     return {key: item for key, item in first.items() if key not in bad}
 
@@ -597,9 +589,8 @@ def batch_indices(n_items, per_step, step, seed):
 
 def drawn(items, cfg, steps):
     """Those of the items that so many steps use, in their order."""
-    n = len(items)
-    used = {i for s in range(steps) for i in batch_indices(n, cfg.prompts, s, cfg.seed)}
-    return [items[i] for i in sorted(used)]
+    batches = (batch_indices(len(items), cfg.prompts, s, cfg.seed) for s in range(steps))
+    return [items[i] for i in sorted(set().union(*batches))]
 
 def count_steps(cfg, n_items):
     """Steps: --steps, or if that is 0 --epochs of the items. UserError without a batch."""
@@ -1146,41 +1137,30 @@ def grade(response: str, answer: str) -> str:
     except Exception:  # counted apart from wrong, and never raised into training
         return "gave_up"
 
-load_verifier = functools.cache(runpy.run_path)  # a FILE.py runs once; what it defines, by name
+REWARD = {"correct": 1.0, "wrong": 0.0, "no_answer": 0.0, "gave_up": 0.0}
+load_verifier = functools.cache(runpy.run_path)  # a --verifier FILE.py runs once
 
 def judge(pairs, verifier=""):
-    """Returns verdicts on (response, answer) pairs: `grade`'s words, or the floats of a --verifier
-    FILE.py; UserError with its line for what goes wrong there. It may give others on each rank."""
+    """`grade`'s words on (response, answer) pairs, or numbers: those of a --verifier FILE.py."""
     if not verifier:
         return [grade(*pair) for pair in pairs]
     try:
-        verify = load_verifier(verifier).get("verify")
-        _require(callable(verify), NameError("no function verify(response, answer)"))
+        verify = load_verifier(verifier)["verify"]
         values = [float(verify(*pair)) for pair in pairs]
-        odd = [value for value in values if not abs(value) < 1e18]  # fp32 holds their squares
-        _require(not odd, ValueError(f"verify returned {odd[:1]}, no finite number"))
+        _require(all(map(math.isfinite, values)), ValueError("a value is not finite"))
         return values
-    except (Exception, SystemExit) as error:
-        text, frames = Path(verifier).read_bytes(), traceback.extract_tb(error.__traceback__)
-        line = getattr(error, "lineno", text.partition(b"def verify")[0].count(b"\n") + 1)
-        line = [line, *(frame.lineno for frame in frames if frame.filename == verifier)][-1]
-        raise UserError(f"--verifier {verifier}, line {line}: {type(error).__name__}: "
-                        f"{first_line(error)}") from error
-
-def reward(verdict):
-    """Returns the reward for a verdict: 1.0 or 0.0 for a word, a float as it is."""
-    return float(verdict == "correct") if isinstance(verdict, str) else verdict
+    except Exception as error:
+        raise UserError(f"--verifier {verifier}, verify(response, answer): {error!r}") from error
 
 def reward_groups(lm, rows, answers, verifier=""):
     """Returns the rewards of K rollouts for each of P answers, (P, K), and what to log."""
     k = len(rows) // len(answers)
     texts = [lm.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in rows]
-    pairs = [(text, answers[i // k]) for i, text in enumerate(texts)]
-    verdicts = on_rank_0(judge, pairs, verifier)
-    rewards = torch.tensor([reward(v) for v in verdicts]).view(-1, k)  # (P, K)
+    verdicts = judge([(text, answers[i // k]) for i, text in enumerate(texts)], verifier)
+    rewards = torch.tensor([REWARD.get(v, v) for v in verdicts]).view(-1, k)  # (P, K)
     rewards = rewards.double() if verifier else rewards  # in fp32 the mean of 0.1s is not 0.1
-    spread, words = rewards.std(-1), () if verifier else ("no_answer", "gave_up")
-    shares = {name: verdicts.count(name) / len(rows) for name in words}
+    spread = rewards.std(-1)
+    shares = {name: verdicts.count(name) / len(rows) for name in ("no_answer", "gave_up")}
     return rewards, {"reward": rewards.mean().item(), "reward_std": spread.mean().item(),
                      "zero_variance": (spread == 0).float().mean().item(), **shares}
 
@@ -1566,15 +1546,14 @@ def optimizer_step(lm, optimizer, cfg, updates):
 MAX_SKIPPED = 5  # steps in a row without an update end a run: the weights are at fault, not data
 
 def write_text(path, text, append=False):
-    """Write a text file whole or not at all, or append to one. Of several processes rank 0 writes.
-    UserError names the file; on a full disk an OSError does not."""
+    """Rank 0 writes a text file whole or not at all, or appends to it. UserError names the file."""
     beside = path if append else f"{path}.tmp"
     try:
         if rank() == 0:
             with open(beside, "a" if append else "w", encoding="utf-8") as file:
                 file.write(text)
             os.replace(beside, path)
-    except OSError as error:
+    except OSError as error:  # on a full disk it names no file
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 def write_json(path, value):
@@ -1619,25 +1598,21 @@ def lock(path, name):
         print(f"{name} cannot be locked ({error.strerror}): let no other run write there")
     return file
 
-def digest(items):
-    """A short hash of what the items print."""
-    sha = hashlib.sha256()
-    for item in items:
-        sha.update(repr(item).encode())
-    return sha.hexdigest()[:12]
+def short_hash(value):
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
-def describe_run(cfg):
-    """How a folder came to be: command line, settings that can change a result, versions, and as
-    "git" the revision with a hash of the two scripts."""
-    comments, folder = field_comments(type(cfg)), shlex.quote(str(Path(__file__).resolve().parent))
+def describe_run(cfg, old):
+    """How a folder came to be: command, settings that can change a result, versions, code."""
+    comments = field_comments(type(cfg))
     settings = {name: value for name, value in vars(cfg).items()
                 if not comments[name][0].startswith("memory") and name not in ("out", "cache")}
-    if cfg.verifier:
-        judge([], cfg.verifier)  # its mistakes should not wait
-        settings["verifier_hash"] = digest([Path(cfg.verifier).read_bytes()])
-    git = subprocess.getoutput(f"git -C {folder} describe --always --abbrev=12 --exclude='*' "
-                               "--dirty=+changes 2> /dev/null || echo unknown")
-    git += " " + digest(Path(x).read_bytes() for x in (__file__, inspect.getfile(type(cfg))))
+    judge([], cfg.verifier)  # its mistakes should not wait
+    settings["verifier"] = cfg.verifier and short_hash(Path(cfg.verifier).read_bytes())
+    git = subprocess.getoutput(f"git -C {shlex.quote(os.path.dirname(__file__))} describe --always "
+                               "--abbrev=12 --exclude='*' --dirty 2> /dev/null || echo unknown")
+    git += " " + short_hash([Path(x).read_bytes() for x in (__file__, inspect.getfile(type(cfg)))])
+    if old.get("git", git) != git:
+        print(f"warning: the code that began this folder was {old['git']}, is now {git}")
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
     return {"command": shlex.join(sys.argv), "settings": settings,
             "versions": {"python": sys.version.split()[0], **versions}, "git": git}
@@ -1646,18 +1621,6 @@ def differences(old, new):
     """What differs between two dicts of settings, as text; "" if nothing does."""
     return "; ".join(f"{k} was {old.get(k)!r}, is now {new.get(k)!r}"
                      for k in sorted(old | new) if old.get(k) != new.get(k))
-
-def read_labels(folder):
-    """The lines of the labels.txt of a model; "? ?" if its run, an older one, has written none."""
-    path, unknown = Path(folder) / "labels.txt", {"? ?"} if read_record(folder) else set()
-    return set(path.read_text().splitlines()) if path.exists() else unknown
-
-def compare_code(out, old, record):
-    """Warn if the code has changed since the record `old` of a folder; `record` then has both."""
-    was, new = old.get("git", record["git"]), record["git"]
-    if was.split(" then ")[-1] != new:
-        print(f"warning: {out} was made by the code of revision {was}, this is {new}")
-        record["git"] = f"{was} then {new}"
 
 def progress(*args, disable=False, **kwargs):
     """tqdm; into a log file it writes a line every ten seconds only."""
@@ -1676,9 +1639,8 @@ class Run:
     metrics.jsonl has one line a step; state-<steps>, until the end, is the newest checkpoint."""
 
     def __init__(self, cfg, parents, data):
-        """parents: the models that the run starts from; data: the Problems or Rollouts that it
-        draws from. Ends the program if the run has finished; UserError for a folder that is another
-        program's, or another run's (also one with other data), or in use."""
+        """parents: models to start from; data: all Problems or Rollouts. Ends the program if it has
+        finished the run; UserError for a folder that is another program's or run's, or in use."""
         self.cfg, self.out, self.metrics, self.labels = cfg, Path(cfg.out), [], []
         self.stop_signal, self.seconds_before = 0, 0.0  # in which a teacher's rollouts were sampled
         self.record = on_rank_0(self.open, parents, data)
@@ -1692,36 +1654,19 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.out / ".lock", self.out)
         parents = [str(Path(p).resolve()) if Path(p).is_dir() else p for p in parents]
-        record = {**describe_run(self.cfg), "parents": parents, "finished": False}
-        record["settings"]["data_hash"] = digest(data)
         old = read_record(self.out)
+        record = {**describe_run(self.cfg, old), "parents": parents, "finished": False}
+        record["settings"]["data_hash"] = short_hash(data)
         if old and (old["finished"] or (self.out / "metrics.jsonl").exists()):
             differ = differences(old["settings"], record["settings"])
             check(not differ, f"{self.out} holds a run with other settings or data ({differ}); "
                               "choose another --out or delete it")
-            compare_code(self.out, old, record)
         if old and old["finished"]:
             self.delete_checkpoints()  # a kill at the very end leaves them
             print(f"{self.out}: already finished with these settings")
             return None
         write_json(self.out / "config.json", {"run": record})
         return record
-
-    def write_labels(self):
-        """Write labels.txt: for each labelled problem behind the model, its parents' included, its
-        hash and the data_hash of the run that used it. What was used before must be a replay."""
-        data = self.record["settings"]["data_hash"]
-        own = {digest([problem_key(p.problem, self.cfg.verifier)]) for p in self.labels}
-        behind = set().union(*map(read_labels, self.record["parents"]))
-        again = own & {line.split()[0] for line in behind}
-        if again and not any(line.endswith(data) for line in behind):
-            text = (f"{len(again)} of the {len(own)} labelled problems are not fresh, no replay: "
-                    "keep --data, --labels and --split-seed over a recipe")
-            check(self.cfg.half == "all", text)
-            print(f"warning: {text}")
-        self.record["labels"] = len(own)
-        lines = behind | {f"{problem} {data}" for problem in own}
-        write_text(self.out / "labels.txt", "".join(f"{line}\n" for line in sorted(lines)))
 
     def steps(self, total, lm, optimizer, teacher=None):
         """The numbers of the steps still to make, of `total`, behind a progress bar. Loads the
@@ -1731,7 +1676,10 @@ class Run:
                         "optimizer": optimizer.state_dict()["state"]}  # they will hold
         self.made_with = {**self.record["settings"], "weights": fingerprint(lm),
                           "teacher_weights": teacher and fingerprint(teacher)}
-        on_rank_0(self.write_labels)
+        own = {short_hash(problem_key(p.problem, self.cfg.verifier)) for p in self.labels}
+        used = set().union(*(read_json_lines(f"{p}/labels.jsonl") for p in self.record["parents"]))
+        print(f"{self.out}: {len(own)} labelled problems, {len(own & used)} of them used before")
+        write_text(self.out / "labels.jsonl", "".join(map(json_line, sorted(own | used))))
         path, start, self.metrics = on_rank_0(self.newest_checkpoint)
         if path:
             dcp.load(self.tensors, checkpoint_id=path)  # fills them in place

@@ -22,11 +22,10 @@ from typing import Literal
 
 import numpy as np
 
-from common import (DATA_ALIASES, append_json_line, build_prompt, check, check_context,
-                    compare_code, describe_run, differences, digest, fingerprint, json_line, judge,
-                    load_lm, lock, on_rank_0, progress, rank, read_json, read_json_lines,
-                    read_labels, read_record, read_rows, reward, run_cli, sample_and_write,
-                    to_problem, write_json, write_text)
+from common import (DATA_ALIASES, REWARD, append_json_line, build_prompt, check, check_context,
+                    describe_run, differences, fingerprint, json_line, judge, load_lm, lock,
+                    on_rank_0, progress, rank, read_json, read_json_lines, read_record, read_rows,
+                    run_cli, sample_and_write, short_hash, to_problem, write_json, write_text)
 
 @dataclass
 class Config:
@@ -36,7 +35,7 @@ class Config:
     out: str = ""  # ours: output folder; empty is MODEL/eval, or eval/MODEL for a hub name
     table: str = ""  # ours: print (and write) the table of the evaluated runs in this folder
     regrade: bool = False  # ours: only run the verifier again on the samples stored in --out
-    verifier: str = ""  # ours: FILE.py with verify(response, answer) -> float; empty: mathematics
+    verifier: str = ""  # ours: FILE.py with a deterministic verify(response, answer) -> reward
     # --- settings
     samples: int = 16  # samples per problem (Tables 2-8: avg@16)
     temperature: float = 1.0  # ours: the trained policy itself; 0 is greedy
@@ -81,11 +80,10 @@ def pass_at_k(n, c, k):
 
 def summarise(lines):
     """{figure: value} of a set's lines: shares in [0, 1], tokens; "se" is None for one problem."""
-    verdicts = [v for line in lines for v in line["verdicts"]]
-    rewards = np.array([reward(v) for v in verdicts]).reshape(len(lines), -1)  # (problems, n)
+    rewards = np.array([[REWARD.get(v, v) for v in line["verdicts"]] for line in lines])
+    verdicts = np.array([line["verdicts"] for line in lines], dtype=str)  # both (problems, n)
     n_problems, n = rewards.shape
-    scores, right = rewards.sum(1) / n, (rewards >= 1).sum(1)  # (problems,)
-    words = ("no_answer", "gave_up") if isinstance(verdicts[0], str) else ()
+    scores, right = rewards.mean(1), (rewards >= 1).sum(1)  # (problems,)
     return {
         "problems": n_problems, "samples": n, "avg": float(scores.mean()),
         "se": float(scores.std(ddof=1) / n_problems ** 0.5) if n_problems > 1 else None,
@@ -93,20 +91,19 @@ def summarise(lines):
                  for k in (1, 2, 4, 8, 16, 32, 64) if k <= n},
         "finished": float(np.mean([line["finished"] for line in lines])),
         "length": float(np.mean([line["lengths"] for line in lines])),
-        **{word: verdicts.count(word) / rewards.size for word in words}}
+        "no_answer": float((verdicts == "no_answer").mean()),
+        "gave_up": float((verdicts == "gave_up").mean())}
 
 def read_sets(cfg):
-    """{set name: problems} of --data, and what tells a changed set, {set ...: size and hash}.
-    Raises UserError for a set that is missing or empty."""
-    sets, states = {}, {}
+    """{set name: problems} of --data. Raises UserError for a set that is missing or empty."""
+    sets = {}
     for source in cfg.data.split(","):
         problems = [to_problem(row, source) for row in read_rows(source)]
         name = source if source in DATA_ALIASES else Path(source).stem.replace(":", "-")
         check(problems, f"data {source!r} holds no problem")
         check(name not in sets, f"--data {cfg.data}: two sets have one name")
-        sets[name] = problems[: cfg.limit or None]
-        states[f"set {name}"] = f"{len(problems)} problems, hash {digest(problems)}"
-    return sets, states
+        sets[name] = problems
+    return sets
 
 def answer_set(cfg, lm, problems, path):
     """Sample the problems that the file at `path` lacks; returns the lines of all problems.
@@ -125,7 +122,7 @@ def answer_set(cfg, lm, problems, path):
         i, p = missing[j], problems[missing[j]]
         texts = [lm.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in rollouts]
         lines[i] = {"index": i, "problem": p.problem, "answer": p.answer,
-                    "verdicts": on_rank_0(judge, [(x, p.answer) for x in texts], cfg.verifier),
+                    "verdicts": judge([(text, p.answer) for text in texts], cfg.verifier),
                     "lengths": [len(r.tokens) for r in rollouts],
                     "finished": [r.finished for r in rollouts], "responses": texts}
         append_json_line(path, lines[i])
@@ -150,26 +147,25 @@ def evaluate(cfg, out):
 
     Raises UserError if `out` holds samples of another model, setting or state of a set.
     """
-    (sets, states), summary = read_sets(cfg), {}
+    sets, summary = read_sets(cfg), {}
     lm = load_lm(cfg.model, cfg, shard=False)
+    names = ("samples", "temperature", "max_new_tokens", "seed", "thinking")
+    identity = {"weights": fingerprint(lm), "bf16": lm.bf16, **{n: getattr(cfg, n) for n in names}}
     for name, problems in sets.items():
+        identity[f"set {name}"] = short_hash(problems)
+        problems = problems[: cfg.limit or None]
         prompts = (tuple(build_prompt(lm.tokenizer, p.problem, cfg.thinking)) for p in problems)
         sets[name] = [replace(p, prompt=ids) for p, ids in zip(problems, prompts)]
         check_context(lm, cfg, max(len(p.prompt) for p in sets[name]) + cfg.max_new_tokens)
-    names = ("samples", "temperature", "max_new_tokens", "seed", "thinking")
-    record = on_rank_0(describe_run, cfg)
-    identity = {"weights": fingerprint(lm), "bf16": lm.bf16, **{n: getattr(cfg, n) for n in names},
-                "verifier_hash": record["settings"].get("verifier_hash")}
-    record |= {"model": cfg.model, "identity": identity, "finished": False}
     out.mkdir(parents=True, exist_ok=True)
     with lock(out / ".lock", out):
         old = on_rank_0(read_record, out)
-        was, known = old.get("identity", identity), old.get("sets", {})
-        differ = differences({**states, **was, **known}, {**known, **identity, **states})
+        run, had = on_rank_0(describe_run, cfg, old), old.get("identity", {})
+        identity["verifier"] = run["settings"]["verifier"]
+        differ = differences({**identity, **had}, {**had, **identity})  # it may have other sets, too
         check(not differ, f"{out} holds samples of another model, setting or set ({differ}); "
                           "choose another --out or delete it")
-        compare_code(out, old, record)
-        record["sets"] = {**known, **states}
+        record = {**run, "model": cfg.model, "identity": {**had, **identity}, "finished": False}
         write_json(out / "config.json", {"run": record})
         for name, problems in sets.items():
             summary[name] = summarise(answer_set(cfg, lm, problems, out / f"{name}.jsonl"))
@@ -179,26 +175,24 @@ def evaluate(cfg, out):
 
 def regrade(cfg, out):
     """Judge all samples in `out` again; returns {set name: figures}. UserError without samples."""
-    paths, summary, texts = sorted(out.glob("*.jsonl")), {}, {}
+    paths, graded, summary = sorted(out.glob("*.jsonl")), {}, {}
     check(paths, f"no stored samples in {out}")
     with lock(out / ".lock", out):
+        record = read_record(out)
+        settings = describe_run(cfg, record)["settings"]
+        record["identity"] = {**record.get("identity", {}), "verifier": settings["verifier"]}
         for path in paths:
             lines, changed = read_json_lines(path), 0
             check(all("responses" in line for line in lines), f"{path} holds no samples")
             for line in lines:
-                pairs = [(x, line["answer"]) for x in line["responses"]]
-                verdicts = on_rank_0(judge, pairs, cfg.verifier)
+                verdicts = judge([(x, line["answer"]) for x in line["responses"]], cfg.verifier)
                 changed += sum(a != b for a, b in zip(verdicts, line["verdicts"]))
                 line["verdicts"] = verdicts
             print(f"{path}: {changed} verdicts changed")
-            texts[path], summary[path.stem] = "".join(map(json_line, lines)), summarise(lines)
-        for path, text in texts.items():  # all are judged by now, or none is written
-            write_text(path, text)
-        record = read_record(out)
-        if record:
-            by = describe_run(cfg)["settings"].get("verifier_hash")
-            record["identity"] = {**record.get("identity", {}), "verifier_hash": by}
-            write_json(out / "config.json", {"run": record})
+            graded[path], summary[path.stem] = lines, summarise(lines)
+        for path, lines in graded.items():  # all are judged by now, or none is written
+            write_text(path, "".join(map(json_line, lines)))
+        write_json(out / "config.json", {"run": record})
         save_summary(out, record.get("model", cfg.model), summary)
     return summary
 
@@ -245,9 +239,8 @@ def ancestry(folder):
     return records
 
 def labels_used(folder):
-    """Distinct labelled problems behind a model; NaN if a run behind it is too old to know them."""
-    problems = {line.split()[0] for line in read_labels(folder)}
-    return math.nan if "?" in problems else len(problems)
+    """Distinct labelled problems behind a model, its teacher's included."""
+    return len(read_json_lines(Path(folder) / "labels.jsonl"))
 
 def evaluated_runs(root):
     """{run folder: {set: figures}}, PAPER's routes first, in its order. UserError if none."""

@@ -31,11 +31,11 @@ from typing import Literal
 
 import torch
 
-from common import (Rollout, Run, StageConfig, all_reduce_sum, append_json_line, batch_indices,
-                    build_prompt, check, check_context, check_pair, count_steps, describe_lm,
-                    differences, drawn, find_question, fingerprint, judge, load_lm, load_problems,
-                    lock, make_optimizer, on_rank_0, optimizer_step, over_chunks, pick, progress,
-                    read_json_lines, read_rows, reward, run_cli, sample_and_write,
+from common import (REWARD, Rollout, Run, StageConfig, all_reduce_sum, append_json_line,
+                    batch_indices, build_prompt, check, check_context, check_pair, count_steps,
+                    describe_lm, differences, drawn, find_question, fingerprint, judge, load_lm,
+                    load_problems, lock, make_optimizer, on_rank_0, optimizer_step, over_chunks,
+                    pick, progress, read_json_lines, read_rows, run_cli, sample_and_write,
                     shared_micro_batches, skip_long_prompts, tokenize_problems)
 
 @dataclass
@@ -117,8 +117,8 @@ def correct_only(groups, problems, tokenizer, verifier=""):
     """The responses with a reward above 0, a list for each problem that has one."""
     pairs = [(tokenizer.decode(r.tokens, skip_special_tokens=True), p.answer)
              for p, rows in zip(problems, groups) for r in rows]
-    verdicts = iter(on_rank_0(judge, pairs, verifier))
-    groups = [[r for r in rows if reward(next(verdicts)) > 0] for rows in groups]
+    verdicts = iter(judge(pairs, verifier))  # a verdict a row, problem by problem
+    groups = [[r for r, v in zip(rows, verdicts) if REWARD.get(v, v) > 0] for rows in groups]
     correct = [rows for rows in groups if rows]
     print(f"--only-correct: {sum(map(len, correct))} responses to {len(correct)} of "
           f"{len(problems)} problems kept")
