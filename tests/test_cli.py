@@ -73,7 +73,7 @@ def check_folder(folder, line, parent):
     assert [Path(script).name, *flags] == shlex.split(line)
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     if head.returncode == 0:
-        assert head.stdout.startswith(re.split("[+ ]", run["git"])[0])
+        assert head.stdout.startswith(re.split("[- ]", run["git"])[0])
     assert not list(folder.glob("state*"))
 
 @pytest.mark.parametrize("name", SMOKE)
@@ -89,7 +89,8 @@ def test_two_steps_of_the_command_line(name, line_of, tmp_path, world, taught):
     problems = 4 if "--half 2" in flags else 8
     looks = "--only-correct" in flags or "--sparse-weight" in flags
     used = stage == "grpo" or looks  # who looks at the answers
-    assert run["labels"] == (problems if used else 0)
+    labels = common.read_json_lines(tmp_path / "out/labels.jsonl")
+    assert len(set(labels)) == len(labels) == (problems if used else 0)
     assert str(parent) in run["parents"] and (str(taught.model) in run["parents"])
     if stage == "grpo":
         assert 0 < rows[0]["reward"] < 1, "the fixture must succeed sometimes"
@@ -176,7 +177,7 @@ def test_memory_flags_are_those_a_run_may_be_resumed_with():
         comments = common.field_comments(SCRIPTS[name].Config)
         shown = {field for field, (title, _) in comments.items() if title.startswith("memory")}
         cfg = SCRIPTS[name].Config()
-        assert set(comments) - set(common.describe_run(cfg)["settings"]) - shown <= {"out", "cache"}
+        assert set(comments) - set(common.describe_run(cfg, {})["settings"]) - shown <= {"out", "cache"}
 
 def test_defaults_are_the_papers():
     """Tables 9 and 10, as the paper states them."""
@@ -256,10 +257,9 @@ def test_a_mistake_is_one_line_and_occupies_no_folder(name, line_of, tmp_path, w
 @pytest.mark.parametrize("field, told", [
     ("extra: int = 1  # ours: a knob", False), ("extra: float = 0.5 # ours: one space", False),
     ('extra: str = "#"  # ours: a sign', False), ("extra: int = 1", True),
-    ("# ours: the comment above\n    extra: int = 1", True), ("extra: int = 1  #", True),
-    ("extra: int | None = 1  # ours: a type that is no flag's", True)])
+    ("# ours: the comment above\n    extra: int = 1", True), ("extra: int = 1  #", True)])
 def test_a_field_without_its_comment_is_one_line(field, told, tmp_path, monkeypatch):
-    """A fork's author meets it, in any script: the line names file and field."""
+    """A fork's author meets it, in any script: the line names the field."""
     for name, base in (("fork_a", "common.StageConfig"), ("fork_b", "grpo.Config")):
         path = tmp_path / f"{name}.py"
         path.write_text("import common, grpo\nfrom dataclasses import dataclass\n\n@dataclass\n"
@@ -269,7 +269,7 @@ def test_a_field_without_its_comment_is_one_line(field, told, tmp_path, monkeypa
         config = importlib.import_module(name).Config
         flags = ["--model", "m"] if base == "grpo.Config" else []
         if told:
-            with pytest.raises(common.UserError, match=f"{path}: the field extra needs the form"):
+            with pytest.raises(common.UserError, match="Config.extra has no `# help text`"):
                 common.parse_args(config, "", flags)
         else:
             assert common.parse_args(config, "", [*flags, "--extra", "2"]).extra in (2, "2")
@@ -282,32 +282,29 @@ VERIFIER = """import math
 def verify(response, answer):
     return len(response) / 100 - 0.05
 """
-BAD_VERIFIERS = {  # name: (the file, the line and words of the message)
-    "import error": ("import math\nimport nobody\n", "line 2: ModuleNotFoundError: .*nobody"),
-    "syntax error": ("def verify(response, answer):\n    return (1\n", "line 2: SyntaxError"),
-    "no verify": ("def verified(response, answer):\n    return 1\n", "line 3: NameError: .*verify"),
-    "exit": ("import sys\n\nsys.exit('bye')\n", "line 3: SystemExit: bye"),
-    "exception": ("def last(x):\n    return x[99_999]\n\ndef verify(r, a):\n    return last(r)\n",
-                  "line 2: IndexError"),
-    "exception of a library": ("import json\n\ndef verify(r, a):\n    return json.loads('{\\n[')\n",
-                               "line 4: JSONDecodeError"),
-    "NaN": ("\n\ndef verify(r, a):\n    return float('nan')\n", "line 3: ValueError: .*no finite"),
-    "infinite": ("def verify(r, a):\n    return float('inf')\n", "line 1: ValueError: .*no finite"),
-    "None": ("\ndef verify(r, a):\n    pass\n", "line 2: TypeError: .*NoneType"),
-    "a word": ("def verify(r, a):\n    return 'correct'\n", "line 1: ValueError: .*'correct'"),
-    "one argument": ("\ndef verify(r):\n    return 1\n", "line 2: TypeError: .*argument")}
+BAD_VERIFIERS = {  # name: (the file, what the message says)
+    "import error": ("import nobody\n", "ModuleNotFoundError.*nobody"),
+    "syntax error": ("def verify(response, answer):\n    return (1\n", "SyntaxError.*closed"),
+    "no verify": ("def verified(response, answer):\n    return 1\n", "KeyError.*verify"),
+    "exception": ("def verify(r, a):\n    return r[99_999]\n", "IndexError"),
+    "NaN": ("def verify(r, a):\n    return float('nan')\n", "ValueError.*not finite"),
+    "infinite": ("def verify(r, a):\n    return float('inf')\n", "ValueError.*not finite"),
+    "None": ("def verify(r, a):\n    pass\n", "TypeError.*NoneType"),
+    "a word": ("def verify(r, a):\n    return 'correct'\n", "ValueError.*'correct'"),
+    "one argument": ("def verify(r):\n    return 1\n", "TypeError.*argument")}
 
 @pytest.mark.parametrize("name", BAD_VERIFIERS)
-def test_a_mistake_in_a_verifier_is_one_line_with_the_files_line(name, line_of, tmp_path):
+def test_a_mistake_in_a_verifier_is_one_line(name, line_of, tmp_path):
     text, message = BAD_VERIFIERS[name]
-    path = tmp_path / "my.py"
+    path, out = tmp_path / "my.py", tmp_path / "out"
     path.write_text(text)
-    with pytest.raises(common.UserError, match=f"--verifier {path}, {message}") as told:
+    with pytest.raises(common.UserError, match=f"--verifier {path}, .*: {message}") as told:
         common.judge([("some text", "7")], str(path))
     assert "\n" not in str(told.value)
     if name in ("import error", "exception", "None"):  # before a step, and in the first
         got = forked(line_of("grpo", f"--verifier {path} --steps 1"))
-        assert got.status == 1 and re.fullmatch(f"error: --verifier {path}, {message}.*", got.err)
+        assert got.status == 1 and re.fullmatch(f"error: --verifier {path}.*{message}.*", got.err)
+        assert (out / "config.json").exists() != (name == "import error")
 
 @pytest.mark.parametrize("stage, flags", [("grpo", ""), ("opd", "--sparse-weight 0.5"),
                                           ("fkl_warmup", "--targets hard --only-correct")])
@@ -320,7 +317,7 @@ def test_a_verifier_of_ones_own(stage, flags, line_of, tmp_path):
     got = forked(line)
     assert got.status == 0, got.err
     record, (row,) = common.read_record(out), metrics(out)
-    assert len(record["settings"]["verifier_hash"]) == 12
+    assert len(record["settings"]["verifier"]) == 12
     if stage == "fkl_warmup":
         tokens = common.describe_lm(str(out)).tokenizer
         cache = common.read_json_lines(out / "rollouts.jsonl")[1:]
@@ -328,11 +325,10 @@ def test_a_verifier_of_ones_own(stage, flags, line_of, tmp_path):
         assert len(texts) == 32
         assert f"{sum(len(text) > 5 for text in texts)} responses to" in got.out
     else:
-        assert not {"no_answer", "gave_up"} & set(row)
         assert 0 < row["reward"] < 0.5 and row["reward_std"] > 0 and row["reward"] * 800 % 100
     path.write_text(VERIFIER + "# a remark\n")
     got = forked(line)
-    assert got.status == 1 and re.search(r"verifier_hash was '\w+', is now '\w+'", got.err), got.err
+    assert got.status == 1 and re.search(r"verifier was '\w+', is now '\w+'", got.err), got.err
 
 def test_a_constant_group_of_any_reward_has_no_advantage(tmp_path, teacher_lm):
     """In fp32 the mean of seven 0.1 is not 0.1. Labels of exact problems; values beyond 0 and 1."""
@@ -342,12 +338,12 @@ def test_a_constant_group_of_any_reward_has_no_advantage(tmp_path, teacher_lm):
         rows = [common.Rollout([5], [6, 7], [], True)] * (3 * k)
         rewards, logged = common.reward_groups(teacher_lm, rows, ["0.1", "-7.7", "1e7"], str(path))
         assert rewards.tolist() == [[pytest.approx(float(x))] * k for x in ("0.1", "-7.7", "1e7")]
-        assert logged["zero_variance"] == 1 and "no_answer" not in logged
+        assert logged["zero_variance"] == 1
         for adv in (SCRIPTS["grpo"].advantages(rewards), SCRIPTS["opd"].sparse_advantages(rewards)):
             assert not adv.any()
 
 def test_with_a_verifier_texts_that_differ_are_two_problems(tmp_path):
-    """Case may matter there, and answers are equal only as texts; spaces around a text do not."""
+    """Case may matter there; spaces around a text do not."""
     data, path = tmp_path / "d.jsonl", tmp_path / "my.py"
     path.write_text(VERIFIER)
     data.write_text("".join(json.dumps({"problem": p, "answer": a}) + "\n" for p, a in (
@@ -357,48 +353,35 @@ def test_with_a_verifier_texts_that_differ_are_two_problems(tmp_path):
         cfg = common.StageConfig(data=str(data), exclude="none", verifier=verifier)
         return sorted(p.problem for p in common.load_problems(cfg))
     assert texts("") == ["$x$", "Half?", "Reverse: Abc"]
-    assert texts(str(path)) == ["$x$", "Reverse: Abc", "Reverse: abc", "x"]
+    assert texts(str(path)) == ["$x$", "Half?", "Reverse: Abc", "Reverse: abc", "x"]
 
 # --- labels
 
-def test_labels_are_the_problems_that_steps_draw_and_halves_stay_apart(small_line, taught, tmp_path,
-                                                                       world):
+def test_labels_are_the_problems_that_steps_draw_and_of_the_parents(small_line, taught, tmp_path,
+                                                                    world):
     """Stage 3 after a stage 1 on 1H that drew two of its four problems. Fresh are those of 2H; the
-    same half again is a replay, also from a copy of the file; any other overlap is told."""
-    copy, long = shutil.copy(taught.data, tmp_path / "copy.jsonl"), tmp_path / "long.jsonl"
-    row = json.loads(taught.data.read_text().splitlines()[0])
-    long.write_text(taught.data.read_text() + json.dumps({**row, "problem": "1a+1" * 50}) + "\n")
+    same half again, also from a copy of the file, or the whole have some of them: it is told."""
+    copy = shutil.copy(taught.data, tmp_path / "copy.jsonl")
 
-    def run(name, flags, model="teacher", prompts=4):
-        return forked(small_line("grpo", tmp_path / name, f"--prompts {prompts} --mini-batch "
-                      f"{prompts} --steps 1 --kl-coef 0 --model {tmp_path / model} {flags}"))
+    def run(name, line):
+        got = forked(small_line(*line))
+        assert got.status == 0, got.err
+        own, again = re.search(r"(\d+) labelled problems, (\d+) of them used", got.out).groups()
+        labels = common.read_json_lines(tmp_path / name / "labels.jsonl")
+        return int(own), int(again), len(set(labels))
 
-    def labels(name):
-        lines = (tmp_path / name / "labels.txt").read_text().split()
-        return common.read_record(tmp_path / name)["labels"], len(set(lines[::2]))
+    def grpo(name, flags, model="bridge", n=4):
+        return run(name, ("grpo", tmp_path / name, f"--prompts {n} --mini-batch {n} --steps 1 "
+                          f"--kl-coef 0 --model {tmp_path / model} {flags}"))
 
-    assert run("teacher", "--half 1", taught.model, prompts=2).status == 0
-    assert labels("teacher") == (2, 2)
+    assert grpo("teacher", "--half 1", taught.model, n=2) == (2, 0, 2)
     shutil.copytree(world / "init-student", tmp_path / "student")
-    bridge = small_line("opd", tmp_path / "bridge", f"--teacher {tmp_path}/teacher --half 1 "
-                        "--steps 1 --prompts 2")
-    assert forked(bridge).status == 0 and labels("bridge") == (0, 2)
-    for name, flags, counts, words in (
-            ("fresh", "--half 2", (4, 6), None), ("replay", "--half 1", (4, 4), None),
-            ("copied", f"--half 1 --data {copy}", (4, 4), None),
-            ("all", "--half all --prompts 8 --mini-batch 8", (8, 8), "warning: 2 of the 8"),
-            ("skipped", f"--half all --data {long} --prompts 8 --mini-batch 8 "
-             "--max-prompt-tokens 100", (8, 8), "warning: 2 of the 8"),
-            ("fewer", "--half 2 --labels 4 --prompts 2 --mini-batch 2", None,
-             "error: [12] of the 2"),
-            ("seed", "--half 2 --split-seed 2", None, "error: [12] of the 4"),
-            ("again", "--half 1 --split-seed 2", None, "error: [12] of the 4")):
-        got = run(name, flags, "bridge")
-        text = got.out + got.err
-        assert got.status == (counts is None), (name, text)
-        told = re.search(f"{words} labelled problems are not fresh", text)
-        assert bool(told) == bool(words), text
-        assert counts is None or labels(name) == counts, name
+    assert run("bridge", ("opd", tmp_path / "bridge", f"--teacher {tmp_path}/teacher --half 1 "
+                          "--steps 1 --prompts 2")) == (0, 0, 2)
+    assert grpo("fresh", "--half 2") == (4, 0, 6)
+    assert grpo("replay", "--half 1") == (4, 2, 4)
+    assert grpo("copied", f"--half 1 --data {copy}") == (4, 2, 4)
+    assert grpo("all", "--half all", n=8) == (8, 2, 8)
 
 def test_same_command_twice_and_another_run_in_the_same_folder(line_of, tmp_path):
     """Twice: "already finished", nothing rewritten. Other settings: refused by name.

@@ -72,9 +72,6 @@ CASES = {
     "opd": ("opd", 2, "--prompts 5 --rollouts 3"),
     "opd and reward": ("opd", 2, "--prompts 5 --rollouts 3 --student {taught} --teacher {taught} "
                                  "--sparse-weight 0.5"),
-    # it would say something else on another rank, as one that asks a model would
-    "grpo, a verifier": ("grpo", 2, "--prompts 4 --mini-batch 2 --rollouts 3 --kl-coef 0 "
-                                    "--verifier {mine}"),
     # two rows an update for three processes; and a row a micro-batch: some have nothing to sample
     "grpo, few rows": ("grpo", 3, "--prompts 2 --mini-batch 1 --rollouts 2 --kl-coef 0.1 "
                                   "--gradient-checkpointing --seed 1"),
@@ -85,11 +82,9 @@ CASES = {
 def test_several_processes_do_what_one_does(case, line_of, tmp_path, taught):
     """Also in the checkpoint: weights, and AdamW's moments, which hold the gradients."""
     stage, n, flags = CASES[case]
-    one, many, mine = tmp_path / "one", tmp_path / "many", tmp_path / "mine.py"
-    mine.write_text("import os\n\ndef verify(response, answer):\n"
-                    "    return len(response) / 7 * (os.environ.get('RANK', '0') == '0')\n")
+    one, many = tmp_path / "one", tmp_path / "many"
     for out, processes in ((one, 1), (many, n)):
-        run(line_of(stage, out, flags.format(taught=taught.model, mine=mine)), processes, keep_all)
+        run(line_of(stage, out, flags.format(taught=taught.model)), processes, keep_all)
     assert_same_run(one, many)
     old, new = first_state(one), first_state(many)
     torch.testing.assert_close(old["model"], new["model"], atol=1e-5, rtol=0)

@@ -10,6 +10,7 @@ import math
 import shutil
 import statistics
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -118,7 +119,7 @@ def test_seed_and_temperature_decide_the_samples(world, done, tmp_path):
 @pytest.mark.parametrize("change, word", [
     ({"temperature": 0.5}, "temperature"), ({"seed": 1}, "seed"), ({"samples": 2}, "samples"),
     ({"max_new_tokens": 9}, "max_new_tokens"), ({"thinking": True}, "thinking"),
-    ({"model": "{world}/init-teacher"}, "weights"), ({"data": "{other}", "limit": 12}, "problems")])
+    ({"model": "{world}/init-teacher"}, "weights"), ({"data": "{other}", "limit": 12}, "set test")])
 def test_samples_of_other_settings_are_not_mixed_in(change, word, world, copy, tmp_path):
     """Another model, setting, or set of the same name in a folder is refused, named, and changes
     nothing there."""
@@ -131,11 +132,10 @@ def test_samples_of_other_settings_are_not_mixed_in(change, word, world, copy, t
     assert (copy / "test.jsonl").read_bytes() == before
 
 @pytest.mark.parametrize("change, told", [
-    (lambda rows: [*rows, {**rows[0], "problem": "9a+9b?"}], "12 problems, .* '13 problems"),
-    (lambda rows: rows[:-1], "12 problems, .* '11 problems"),
-    (lambda rows: [*rows[:-1], {**rows[-1], "answer": "0"}], "12 problems, .* '12 problems"),
-    (lambda rows: rows[::-1], "12 problems, .* '12 problems"),
-    (lambda rows: [{**row, "note": 1} for row in rows], "")])
+    (lambda rows: [*rows, {**rows[0], "problem": "9a+9b?"}], True),
+    (lambda rows: rows[:-1], True), (lambda rows: rows[::-1], True),
+    (lambda rows: [*rows[:-1], {**rows[-1], "answer": "0"}], True),
+    (lambda rows: [{**row, "note": 1} for row in rows], False)])
 @pytest.mark.parametrize("limit", [0, 3])
 def test_a_changed_set_is_told(limit, change, told, world, copy, tmp_path):
     """Longer, shorter, other problems, another order, also beyond --limit. A copy elsewhere of the
@@ -144,12 +144,12 @@ def test_a_changed_set_is_told(limit, change, told, world, copy, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in change(lines(world))))
     before = {p.name: p.read_bytes() for p in copy.glob("*.json*")}
     if told:
-        with pytest.raises(UserError, match=f"set test was '{told}, hash"):
+        with pytest.raises(UserError, match=r"\(set test was '\w+', is now '\w+'\)"):
             evaluate.main(settings(world, copy, data=str(path), limit=limit))
         assert before == {p.name: p.read_bytes() for p in copy.glob("*.json*")}
     else:
         evaluate.main(settings(world, copy, data=str(path), limit=limit))
-        assert set(common.read_record(copy)["sets"]) == {"set test", "set valid"}
+        assert {"set test", "set valid"} < set(common.read_record(copy)["identity"])
 
 def test_a_verifier_of_ones_own_is_part_of_what_samples_are(world, done, copy, tmp_path):
     """avg is the mean of its values, pass@k counts those of at least 1. A folder that it has graded
@@ -164,18 +164,18 @@ def test_a_verifier_of_ones_own_is_part_of_what_samples_are(world, done, copy, t
     assert figures["avg"] == pytest.approx(statistics.mean(statistics.mean(x) for x in want))
     assert figures["pass"]["1"] == pytest.approx(
         statistics.mean(statistics.mean(v >= 1 for v in x) for x in want))
-    assert 0 < figures["pass"]["1"] < 1 and not {"no_answer", "gave_up"} & set(figures)
-    with pytest.raises(UserError, match="verifier_hash was '"):
+    assert 0 < figures["pass"]["1"] < 1
+    with pytest.raises(UserError, match="verifier was '"):
         evaluate.main(settings(world, tmp_path / "own"))
     evaluate.main(Config(regrade=True, out=str(copy), verifier=str(mine)))
     assert [e["verdicts"] for e in lines(copy)] == want
-    with pytest.raises(UserError, match="verifier_hash was '"):
+    with pytest.raises(UserError, match="verifier was '"):
         evaluate.main(settings(world, copy))
     before = {p.name: p.read_bytes() for p in copy.glob("*.json*")}
     mine.write_text("n = 0\ndef verify(response, answer):\n    global n\n    n += 1\n"
                     "    return 1 / (50 - n)\n")  # in the second set
     other = mine.rename(tmp_path / "other.py")
-    with pytest.raises(UserError, match="other.py, line 5: ZeroDivisionError: "):
+    with pytest.raises(UserError, match="other.py, .*ZeroDivisionError"):
         evaluate.main(Config(regrade=True, out=str(copy), verifier=str(other)))
     assert before == {p.name: p.read_bytes() for p in copy.glob("*.json*")}
     evaluate.main(Config(regrade=True, out=str(copy)))
@@ -226,8 +226,9 @@ def fake_run(root, name, parents=(), labels=(), seconds=0.0, sets=None, targets=
     record = {"settings": {"targets": targets}, "parents": [str(p) for p in parents],
               "seconds": seconds, "finished": True}
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen3", "run": record}))
-    behind = set().union({f"{n:012x} {0:012x}" for n in labels}, *map(common.read_labels, parents))
-    (folder / "labels.txt").write_text("\n".join(behind))
+    before = (common.read_json_lines(Path(p) / "labels.jsonl") for p in parents)
+    (folder / "labels.jsonl").write_text("".join(
+        json.dumps(n) + "\n" for n in set(labels).union(*before)))
     if sets:
         (folder / "eval").mkdir()
         figures = {s: {"avg": a, "se": e, "samples": 16, "pass": {"16": 1.0}} for s, (a, e)
@@ -272,18 +273,15 @@ def test_runs_table_counts_labels_and_seconds_over_ancestors(tmp_path):
     assert list(got.items()) == list(want.items()), "the paper's routes in order, then others"
 
 def test_labels_of_halves_and_whole_are_a_union(tmp_path):
-    """all + 1H = all; 1H + 2H = both; others add up. Runs may be moved. An older run's are unknown,
-    also behind another one."""
+    """all + 1H = all; 1H + 2H = both; others add up. Runs may be moved."""
     root = tmp_path / "there"
     one = fake_run(root, "t1", [], range(10))
     whole = fake_run(root, "t", [one], range(21), sets={"s": (0, 0)})
     fake_run(root, "halves", [one], range(10, 21), sets={"s": (0, 0)})
     fake_run(root, "other", [whole], range(50, 55), sets={"s": (0, 0)})
-    (one / "labels.txt").unlink()
-    fake_run(root, "older", [fake_run(root, "bridge", [one])], range(5), sets={"s": (0, 0)})
     moved = root.rename(tmp_path / "here")
     labels = {name: row[1] for name, row in cells(runs_table(moved))[1].items()}
-    assert labels == {"t": "21", "halves": "21", "other": "26", "older": "nan"}
+    assert labels == {"t": "21", "halves": "21", "other": "26"}
 
 @pytest.mark.parametrize("setting, sums", [
     ("qwen3-8b", (1232.3, 195.8, 157.6)), ("qwen3-14b", (1238.1, 196.3, 161.5)),

@@ -532,13 +532,13 @@ def test_a_changed_data_file_is_told(stage, flags, line_of, taught, tmp_path):
         shutil.copy(taught.data, data)
 
 def test_changed_scripts_are_told(line_of, whole, broken_off, monkeypatch, tmp_path):
-    """With both revisions, by a finished run and by one that goes on, whose record then has both.
-    The hash is of the two scripts, so that changes count that are not committed."""
-    now = common.describe_run(opd.Config())["git"]
+    """With both revisions, by a finished run and by one that goes on. The hash is of the two
+    scripts, so that changes count that are not committed."""
+    now = common.describe_run(opd.Config(), {})["git"]
     (tmp_path / "common.py").write_text((ROOT / "common.py").read_text() + "\n")
     with monkeypatch.context() as patch:
         patch.setattr(common, "__file__", str(tmp_path / "common.py"))
-        assert common.describe_run(opd.Config())["git"].split()[1] != now.split()[1]
+        assert common.describe_run(opd.Config(), {})["git"].split()[1] != now.split()[1]
     old = "0123456789ab 0123456789ab"
     done = whole("opd").out
     for name, made, was, told in (("a", done, now, False), ("b", broken_off, now, False),
@@ -549,10 +549,9 @@ def test_changed_scripts_are_told(line_of, whole, broken_off, monkeypatch, tmp_p
         (out / "config.json").write_text(json.dumps(config))
         got = forked(line_of("opd", out))
         assert got.status == 0 and (made == broken_off) != ("already finished" in got.out), got.err
-        warning = f"warning: {out} was made by the code of revision {was}, this is {now}"
-        assert (warning in got.out) == told
-        kept = f"{was} then {now}" if told and made == broken_off else was
-        assert common.read_record(out)["git"] == kept
+        assert (f"warning: the code that began this folder was {was}, is now {now}"
+                in got.out) == told
+        assert common.read_record(out)["git"] == (was if made == done else now)
 
 @pytest.mark.parametrize("bad", [b'{"prompt": [1, 2\n', b'{"problem": "\xff"}\n'])
 @pytest.mark.parametrize("stage", ["fkl_warmup", "evaluate"])

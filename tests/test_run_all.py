@@ -81,7 +81,7 @@ def test_every_route_runs_is_evaluated_and_is_matched(setting, run_all):
     evaluated = {cfg.out.split("/")[-2] for script, cfg in commands
                  if script == "evaluate.py" and cfg.model}
     assert evaluated == {n for n in found if "warmup" not in n} | {"base-teacher", "base-student"}
-    fresh, replay = (common.describe_run(found[name][1])["settings"]
+    fresh, replay = (common.describe_run(found[name][1], {})["settings"]
                      for name in ("fresh-2h", "replay-1h"))
     assert common.differences(fresh, replay) == "half was '2', is now '1'"  # R5 against R7
     warmup, opd = found["bridge-warmup"][1], found["bridge"][1]
@@ -97,7 +97,7 @@ OTHERS = {"sft-1h", "sft-fresh-2h", "opd-only-1h", "opd-only-fresh-2h", "sft-tea
 
 def difference(found, a, b, but=()):
     """Settings in which two stages differ, apart from the folders and those named."""
-    a, b = (common.describe_run(found[name][1])["settings"] for name in (a, b))
+    a, b = (common.describe_run(found[name][1], {})["settings"] for name in (a, b))
     return {k for k in a if a[k] != b[k]} - {"model", "teacher", "student", "out", *but}
 
 def test_the_full_world_runs_all_of_table_1_and_beyond_matched(run_all, world):

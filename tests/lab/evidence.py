@@ -292,9 +292,8 @@ def name_lines(axes, ends):
 
 def label_budgets(roots, routes):
     """{"cold-grpo" or "bridge": [(labelled problems, route)]}, if several numbers were tried."""
-    series = {name: sorted((n, route) for route in routes if split_series(route)[0] == name
-                           and (n := labels_of(roots, route)) >= 0)  # NaN of an older run is not
-              for name in ("cold-grpo", "bridge")}
+    series = {name: sorted((labels_of(roots, route), route) for route in routes
+                           if split_series(route)[0] == name) for name in ("cold-grpo", "bridge")}
     return {name: points for name, points in series.items() if len(points) > 1}
 
 def densities(routes):
