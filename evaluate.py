@@ -162,7 +162,7 @@ def evaluate(cfg, out):
         old = on_rank_0(read_record, out)
         run, had = on_rank_0(describe_run, cfg, old), old.get("identity", {})
         identity["verifier"] = run["settings"]["verifier"]
-        differ = differences({**identity, **had}, {**had, **identity})  # it may have other sets, too
+        differ = differences({**identity, **had}, {**had, **identity})  # of sets, each may lack some
         check(not differ, f"{out} holds samples of another model, setting or set ({differ}); "
                           "choose another --out or delete it")
         record = {**run, "model": cfg.model, "identity": {**had, **identity}, "finished": False}

@@ -177,7 +177,8 @@ def test_memory_flags_are_those_a_run_may_be_resumed_with():
         comments = common.field_comments(SCRIPTS[name].Config)
         shown = {field for field, (title, _) in comments.items() if title.startswith("memory")}
         cfg = SCRIPTS[name].Config()
-        assert set(comments) - set(common.describe_run(cfg, {})["settings"]) - shown <= {"out", "cache"}
+        settings = common.describe_run(cfg, {})["settings"]
+        assert set(comments) - set(settings) - shown <= {"out", "cache"}
 
 def test_defaults_are_the_papers():
     """Tables 9 and 10, as the paper states them."""
