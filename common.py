@@ -86,7 +86,7 @@ class StageConfig:
     exclude: str = "math500,aime24,aime25"  # ours: sets whose problems are dropped, or none
     labels: int = 0  # ours: use only so many problems, halves are of these; 0 is all
     split_seed: int = 0  # ours: of --labels and --half; keep it over a whole recipe
-    verifier: str = ""  # ours: FILE.py with a deterministic verify(response, answer) -> reward
+    verifier: str = ""  # ours: FILE.py: deterministic verify(response, answer) -> reward; or maths
     # --- ours
     seed: int = 0  # ours: of prompt order and sampling
     thinking: bool = False  # ours: Qwen3's thinking mode

@@ -35,7 +35,7 @@ class Config:
     out: str = ""  # ours: output folder; empty is MODEL/eval, or eval/MODEL for a hub name
     table: str = ""  # ours: print (and write) the table of the evaluated runs in this folder
     regrade: bool = False  # ours: only run the verifier again on the samples stored in --out
-    verifier: str = ""  # ours: FILE.py with a deterministic verify(response, answer) -> reward
+    verifier: str = ""  # ours: FILE.py: deterministic verify(response, answer) -> reward; or maths
     # --- settings
     samples: int = 16  # samples per problem (Tables 2-8: avg@16)
     temperature: float = 1.0  # ours: the trained policy itself; 0 is greedy
@@ -162,7 +162,7 @@ def evaluate(cfg, out):
         old = on_rank_0(read_record, out)
         run, had = on_rank_0(describe_run, cfg, old), old.get("identity", {})
         identity["verifier"] = run["settings"]["verifier"]
-        differ = differences({**identity, **had}, {**had, **identity})  # of sets, each may lack some
+        differ = differences({**identity, **had}, {**had, **identity})  # each may lack a set
         check(not differ, f"{out} holds samples of another model, setting or set ({differ}); "
                           "choose another --out or delete it")
         record = {**run, "model": cfg.model, "identity": {**had, **identity}, "finished": False}

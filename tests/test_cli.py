@@ -358,8 +358,7 @@ def test_with_a_verifier_texts_that_differ_are_two_problems(tmp_path):
 
 # --- labels
 
-def test_labels_are_the_problems_that_steps_draw_and_of_the_parents(small_line, taught, tmp_path,
-                                                                    world):
+def test_labels_are_what_steps_and_parents_drew(small_line, taught, tmp_path, world):
     """Stage 3 after a stage 1 on 1H that drew two of its four problems. Fresh are those of 2H; the
     same half again, also from a copy of the file, or the whole have some of them: it is told."""
     copy = shutil.copy(taught.data, tmp_path / "copy.jsonl")
