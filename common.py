@@ -25,6 +25,7 @@ import math
 import operator
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -85,6 +86,7 @@ class StageConfig:
     exclude: str = "math500,aime24,aime25"  # ours: sets whose problems are dropped, or none
     labels: int = 0  # ours: use only so many problems, halves are of these; 0 is all
     split_seed: int = 0  # ours: of --labels and --half; keep it over a whole recipe
+    verifier: str = ""  # ours: FILE.py: deterministic verify(response, answer) -> reward; or maths
     # --- ours
     seed: int = 0  # ours: of prompt order and sampling
     thinking: bool = False  # ours: Qwen3's thinking mode
@@ -114,7 +116,7 @@ def field_comments(config_class):
         for line in inspect.getsource(base).splitlines():
             if heading := re.match(r"\s*# --- (.*)", line):
                 title = heading[1]
-            elif field := re.match(r"    (\w+): [^#]*=[^#]*  # (.*)", line):
+            elif field := re.match(r"    (\w+): .*?=.*?\s#\s*(\S.*)", line):
                 comments[field[1]] = (title, field[2])
     return comments
 
@@ -129,6 +131,7 @@ def parse_args(config_class, doc, argv=None):
     parser.error = refuse
     own = config_class.__annotations__  # the script's own flags come before those of all stages
     for field in sorted(dataclasses.fields(config_class), key=lambda field: field.name not in own):
+        check(field.name in comments, f"Config.{field.name} has no `# help text` in its line")
         (title, comment), default = comments[field.name], field.default
         group = groups.setdefault(title, parser.add_argument_group(title))
         shown = "" if default in (None, "") else f" [default: {default}]"
@@ -515,16 +518,16 @@ def to_problem(row, source):
         answer = extract_answer(answer) or answer
     return Problem(question, answer.strip())
 
-def problem_key(text):
-    """Text reduced to what makes two problems the same: no case, space, dollar, \\left, \\right."""
-    text = unicodedata.normalize("NFKC", text).lower()
-    return re.sub(r"\\left|\\right|\\[,;!: ]|[\s$]", "", text)
+def problem_key(text, exact=False):
+    """What makes problems the same: no case, space, dollar, \\left, \\right; or the exact text."""
+    plain = unicodedata.normalize("NFKC", text).lower()
+    return text if exact else re.sub(r"\\left|\\right|\\[,;!: ]|[\s$]", "", plain)
 
-def deduplicate(problems, counts):
+def deduplicate(problems, counts, exact=False):
     """{key: Problem}, one per question, none with contradicting answers; adds to counts."""
     first, answers = {}, {}
     for item in problems:
-        key = problem_key(item.problem)
+        key = problem_key(item.problem, exact)
         counts["rows"] += 1
         counts["duplicates"] += key in first
         if key not in first or item.problem < first[key].problem:  # whatever the row order
@@ -538,12 +541,12 @@ def load_problems(cfg):
     """Problems of cfg.data: deduplicated, without contradictions, decontaminated, then halved.
     Their order, and so the halves, depend on the remaining problems' texts and cfg.split_seed alone
     (rank of a hash): keep data, exclude and split_seed over a recipe. UserError without any."""
-    counts, rows = Counter(), read_rows(cfg.data)
+    counts, rows, exact = Counter(), read_rows(cfg.data), cfg.verifier
     rows = progress(rows, desc=f"reading {cfg.data}", leave=False, disable=len(rows) < 50_000)
-    unique = deduplicate((to_problem(row, cfg.data) for row in rows), counts)
+    unique = deduplicate((to_problem(row, cfg.data) for row in rows), counts, exact)
     for name in [] if cfg.exclude in ("", "none") else cfg.exclude.split(","):
         try:
-            banned = {problem_key(to_problem(row, name).problem) for row in read_rows(name)}
+            banned = {problem_key(to_problem(row, name).problem, exact) for row in read_rows(name)}
         except UserError as error:
             raise UserError(f"--exclude {name}: {error} (--exclude none skips this)") from error
         counts["in an evaluation set"] += len(banned & unique.keys())
@@ -583,6 +586,11 @@ def batch_indices(n_items, per_step, step, seed):
     epoch, i = divmod(step, n_items // per_step)
     order = np.random.default_rng([seed, epoch]).permutation(n_items)
     return order[i * per_step : (i + 1) * per_step].tolist()
+
+def drawn(items, cfg, steps):
+    """Those of the items that so many steps use, in their order."""
+    batches = (batch_indices(len(items), cfg.prompts, s, cfg.seed) for s in range(steps))
+    return [items[i] for i in sorted(set().union(*batches))]
 
 def count_steps(cfg, n_items):
     """Steps: --steps, or if that is 0 --epochs of the items. UserError without a batch."""
@@ -1129,12 +1137,28 @@ def grade(response: str, answer: str) -> str:
     except Exception:  # counted apart from wrong, and never raised into training
         return "gave_up"
 
-def reward_groups(lm, rows, answers):
-    """Returns the reward in {0, 1} of K rollouts for each of P answers, (P, K), and what to log."""
+REWARD = {"correct": 1.0, "wrong": 0.0, "no_answer": 0.0, "gave_up": 0.0}
+load_verifier = functools.cache(runpy.run_path)  # a --verifier FILE.py runs once
+
+def judge(pairs, verifier=""):
+    """`grade`'s words on (response, answer) pairs, or numbers: those of a --verifier FILE.py."""
+    if not verifier:
+        return [grade(*pair) for pair in pairs]
+    try:
+        verify = load_verifier(verifier)["verify"]
+        values = [float(verify(*pair)) for pair in pairs]
+        _require(all(map(math.isfinite, values)), ValueError("a value is not finite"))
+        return values
+    except Exception as error:
+        raise UserError(f"--verifier {verifier}, verify(response, answer): {error!r}") from error
+
+def reward_groups(lm, rows, answers, verifier=""):
+    """Returns the rewards of K rollouts for each of P answers, (P, K), and what to log."""
     k = len(rows) // len(answers)
     texts = [lm.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in rows]
-    verdicts = [grade(text, answers[i // k]) for i, text in enumerate(texts)]
-    rewards = torch.tensor([float(v == "correct") for v in verdicts]).view(-1, k)  # (P, K)
+    verdicts = judge([(text, answers[i // k]) for i, text in enumerate(texts)], verifier)
+    rewards = torch.tensor([REWARD.get(v, v) for v in verdicts]).view(-1, k)  # (P, K)
+    rewards = rewards.double() if verifier else rewards  # in fp32 the mean of 0.1s is not 0.1
     spread = rewards.std(-1)
     shares = {name: verdicts.count(name) / len(rows) for name in ("no_answer", "gave_up")}
     return rewards, {"reward": rewards.mean().item(), "reward_std": spread.mean().item(),
@@ -1525,20 +1549,16 @@ def optimizer_step(lm, optimizer, cfg, updates):
 
 MAX_SKIPPED = 5  # steps in a row without an update end a run: the weights are at fault, not data
 
-@contextlib.contextmanager
-def errors_that_name(path):
-    """Turn an OSError, which on a full disk names no file, into a UserError that names it."""
+def write_text(path, text, append=False):
+    """Rank 0 writes a text file whole or not at all, or appends to it. UserError names the file."""
+    beside = path if append else f"{path}.tmp"
     try:
-        yield
-    except OSError as error:
+        if rank() == 0:
+            with open(beside, "a" if append else "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(beside, path)
+    except OSError as error:  # on a full disk it names no file
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-def write_text(path, text):
-    """Write a text file whole or not at all. Of several processes rank 0 writes."""
-    if rank() == 0:
-        with errors_that_name(path):
-            Path(f"{path}.tmp").write_text(text, encoding="utf-8")
-            os.replace(f"{path}.tmp", path)
 
 def write_json(path, value):
     write_text(path, json.dumps(value, indent=2) + "\n")
@@ -1547,10 +1567,7 @@ def json_line(value):
     return json.dumps(value, ensure_ascii=False) + "\n"
 
 def append_json_line(path, value):
-    """Add an object to a .jsonl file. Of several processes rank 0 writes."""
-    if rank() == 0:
-        with errors_that_name(path), Path(path).open("a", encoding="utf-8") as file:
-            file.write(json_line(value))
+    write_text(path, json_line(value), append=True)
 
 def read_json_lines(path, limit=None):
     """The first `limit` objects of a .jsonl file, [] without one. What follows is cut off: a line
@@ -1585,17 +1602,24 @@ def lock(path, name):
         print(f"{name} cannot be locked ({error.strerror}): let no other run write there")
     return file
 
-def describe_run(cfg):
-    """How a folder came to be: command line, settings that can change a result, versions, git."""
+def short_hash(value):
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+
+def describe_run(cfg, old):
+    """How a folder came to be: command, settings that can change a result, versions, code."""
     comments = field_comments(type(cfg))
     settings = {name: value for name, value in vars(cfg).items()
                 if not comments[name][0].startswith("memory") and name not in ("out", "cache")}
-    git = subprocess.run("git describe --always --abbrev=12 --exclude='*' --dirty=+changes",
-                         shell=True, cwd=Path(__file__).resolve().parent, capture_output=True,
-                         text=True).stdout.strip()
+    judge([], cfg.verifier)  # its mistakes should not wait
+    settings["verifier"] = cfg.verifier and short_hash(Path(cfg.verifier).read_bytes())
+    git = subprocess.getoutput(f"git -C {shlex.quote(os.path.dirname(__file__))} describe --always "
+                               "--abbrev=12 --exclude='*' --dirty 2> /dev/null || echo unknown")
+    git += " " + short_hash([Path(x).read_bytes() for x in (__file__, inspect.getfile(type(cfg)))])
+    if old.get("git", git) != git:
+        print(f"warning: the code that began this folder was {old['git']}, is now {git}")
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
     return {"command": shlex.join(sys.argv), "settings": settings,
-            "versions": {"python": sys.version.split()[0], **versions}, "git": git or "unknown"}
+            "versions": {"python": sys.version.split()[0], **versions}, "git": git}
 
 def differences(old, new):
     """What differs between two dicts of settings, as text; "" if nothing does."""
@@ -1618,29 +1642,29 @@ class Run:
     config.json holds the run's record, beside the model's own keys once there is a model;
     metrics.jsonl has one line a step; state-<steps>, until the end, is the newest checkpoint."""
 
-    def __init__(self, cfg, parents):
-        """parents: the models that the run starts from. Ends the program if the run has finished;
-        UserError for a folder that is another program's or run's, or in use."""
-        self.cfg, self.out, self.metrics = cfg, Path(cfg.out), []
+    def __init__(self, cfg, parents, data):
+        """parents: models to start from; data: all Problems or Rollouts. Ends the program if it has
+        finished the run; UserError for a folder that is another program's or run's, or in use."""
+        self.cfg, self.out, self.metrics, self.labels = cfg, Path(cfg.out), [], []
         self.stop_signal, self.seconds_before = 0, 0.0  # in which a teacher's rollouts were sampled
-        self.record = on_rank_0(self.open, parents)
+        self.record = on_rank_0(self.open, parents, data)
         if not self.record:
             sys.exit(0)
 
-    def open(self, parents):
+    def open(self, parents, data):
         """Lock the folder and write the run's record. Returns it, None if the run has finished."""
         foreign = (self.out / "config.json").exists() and not read_record(self.out)
         check(not foreign, f"{self.out} holds a model of another program; choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.out / ".lock", self.out)
         parents = [str(Path(p).resolve()) if Path(p).is_dir() else p for p in parents]
-        record = {**describe_run(self.cfg), "parents": parents, "finished": False,
-                  "labels": {}}  # data: labelled problems that the run learns from
         old = read_record(self.out)
+        record = {**describe_run(self.cfg, old), "parents": parents, "finished": False}
+        record["settings"]["data_hash"] = short_hash(data)
         if old and (old["finished"] or (self.out / "metrics.jsonl").exists()):
             differ = differences(old["settings"], record["settings"])
-            check(not differ, f"{self.out} holds a run with other settings ({differ}); choose "
-                              "another --out or delete it")
+            check(not differ, f"{self.out} holds a run with other settings or data ({differ}); "
+                              "choose another --out or delete it")
         if old and old["finished"]:
             self.delete_checkpoints()  # a kill at the very end leaves them
             print(f"{self.out}: already finished with these settings")
@@ -1656,6 +1680,10 @@ class Run:
                         "optimizer": optimizer.state_dict()["state"]}  # they will hold
         self.made_with = {**self.record["settings"], "weights": fingerprint(lm),
                           "teacher_weights": teacher and fingerprint(teacher)}
+        own = {short_hash(problem_key(p.problem, self.cfg.verifier)) for p in self.labels}
+        used = set().union(*(read_json_lines(f"{p}/labels.jsonl") for p in self.record["parents"]))
+        print(f"{self.out}: {len(own)} labelled problems, {len(own & used)} of them used before")
+        write_text(self.out / "labels.jsonl", "".join(map(json_line, sorted(own | used))))
         path, start, self.metrics = on_rank_0(self.newest_checkpoint)
         if path:
             dcp.load(self.tensors, checkpoint_id=path)  # fills them in place

@@ -2,7 +2,8 @@
 
 Each problem is answered `--samples` times; its score is the share of right samples. avg@n is the
 mean score over the problems of a set, and ± its standard error over problems (not over seeds). A
-response that the limit cut off counts as it stands: wrong unless its answer was already there.
+response that the limit cut off counts as it stands: wrong unless its answer was already there. With
+a --verifier, avg@n is the mean of its values, and a sample of at least 1 is right for pass@k.
 
 Every problem becomes one line of OUT/<set>.jsonl with all its samples. So an interrupted evaluation
 continues where it stopped, and --regrade runs the verifier again on stored text, without the model.
@@ -15,17 +16,16 @@ The random numbers of a sample depend on (seed, prompt, sample index), not on ba
 
 import math
 import re
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from common import (DATA_ALIASES, append_json_line, build_prompt, check, check_context,
-                    describe_run, differences, fingerprint, grade, json_line, load_lm, lock,
+from common import (DATA_ALIASES, REWARD, append_json_line, build_prompt, check, check_context,
+                    describe_run, differences, fingerprint, json_line, judge, load_lm, lock,
                     on_rank_0, progress, rank, read_json, read_json_lines, read_record, read_rows,
-                    run_cli, sample_and_write, to_problem, write_json, write_text)
+                    run_cli, sample_and_write, short_hash, to_problem, write_json, write_text)
 
 @dataclass
 class Config:
@@ -35,6 +35,7 @@ class Config:
     out: str = ""  # ours: output folder; empty is MODEL/eval, or eval/MODEL for a hub name
     table: str = ""  # ours: print (and write) the table of the evaluated runs in this folder
     regrade: bool = False  # ours: only run the verifier again on the samples stored in --out
+    verifier: str = ""  # ours: FILE.py: deterministic verify(response, answer) -> reward; or maths
     # --- settings
     samples: int = 16  # samples per problem (Tables 2-8: avg@16)
     temperature: float = 1.0  # ours: the trained policy itself; 0 is greedy
@@ -79,12 +80,13 @@ def pass_at_k(n, c, k):
 
 def summarise(lines):
     """{figure: value} of a set's lines: shares in [0, 1], tokens; "se" is None for one problem."""
-    verdicts = np.array([line["verdicts"] for line in lines])  # (problems, n)
-    right = (verdicts == "correct").sum(1)  # (problems,)
-    n_problems, n = verdicts.shape
+    rewards = np.array([[REWARD.get(v, v) for v in line["verdicts"]] for line in lines])
+    verdicts = np.array([line["verdicts"] for line in lines], dtype=str)  # both (problems, n)
+    n_problems, n = rewards.shape
+    scores, right = rewards.mean(1), (rewards >= 1).sum(1)  # (problems,)
     return {
-        "problems": n_problems, "samples": n, "avg": float((right / n).mean()),
-        "se": float((right / n).std(ddof=1) / n_problems ** 0.5) if n_problems > 1 else None,
+        "problems": n_problems, "samples": n, "avg": float(scores.mean()),
+        "se": float(scores.std(ddof=1) / n_problems ** 0.5) if n_problems > 1 else None,
         "pass": {str(k): float(np.mean([pass_at_k(n, int(c), k) for c in right]))
                  for k in (1, 2, 4, 8, 16, 32, 64) if k <= n},
         "finished": float(np.mean([line["finished"] for line in lines])),
@@ -96,7 +98,7 @@ def read_sets(cfg):
     """{set name: problems} of --data. Raises UserError for a set that is missing or empty."""
     sets = {}
     for source in cfg.data.split(","):
-        problems = [to_problem(row, source) for row in read_rows(source)][: cfg.limit or None]
+        problems = [to_problem(row, source) for row in read_rows(source)]
         name = source if source in DATA_ALIASES else Path(source).stem.replace(":", "-")
         check(problems, f"data {source!r} holds no problem")
         check(name not in sets, f"--data {cfg.data}: two sets have one name")
@@ -120,7 +122,7 @@ def answer_set(cfg, lm, problems, path):
         i, p = missing[j], problems[missing[j]]
         texts = [lm.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in rollouts]
         lines[i] = {"index": i, "problem": p.problem, "answer": p.answer,
-                    "verdicts": [grade(text, p.answer) for text in texts],
+                    "verdicts": judge([(text, p.answer) for text in texts], cfg.verifier),
                     "lengths": [len(r.tokens) for r in rollouts],
                     "finished": [r.finished for r in rollouts], "responses": texts}
         append_json_line(path, lines[i])
@@ -143,22 +145,27 @@ def save_summary(out, model, sets):
 def evaluate(cfg, out):
     """Answer the sets of --data into the folder `out`; returns {set name: figures}.
 
-    Raises UserError if `out` holds samples of another model or setting.
+    Raises UserError if `out` holds samples of another model, setting or state of a set.
     """
     sets, summary = read_sets(cfg), {}
     lm = load_lm(cfg.model, cfg, shard=False)
+    names = ("samples", "temperature", "max_new_tokens", "seed", "thinking")
+    identity = {"weights": fingerprint(lm), "bf16": lm.bf16, **{n: getattr(cfg, n) for n in names}}
     for name, problems in sets.items():
+        identity[f"set {name}"] = short_hash(problems)
+        problems = problems[: cfg.limit or None]
         prompts = (tuple(build_prompt(lm.tokenizer, p.problem, cfg.thinking)) for p in problems)
         sets[name] = [replace(p, prompt=ids) for p, ids in zip(problems, prompts)]
         check_context(lm, cfg, max(len(p.prompt) for p in sets[name]) + cfg.max_new_tokens)
-    names = ("samples", "temperature", "max_new_tokens", "seed", "thinking")
-    identity = {"weights": fingerprint(lm), "bf16": lm.bf16, **{n: getattr(cfg, n) for n in names}}
-    record = {**describe_run(cfg), "model": cfg.model, "identity": identity, "finished": False}
     out.mkdir(parents=True, exist_ok=True)
     with lock(out / ".lock", out):
-        differ = differences(on_rank_0(read_record, out).get("identity", identity), identity)
-        check(not differ, f"{out} holds samples of another model or setting ({differ}); choose "
-                          "another --out or delete it")
+        old = on_rank_0(read_record, out)
+        run, had = on_rank_0(describe_run, cfg, old), old.get("identity", {})
+        identity["verifier"] = run["settings"]["verifier"]
+        differ = differences({**identity, **had}, {**had, **identity})  # each may lack a set
+        check(not differ, f"{out} holds samples of another model, setting or set ({differ}); "
+                          "choose another --out or delete it")
+        record = {**run, "model": cfg.model, "identity": {**had, **identity}, "finished": False}
         write_json(out / "config.json", {"run": record})
         for name, problems in sets.items():
             summary[name] = summarise(answer_set(cfg, lm, problems, out / f"{name}.jsonl"))
@@ -168,20 +175,25 @@ def evaluate(cfg, out):
 
 def regrade(cfg, out):
     """Judge all samples in `out` again; returns {set name: figures}. UserError without samples."""
-    paths, summary = sorted(out.glob("*.jsonl")), {}
+    paths, graded, summary = sorted(out.glob("*.jsonl")), {}, {}
     check(paths, f"no stored samples in {out}")
     with lock(out / ".lock", out):
+        record = read_record(out)
+        settings = describe_run(cfg, record)["settings"]
+        record["identity"] = {**record.get("identity", {}), "verifier": settings["verifier"]}
         for path in paths:
             lines, changed = read_json_lines(path), 0
             check(all("responses" in line for line in lines), f"{path} holds no samples")
             for line in lines:
-                verdicts = [grade(text, line["answer"]) for text in line["responses"]]
+                verdicts = judge([(x, line["answer"]) for x in line["responses"]], cfg.verifier)
                 changed += sum(a != b for a, b in zip(verdicts, line["verdicts"]))
                 line["verdicts"] = verdicts
-            write_text(path, "".join(map(json_line, lines)))
             print(f"{path}: {changed} verdicts changed")
-            summary[path.stem] = summarise(lines)
-        save_summary(out, read_record(out).get("model", cfg.model), summary)
+            graded[path], summary[path.stem] = lines, summarise(lines)
+        for path, lines in graded.items():  # all are judged by now, or none is written
+            write_text(path, "".join(map(json_line, lines)))
+        write_json(out / "config.json", {"run": record})
+        save_summary(out, record.get("model", cfg.model), summary)
     return summary
 
 def percent(figures):
@@ -226,13 +238,9 @@ def ancestry(folder):
         records |= ancestry(parent if parent.is_dir() else Path(folder).parent / parent.name)
     return records
 
-def labels_used(records):
-    """Distinct labelled problems behind a run: of each source all, or the halves that were used."""
-    used = Counter()
-    for record in records:
-        used |= Counter(record["labels"])  # the larger: with --labels the fewer are among the more
-    whole = {key.removesuffix(":all") for key in used if key.endswith(":all")}
-    return sum(n for key, n in used.items() if key.endswith(":all") or key[:-2] not in whole)
+def labels_used(folder):
+    """Distinct labelled problems behind a model, its teacher's included."""
+    return len(read_json_lines(Path(folder) / "labels.jsonl"))
 
 def evaluated_runs(root):
     """{run folder: {set: figures}}, PAPER's routes first, in its order. UserError if none."""
@@ -254,7 +262,7 @@ def runs_table(root):
     for folder, figures in runs.items():
         chain = ancestry(folder).values()
         rows.append([folder.name, *(percent(figures[s]) if s in figures else "-" for s in sets),
-                     str(labels_used(chain)), f"{sum(r.get('seconds', 0) for r in chain):.0f}",
+                     str(labels_used(folder)), f"{sum(r.get('seconds', 0) for r in chain):.0f}",
                      " / ".join(map(str, paper_row(folder))) or "-"])
     head = ["route", *(f"{s}, avg@{samples} ± SE, %" for s in sets), "labels", "seconds"]
     table = markdown([*head, "paper, %: MATH / AIME24 / AIME25"], rows)

@@ -9,7 +9,7 @@ states. `--targets` offers
 
     soft  the teacher's whole next-token distribution: Eq. 5, exact over the vocabulary
     hard  only the token that the teacher sampled: teacher-sample SFT (route R2); --only-correct
-          keeps the responses that the verifier accepts (with one model as --teacher and --student:
+          keeps the responses with a reward above 0 (with one model as --teacher and --student:
           the SFT'd teacher of R6; ours, the paper does not say how that one was trained)
     data  the `response` (or `solution`) field of all of --data, without a teacher: plain SFT
 
@@ -31,19 +31,19 @@ from typing import Literal
 
 import torch
 
-from common import (Rollout, Run, StageConfig, all_reduce_sum, append_json_line, batch_indices,
-                    build_prompt, check, check_context, check_pair, count_steps, describe_lm,
-                    differences, find_question, fingerprint, grade, load_lm, load_problems, lock,
-                    make_optimizer, on_rank_0, optimizer_step, over_chunks, pick, progress,
-                    read_json_lines, read_rows, run_cli, sample_and_write, shared_micro_batches,
-                    skip_long_prompts, tokenize_problems)
+from common import (REWARD, Rollout, Run, StageConfig, all_reduce_sum, append_json_line,
+                    batch_indices, build_prompt, check, check_context, check_pair, count_steps,
+                    describe_lm, differences, drawn, find_question, fingerprint, judge, load_lm,
+                    load_problems, lock, make_optimizer, on_rank_0, optimizer_step, over_chunks,
+                    pick, progress, read_json_lines, read_rows, run_cli, sample_and_write,
+                    shared_micro_batches, skip_long_prompts, tokenize_problems)
 
 @dataclass
 class Config(StageConfig):  # whose flags all three stages have
     # --- models and data
     teacher: str = ""  # ours: any; frozen teacher, model folder or hub name (not for data)
     student: str = None  # ours: any; student to train, model folder or hub name
-    only_correct: bool = False  # ours: only responses that the verifier accepts (uses labels)
+    only_correct: bool = False  # ours: only responses with a reward above 0 (uses labels)
     cache: str = ""  # ours: file of the teacher's rollouts; empty is OUT/rollouts.jsonl
     out: str = "ckpt/warmup"  # ours: output folder
     # --- the paper's
@@ -67,8 +67,7 @@ def teacher_rollouts(cfg, run, teacher, problems):
     """K rollouts of the teacher for each problem, [[Rollout]]; those that no step uses are []."""
     path = Path(cfg.cache or run.out / "rollouts.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
-    steps = range(count_steps(cfg, len(problems)))
-    used = {i for s in steps for i in batch_indices(len(problems), cfg.prompts, s, cfg.seed)}
+    used = drawn(range(len(problems)), cfg, count_steps(cfg, len(problems)))
     if cfg.only_correct:  # the steps will draw from the problems that have a correct response
         used = range(len(problems))
     with lock(path.with_name(f".{path.name}.lock"), path):  # another run may share the cache
@@ -114,11 +113,12 @@ def fill_cache(cfg, teacher, path, cache, prompts):
     with progress(total=len(prompts), desc="teacher rollouts", disable=not prompts) as bar:
         sample_and_write(teacher, prompts, cfg.rollouts, cfg, (cfg.seed,), write)
 
-def correct_only(groups, problems, tokenizer):
-    """The responses that the verifier accepts, a list for each problem that has one."""
-    groups = [[r for r in rows if grade(tokenizer.decode(r.tokens, skip_special_tokens=True),
-                                        p.answer) == "correct"]
-              for p, rows in zip(problems, groups)]
+def correct_only(groups, problems, tokenizer, verifier=""):
+    """The responses with a reward above 0, a list for each problem that has one."""
+    pairs = [(tokenizer.decode(r.tokens, skip_special_tokens=True), p.answer)
+             for p, rows in zip(problems, groups) for r in rows]
+    verdicts = iter(judge(pairs, verifier))  # a verdict a row, problem by problem
+    groups = [[r for r, v in zip(rows, verdicts) if REWARD.get(v, v) > 0] for rows in groups]
     correct = [rows for rows in groups if rows]
     print(f"--only-correct: {sum(map(len, correct))} responses to {len(correct)} of "
           f"{len(problems)} problems kept")
@@ -141,18 +141,16 @@ def worked_examples(cfg, lm):
     check_context(lm, cfg, max(len(row.prompt + row.tokens) for row in rows))
     return [[row] for row in rows]
 
-def load_states(cfg, run, student):
+def load_states(cfg, run, student, data):
     """The teacher (None if no step needs it) and what steps draw from: rows per prompt."""
     if cfg.targets == "data":
-        return None, worked_examples(cfg, student)
-    problems = load_problems(cfg)
-    if cfg.only_correct:
-        run.record["labels"] = {f"{cfg.data}:{cfg.half}": len(problems)}
+        return None, data
     teacher = load_lm(cfg.teacher, cfg)
-    problems = tokenize_problems(problems, cfg, student, teacher)
+    problems = tokenize_problems(data, cfg, student, teacher)
     groups = teacher_rollouts(cfg, run, teacher, problems)
     if cfg.only_correct:
-        groups = correct_only(groups, problems, teacher.tokenizer)
+        run.labels = problems  # all were looked at
+        groups = correct_only(groups, problems, teacher.tokenizer, cfg.verifier)
     return teacher if cfg.targets == "soft" else None, groups
 
 def accumulate(cfg, student, teacher, rows, n_tokens):
@@ -186,11 +184,13 @@ def main(cfg):
     if cfg.targets == "data":
         check(cfg.half == "all" and not cfg.teacher and not cfg.only_correct,
               "--targets data takes all rows as they are: no --half, --teacher, --only-correct")
+        data = worked_examples(cfg, describe_lm(cfg.student))
     else:
         check_pair(describe_lm(cfg.teacher), describe_lm(cfg.student), cfg.thinking)
-    run = Run(cfg, parents=[name for name in (cfg.teacher, cfg.student) if name])
+        data = load_problems(cfg)
+    run = Run(cfg, parents=[name for name in (cfg.teacher, cfg.student) if name], data=data)
     student = load_lm(cfg.student, cfg, train=True)
-    teacher, groups = load_states(cfg, run, student)
+    teacher, groups = load_states(cfg, run, student, data)
     steps = count_steps(cfg, len(groups))
     optimizer = make_optimizer(student, cfg)
 

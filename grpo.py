@@ -16,9 +16,9 @@ between them is opd.py --sparse-weight.
 
 Ablations in one flag: --aggregation sequence (GRPO's first form) or constant (Dr. GRPO),
 --no-adv-std (Dr. GRPO), --clip-high 0.28 (DAPO), --mask-truncated (DAPO), --kl-coef 0, --kl-loss
-k3; several updates per batch: --prompts 64 with --mini-batch 8. Left out: a value network, reward
-shaping, asynchronous sampling. Axes: P prompts, K rollouts each, B = P*K rows, N response tokens of
-a micro-batch, n tokens of a vocabulary chunk, V vocabulary.
+k3; several updates per batch: --prompts 64 with --mini-batch 8; another reward: --verifier FILE.py.
+Left out: a value network, asynchronous sampling. Axes: P prompts, K rollouts each, B = P*K rows, N
+response tokens of a micro-batch, n tokens of a vocabulary chunk, V vocabulary.
 
     python grpo.py --model Qwen/Qwen3-8B --half 1 --out ckpt/teacher_rl
     python grpo.py --model runs/world/base-teacher --data runs/world/train.jsonl --exclude none \\
@@ -31,7 +31,7 @@ from typing import Literal
 import torch
 
 from common import (Run, StageConfig, all_gather_dict, all_reduce_sum, batch_indices, check,
-                    count_steps, describe_lm, load_lm, load_problems, make_optimizer,
+                    count_steps, describe_lm, drawn, load_lm, load_problems, make_optimizer,
                     optimizer_step, over_chunks, pick, reward_groups, run_cli,
                     sample_shared, shared_micro_batches, tokenize_problems)
 
@@ -150,15 +150,15 @@ def main(cfg):
     check(cfg.prompts % cfg.mini_batch == 0,
           f"--prompts {cfg.prompts} is not a multiple of --mini-batch {cfg.mini_batch}")
     describe_lm(cfg.model)  # a wrong name should not wait for the data
-    run = Run(cfg, parents=[cfg.model])
     problems = load_problems(cfg)
-    run.record["labels"] = {f"{cfg.data}:{cfg.half}": len(problems)}
+    run = Run(cfg, parents=[cfg.model], data=problems)
     policy = load_lm(cfg.model, cfg, train=True)
     reference = load_lm(cfg.model, cfg) if cfg.kl_coef else None
     problems = tokenize_problems(problems, cfg, policy)
     steps = count_steps(cfg, len(problems))
     updates = cfg.prompts // cfg.mini_batch  # per step
     optimizer = make_optimizer(policy, cfg)
+    run.labels = drawn(problems, cfg, steps)
 
     for step in run.steps(steps, policy, optimizer):
         indices = batch_indices(len(problems), cfg.prompts, step, cfg.seed)
@@ -171,7 +171,7 @@ def main(cfg):
         # reward: one verdict a response; advantage: inside the group of one prompt
         run.time("verifying")
         answers = [problems[i].answer for i in indices]
-        rewards, rewarded = reward_groups(policy, rows, answers)  # (P, K)
+        rewards, rewarded = reward_groups(policy, rows, answers, cfg.verifier)  # (P, K)
         adv = advantages(rewards, cfg.adv_std).flatten()  # (B,)
 
         # constants: pi_old only if a later update will see a moved policy, pi_ref only if it counts
@@ -200,7 +200,7 @@ def main(cfg):
         clipped, entropy, k3, gap = (x / n for x in sums)
         run.log("reward", "zero_variance", "length", **rewarded, entropy=entropy, k3_ref=k3,
                 clip_fraction=clipped, sampler_gap=gap, grad_norms=grad_norms, rows=rows,
-                note=f"answer {answers[0]}, reward {rewards[0, 0]:.0f}")
+                note=f"answer {answers[0]}, reward {rewards[0, 0]:g}")
     run.finish()
 
 if __name__ == "__main__":

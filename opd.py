@@ -42,7 +42,7 @@ from typing import Literal
 import torch
 
 from common import (Run, StageConfig, all_reduce_sum, batch_indices, check, check_pair, count_steps,
-                    describe_lm, load_lm, load_problems, make_optimizer, optimizer_step,
+                    describe_lm, drawn, load_lm, load_problems, make_optimizer, optimizer_step,
                     over_chunks, pick, reward_groups, run_cli, sample_shared,
                     shared_micro_batches, tokenize_problems)
 
@@ -130,15 +130,14 @@ def main(cfg):
     check(cfg.rollouts > 1 or not cfg.sparse_weight,
           "--rollouts 1: a group of one has no advantage for --sparse-weight; take at least 2")
     check_pair(describe_lm(cfg.teacher), describe_lm(cfg.student), cfg.thinking)
-    run = Run(cfg, parents=[cfg.teacher, cfg.student])
     problems = load_problems(cfg)
-    if cfg.sparse_weight:
-        run.record["labels"] = {f"{cfg.data}:{cfg.half}": len(problems)}
+    run = Run(cfg, parents=[cfg.teacher, cfg.student], data=problems)
     teacher = load_lm(cfg.teacher, cfg)
     student = load_lm(cfg.student, cfg, train=True)
     problems = tokenize_problems(problems, cfg, student, teacher)
     steps = count_steps(cfg, len(problems))
     optimizer = make_optimizer(student, cfg)
+    run.labels = drawn(problems, cfg, steps) if cfg.sparse_weight else []
 
     for step in run.steps(steps, student, optimizer, teacher):
         indices = batch_indices(len(problems), cfg.prompts, step, cfg.seed)
@@ -152,8 +151,9 @@ def main(cfg):
         sparse, rewarded = torch.zeros(len(rows)), {}
         if cfg.sparse_weight:
             run.time("verifying")
-            rewards, rewarded = reward_groups(student, rows, [problems[i].answer for i in indices])
-            sparse = sparse_advantages(rewards).flatten()  # (B,)
+            rewards, rewarded = reward_groups(student, rows, [problems[i].answer for i in indices],
+                                              cfg.verifier)
+            sparse = sparse_advantages(rewards).flatten().float()  # (B,)
 
         # loss: the mean over all response tokens of the update, whatever the micro-batches
         run.time("updating")

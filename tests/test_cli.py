@@ -5,6 +5,7 @@ Each runs in a forked child, see conftest.py; one test has fresh interpreters.
 
 import dataclasses
 import importlib
+import json
 import math
 import re
 import shlex
@@ -72,7 +73,7 @@ def check_folder(folder, line, parent):
     assert [Path(script).name, *flags] == shlex.split(line)
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     if head.returncode == 0:
-        assert head.stdout.startswith(run["git"].split("+")[0])
+        assert head.stdout.startswith(re.split("[- ]", run["git"])[0])
     assert not list(folder.glob("state*"))
 
 @pytest.mark.parametrize("name", SMOKE)
@@ -85,10 +86,11 @@ def test_two_steps_of_the_command_line(name, line_of, tmp_path, world, taught):
     parent = taught.model if stage == "grpo" else world / "init-student"
     check_folder(tmp_path / "out", line, parent)
     rows, run = metrics(tmp_path / "out"), common.read_record(tmp_path / "out")
-    half, problems = ("2", 4) if "--half 2" in flags else ("all", 8)
+    problems = 4 if "--half 2" in flags else 8
     looks = "--only-correct" in flags or "--sparse-weight" in flags
     used = stage == "grpo" or looks  # who looks at the answers
-    assert run["labels"] == ({f"{taught.data}:{half}": problems} if used else {})
+    labels = common.read_json_lines(tmp_path / "out/labels.jsonl")
+    assert len(set(labels)) == len(labels) == (problems if used else 0)
     assert str(parent) in run["parents"] and (str(taught.model) in run["parents"])
     if stage == "grpo":
         assert 0 < rows[0]["reward"] < 1, "the fixture must succeed sometimes"
@@ -175,7 +177,8 @@ def test_memory_flags_are_those_a_run_may_be_resumed_with():
         comments = common.field_comments(SCRIPTS[name].Config)
         shown = {field for field, (title, _) in comments.items() if title.startswith("memory")}
         cfg = SCRIPTS[name].Config()
-        assert set(comments) - set(common.describe_run(cfg)["settings"]) - shown <= {"out", "cache"}
+        settings = common.describe_run(cfg, {})["settings"]
+        assert set(comments) - set(settings) - shown <= {"out", "cache"}
 
 def test_defaults_are_the_papers():
     """Tables 9 and 10, as the paper states them."""
@@ -251,6 +254,134 @@ def test_a_mistake_is_one_line_and_occupies_no_folder(name, line_of, tmp_path, w
     assert not (tmp_path / "out" / "metrics.jsonl").exists()  # see Run.open
     if name in ("the same in the warmup", "data file that does not exist"):
         assert forked(line_of(stage)).status == 0
+
+@pytest.mark.parametrize("field, told", [
+    ("extra: int = 1  # ours: a knob", False), ("extra: float = 0.5 # ours: one space", False),
+    ('extra: str = "#"  # ours: a sign', False), ("extra: int = 1", True),
+    ("# ours: the comment above\n    extra: int = 1", True), ("extra: int = 1  #", True)])
+def test_a_field_without_its_comment_is_one_line(field, told, tmp_path, monkeypatch):
+    """A fork's author meets it, in any script: the line names the field."""
+    for name, base in (("fork_a", "common.StageConfig"), ("fork_b", "grpo.Config")):
+        path = tmp_path / f"{name}.py"
+        path.write_text("import common, grpo\nfrom dataclasses import dataclass\n\n@dataclass\n"
+                        f"class Config({base}):\n    {field}\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        config = importlib.import_module(name).Config
+        flags = ["--model", "m"] if base == "grpo.Config" else []
+        if told:
+            with pytest.raises(common.UserError, match="Config.extra has no `# help text`"):
+                common.parse_args(config, "", flags)
+        else:
+            assert common.parse_args(config, "", [*flags, "--extra", "2"]).extra in (2, "2")
+            assert common.field_comments(config)["extra"][1].startswith("ours: ")
+
+# --- a verifier of one's own
+
+VERIFIER = """import math
+
+def verify(response, answer):
+    return len(response) / 100 - 0.05
+"""
+BAD_VERIFIERS = {  # name: (the file, what the message says)
+    "import error": ("import nobody\n", "ModuleNotFoundError.*nobody"),
+    "syntax error": ("def verify(response, answer):\n    return (1\n", "SyntaxError.*closed"),
+    "no verify": ("def verified(response, answer):\n    return 1\n", "KeyError.*verify"),
+    "exception": ("def verify(r, a):\n    return r[99_999]\n", "IndexError"),
+    "NaN": ("def verify(r, a):\n    return float('nan')\n", "ValueError.*not finite"),
+    "infinite": ("def verify(r, a):\n    return float('inf')\n", "ValueError.*not finite"),
+    "None": ("def verify(r, a):\n    pass\n", "TypeError.*NoneType"),
+    "a word": ("def verify(r, a):\n    return 'correct'\n", "ValueError.*'correct'"),
+    "one argument": ("def verify(r):\n    return 1\n", "TypeError.*argument")}
+
+@pytest.mark.parametrize("name", BAD_VERIFIERS)
+def test_a_mistake_in_a_verifier_is_one_line(name, line_of, tmp_path):
+    text, message = BAD_VERIFIERS[name]
+    path, out = tmp_path / "my.py", tmp_path / "out"
+    path.write_text(text)
+    with pytest.raises(common.UserError, match=f"--verifier {path}, .*: {message}") as told:
+        common.judge([("some text", "7")], str(path))
+    assert "\n" not in str(told.value)
+    if name in ("import error", "exception", "None"):  # before a step, and in the first
+        got = forked(line_of("grpo", f"--verifier {path} --steps 1"))
+        assert got.status == 1 and re.fullmatch(f"error: --verifier {path}.*{message}.*", got.err)
+        assert (out / "config.json").exists() != (name == "import error")
+
+@pytest.mark.parametrize("stage, flags", [("grpo", ""), ("opd", "--sparse-weight 0.5"),
+                                          ("fkl_warmup", "--targets hard --only-correct")])
+def test_a_verifier_of_ones_own(stage, flags, line_of, tmp_path):
+    """Its values are the rewards; above 0 a response is kept. Another one is another run."""
+    path, out = tmp_path / "my.py", tmp_path / "out"
+    path.write_text(VERIFIER)
+    line = line_of(stage, f"--verifier {path} --steps 1 --prompts 2 {flags}"
+                   + " --mini-batch 2" * (stage == "grpo"))
+    got = forked(line)
+    assert got.status == 0, got.err
+    record, (row,) = common.read_record(out), metrics(out)
+    assert len(record["settings"]["verifier"]) == 12
+    if stage == "fkl_warmup":
+        tokens = common.describe_lm(str(out)).tokenizer
+        cache = common.read_json_lines(out / "rollouts.jsonl")[1:]
+        texts = [tokens.decode(r, skip_special_tokens=True) for x in cache for r in x["responses"]]
+        assert len(texts) == 32
+        assert f"{sum(len(text) > 5 for text in texts)} responses to" in got.out
+    else:
+        assert 0 < row["reward"] < 0.5 and row["reward_std"] > 0 and row["reward"] * 800 % 100
+    path.write_text(VERIFIER + "# a remark\n")
+    got = forked(line)
+    assert got.status == 1 and re.search(r"verifier was '\w+', is now '\w+'", got.err), got.err
+
+def test_a_constant_group_of_any_reward_has_no_advantage(tmp_path, teacher_lm):
+    """In fp32 the mean of seven 0.1 is not 0.1. Labels of exact problems; values beyond 0 and 1."""
+    path = tmp_path / "my.py"
+    path.write_text("def verify(response, answer):\n    return float(answer)\n")
+    for k in (2, 3, 5, 7, 8, 16):
+        rows = [common.Rollout([5], [6, 7], [], True)] * (3 * k)
+        rewards, logged = common.reward_groups(teacher_lm, rows, ["0.1", "-7.7", "1e7"], str(path))
+        assert rewards.tolist() == [[pytest.approx(float(x))] * k for x in ("0.1", "-7.7", "1e7")]
+        assert logged["zero_variance"] == 1
+        for adv in (SCRIPTS["grpo"].advantages(rewards), SCRIPTS["opd"].sparse_advantages(rewards)):
+            assert not adv.any()
+
+def test_with_a_verifier_texts_that_differ_are_two_problems(tmp_path):
+    """Case may matter there; spaces around a text do not."""
+    data, path = tmp_path / "d.jsonl", tmp_path / "my.py"
+    path.write_text(VERIFIER)
+    data.write_text("".join(json.dumps({"problem": p, "answer": a}) + "\n" for p, a in (
+        ("Reverse: Abc", "cbA"), ("Reverse: abc", "cba"), (" Reverse: abc ", "cba"),
+        ("Half?", "1/2"), ("Half?", "0.5"), ("$x$", "1"), ("x", "1"))))
+    def texts(verifier):
+        cfg = common.StageConfig(data=str(data), exclude="none", verifier=verifier)
+        return sorted(p.problem for p in common.load_problems(cfg))
+    assert texts("") == ["$x$", "Half?", "Reverse: Abc"]
+    assert texts(str(path)) == ["$x$", "Half?", "Reverse: Abc", "Reverse: abc", "x"]
+
+# --- labels
+
+def test_labels_are_what_steps_and_parents_drew(small_line, taught, tmp_path, world):
+    """Stage 3 after a stage 1 on 1H that drew two of its four problems. Fresh are those of 2H; the
+    same half again, also from a copy of the file, or the whole have some of them: it is told."""
+    copy = shutil.copy(taught.data, tmp_path / "copy.jsonl")
+
+    def run(name, line):
+        got = forked(small_line(*line))
+        assert got.status == 0, got.err
+        own, again = re.search(r"(\d+) labelled problems, (\d+) of them used", got.out).groups()
+        labels = common.read_json_lines(tmp_path / name / "labels.jsonl")
+        return int(own), int(again), len(set(labels))
+
+    def grpo(name, flags, model="bridge", n=4):
+        return run(name, ("grpo", tmp_path / name, f"--prompts {n} --mini-batch {n} --steps 1 "
+                          f"--kl-coef 0 --model {tmp_path / model} {flags}"))
+
+    assert grpo("teacher", "--half 1", taught.model, n=2) == (2, 0, 2)
+    shutil.copytree(world / "init-student", tmp_path / "student")
+    assert run("bridge", ("opd", tmp_path / "bridge", f"--teacher {tmp_path}/teacher --half 1 "
+                          "--steps 1 --prompts 2")) == (0, 0, 2)
+    assert grpo("fresh", "--half 2") == (4, 0, 6)
+    assert grpo("replay", "--half 1") == (4, 2, 4)
+    assert grpo("copied", f"--half 1 --data {copy}") == (4, 2, 4)
+    assert grpo("all", "--half all", n=8) == (8, 2, 8)
 
 def test_same_command_twice_and_another_run_in_the_same_folder(line_of, tmp_path):
     """Twice: "already finished", nothing rewritten. Other settings: refused by name.

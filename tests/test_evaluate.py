@@ -10,6 +10,7 @@ import math
 import shutil
 import statistics
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -118,7 +119,7 @@ def test_seed_and_temperature_decide_the_samples(world, done, tmp_path):
 @pytest.mark.parametrize("change, word", [
     ({"temperature": 0.5}, "temperature"), ({"seed": 1}, "seed"), ({"samples": 2}, "samples"),
     ({"max_new_tokens": 9}, "max_new_tokens"), ({"thinking": True}, "thinking"),
-    ({"model": "{world}/init-teacher"}, "weights"), ({"data": "{other}", "limit": 12}, "problems")])
+    ({"model": "{world}/init-teacher"}, "weights"), ({"data": "{other}", "limit": 12}, "set test")])
 def test_samples_of_other_settings_are_not_mixed_in(change, word, world, copy, tmp_path):
     """Another model, setting, or set of the same name in a folder is refused, named, and changes
     nothing there."""
@@ -129,6 +130,57 @@ def test_samples_of_other_settings_are_not_mixed_in(change, word, world, copy, t
     with pytest.raises(UserError, match=word):
         evaluate.main(settings(world, copy, **change))
     assert (copy / "test.jsonl").read_bytes() == before
+
+@pytest.mark.parametrize("change, told", [
+    (lambda rows: [*rows, {**rows[0], "problem": "9a+9b?"}], True),
+    (lambda rows: rows[:-1], True), (lambda rows: rows[::-1], True),
+    (lambda rows: [*rows[:-1], {**rows[-1], "answer": "0"}], True),
+    (lambda rows: [{**row, "note": 1} for row in rows], False)])
+@pytest.mark.parametrize("limit", [0, 3])
+def test_a_changed_set_is_told(limit, change, told, world, copy, tmp_path):
+    """Longer, shorter, other problems, another order, also beyond --limit. A copy elsewhere of the
+    same problems is the same set, and the other set in the folder does not matter."""
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in change(lines(world))))
+    before = {p.name: p.read_bytes() for p in copy.glob("*.json*")}
+    if told:
+        with pytest.raises(UserError, match=r"\(set test was '\w+', is now '\w+'\)"):
+            evaluate.main(settings(world, copy, data=str(path), limit=limit))
+        assert before == {p.name: p.read_bytes() for p in copy.glob("*.json*")}
+    else:
+        evaluate.main(settings(world, copy, data=str(path), limit=limit))
+        assert {"set test", "set valid"} < set(common.read_record(copy)["identity"])
+
+def test_a_verifier_of_ones_own_is_part_of_what_samples_are(world, done, copy, tmp_path):
+    """avg is the mean of its values, pass@k counts those of at least 1. A folder that it has graded
+    is refused without it; --regrade changes that, all sets or, at a mistake, none."""
+    mine = tmp_path / "mine.py"
+    mine.write_text("def verify(response, answer):\n    return len(response) / 10\n")
+    evaluate.main(settings(world, tmp_path / "own", verifier=str(mine)))
+    got, figures = lines(tmp_path / "own"), summary(tmp_path / "own")["sets"]["test"]
+    assert [e["responses"] for e in got] == [e["responses"] for e in lines(done)]
+    want = [[len(r) / 10 for r in e["responses"]] for e in got]
+    assert [e["verdicts"] for e in got] == want
+    assert figures["avg"] == pytest.approx(statistics.mean(statistics.mean(x) for x in want))
+    assert figures["pass"]["1"] == pytest.approx(
+        statistics.mean(statistics.mean(v >= 1 for v in x) for x in want))
+    assert 0 < figures["pass"]["1"] < 1
+    with pytest.raises(UserError, match="verifier was '"):
+        evaluate.main(settings(world, tmp_path / "own"))
+    evaluate.main(Config(regrade=True, out=str(copy), verifier=str(mine)))
+    assert [e["verdicts"] for e in lines(copy)] == want
+    with pytest.raises(UserError, match="verifier was '"):
+        evaluate.main(settings(world, copy))
+    before = {p.name: p.read_bytes() for p in copy.glob("*.json*")}
+    mine.write_text("n = 0\ndef verify(response, answer):\n    global n\n    n += 1\n"
+                    "    return 1 / (50 - n)\n")  # in the second set
+    other = mine.rename(tmp_path / "other.py")
+    with pytest.raises(UserError, match="other.py, .*ZeroDivisionError"):
+        evaluate.main(Config(regrade=True, out=str(copy), verifier=str(other)))
+    assert before == {p.name: p.read_bytes() for p in copy.glob("*.json*")}
+    evaluate.main(Config(regrade=True, out=str(copy)))
+    evaluate.main(settings(world, copy))
+    assert (copy / "test.jsonl").read_bytes() == (done / "test.jsonl").read_bytes()
 
 def test_two_sets_of_one_name_are_refused(world, tmp_path):
     shutil.copy(world / "valid.jsonl", tmp_path / "test.jsonl")
@@ -149,7 +201,7 @@ def test_regrade_changes_verdicts_only_and_needs_no_model(world, done, copy, mon
     real one then restores the same bytes. The summary names whose samples they are."""
     monkeypatch.setattr(evaluate, "load_lm", lambda *a, **k: pytest.fail("loaded a model"))
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "grade", lambda text, answer: "correct")
+        patch.setattr(common, "grade", lambda text, answer: "correct")
         evaluate.main(Config(regrade=True, out=str(copy)))
     for name in ("test", "valid"):
         old, new = lines(done, name), lines(copy, name)
@@ -164,15 +216,19 @@ def test_regrade_changes_verdicts_only_and_needs_no_model(world, done, copy, mon
 
 # --- tables
 
-DATA = "d.jsonl"
+def fake_run(root, name, parents=(), labels=(), seconds=0.0, sets=None, targets="soft"):
+    """A finished run folder with what the table reads, and an evaluation if `sets` is given.
 
-def fake_run(root, name, parents=(), labels=None, seconds=0.0, sets=None, targets="soft"):
-    """A finished run folder with what the table reads, and an evaluation if `sets` is given."""
+    labels: numbers that stand for the run's own labelled problems.
+    """
     folder = root / name
     folder.mkdir(parents=True)
     record = {"settings": {"targets": targets}, "parents": [str(p) for p in parents],
-              "labels": labels or {}, "seconds": seconds, "finished": True}
+              "seconds": seconds, "finished": True}
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen3", "run": record}))
+    before = (common.read_json_lines(Path(p) / "labels.jsonl") for p in parents)
+    (folder / "labels.jsonl").write_text("".join(
+        json.dumps(n) + "\n" for n in set(labels).union(*before)))
     if sets:
         (folder / "eval").mkdir()
         figures = {s: {"avg": a, "se": e, "samples": 16, "pass": {"16": 1.0}} for s, (a, e)
@@ -193,14 +249,14 @@ def test_runs_table_counts_labels_and_seconds_over_ancestors(tmp_path):
     bridge-1h), and counts once.
     """
     root = tmp_path / "world"
-    base = fake_run(root, "base", targets="data", seconds=900, labels={f"{DATA}:all": 999},
-                    sets={"test": (0.03, 0.01)})
-    teacher = fake_run(root, "teacher-1h", [base], {f"{DATA}:1": 128}, 60)
-    warmup = fake_run(root, "warmup", [f"{root}/../world/teacher-1h", base], {}, 10)
-    bridge = fake_run(root, "bridge-1h", [teacher, warmup], {}, 20, {"test": (0.435, 0.0178)})
-    fake_run(root, "fresh-2h", [bridge], {f"{DATA}:2": 128}, 40, {"test": (0.554, 0.02)})
-    fake_run(root, "replay-1h", [bridge], {f"{DATA}:1": 128}, 40, {"test": (0.484, 0.018)})
-    fake_run(root, "cold-grpo", [base], {f"{DATA}:all": 256}, 75.4,
+    first, second = range(128), range(128, 256)
+    base = fake_run(root, "base", targets="data", seconds=900, sets={"test": (0.03, 0.01)})
+    teacher = fake_run(root, "teacher-1h", [base], first, 60)
+    warmup = fake_run(root, "warmup", [f"{root}/../world/teacher-1h", base], [], 10)
+    bridge = fake_run(root, "bridge-1h", [teacher, warmup], [], 20, {"test": (0.435, 0.0178)})
+    fake_run(root, "fresh-2h", [bridge], second, 40, {"test": (0.554, 0.02)})
+    fake_run(root, "replay-1h", [bridge], first, 40, {"test": (0.484, 0.018)})
+    fake_run(root, "cold-grpo", [base], range(256), 75.4,
              {"test": (0.206, 0.011), "hard": (0.01, None)})
     evaluate.main(Config(table=str(root)))
     head, rows = cells((root / "table.md").read_text())
@@ -217,12 +273,12 @@ def test_runs_table_counts_labels_and_seconds_over_ancestors(tmp_path):
     assert list(got.items()) == list(want.items()), "the paper's routes in order, then others"
 
 def test_labels_of_halves_and_whole_are_a_union(tmp_path):
-    """all + 1H = all; 1H + 2H = both; two sources add up. Runs may be moved together."""
+    """all + 1H = all; 1H + 2H = both; others add up. Runs may be moved."""
     root = tmp_path / "there"
-    one = fake_run(root, "t1", [], {f"{DATA}:1": 10})
-    whole = fake_run(root, "t", [one], {f"{DATA}:all": 21}, sets={"s": (0, 0)})
-    fake_run(root, "halves", [one], {f"{DATA}:2": 11}, sets={"s": (0, 0)})
-    fake_run(root, "other", [whole], {"C:/x.jsonl:2": 5}, sets={"s": (0, 0)})
+    one = fake_run(root, "t1", [], range(10))
+    whole = fake_run(root, "t", [one], range(21), sets={"s": (0, 0)})
+    fake_run(root, "halves", [one], range(10, 21), sets={"s": (0, 0)})
+    fake_run(root, "other", [whole], range(50, 55), sets={"s": (0, 0)})
     moved = root.rename(tmp_path / "here")
     labels = {name: row[1] for name, row in cells(runs_table(moved))[1].items()}
     assert labels == {"t": "21", "halves": "21", "other": "26"}

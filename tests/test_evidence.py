@@ -8,7 +8,7 @@ import sys
 import evidence
 import numpy as np
 import pytest
-from test_evaluate import DATA, cells, fake_run
+from test_evaluate import cells, fake_run
 
 import evaluate
 
@@ -67,7 +67,7 @@ def fake_seeds(root, routes, **about):
     for route, shares in routes.items():
         for folder, share in zip(folders, shares):
             sets = share is not None and {"test": (share, 0.01), "hard": (share / 2, 0.01)}
-            parents, labels = about.get(route.replace("-", "_"), ((), None))
+            parents, labels = about.get(route.replace("-", "_"), ((), ()))
             fake_run(folder, route, [folder / p for p in parents], labels, 1.0, sets)
     return folders
 
@@ -76,7 +76,7 @@ def test_tables_have_means_verdicts_and_every_seed(tmp_path, capsys):
     own spread would hide that. opd-only was evaluated in two seeds only."""
     folders = fake_seeds(tmp_path, {
         "bridge": (0.3, 0.51, 0.72), "cold-grpo": (0.2, 0.4, 0.6), "opd-only": (0.26, None, 0.7),
-        "mine": (0.5, 0.5, 0.5)}, cold_grpo=((), {f"{DATA}:all": 256}))
+        "mine": (0.5, 0.5, 0.5)}, cold_grpo=((), range(256)))
     evidence.main([",".join(map(str, folders)), "--pictures", str(tmp_path / "pictures")])
     printed = capsys.readouterr().out
     written = (tmp_path / "world" / "seeds.md").read_text()
@@ -119,9 +119,8 @@ def test_label_budgets_are_those_of_the_whole_chain(tmp_path):
     folders = fake_seeds(tmp_path, {
         "teacher-rl": (None,), "teacher-rl-16": (None,), "bridge-128": (0.4,), "bridge": (0.5,),
         "bridge-16": (0.3,), "bridge-1h": (0.4,), "cold-grpo": (0.3,)},
-        teacher_rl=((), {f"{DATA}:all": 256}), teacher_rl_16=((), {f"{DATA}:all": 16}),
-        bridge=(["teacher-rl"], None), bridge_16=(["teacher-rl-16"], None),
-        bridge_128=((), {f"{DATA}:1": 128}), bridge_1h=((), {f"{DATA}:1": 128}))
+        teacher_rl=((), range(256)), teacher_rl_16=((), range(16)), bridge=(["teacher-rl"], ()),
+        bridge_16=(["teacher-rl-16"], ()), bridge_128=((), range(128)), bridge_1h=((), range(128)))
     assert evidence.label_budgets(folders, evidence.averages(folders)) == {
         "bridge": [(16, "bridge-16"), (128, "bridge-128"), (256, "bridge")]}
 
@@ -147,7 +146,7 @@ def every_picture(tmp_path):
     """Four seeds of what the four pictures show."""
     names = ["raw-bridge", "cold-grpo", "bridge-1h", "replay-1h", "fresh-2h", "bridge",
              "cold-grpo-16", "bridge-16", "lambda-0.5", "lambda-1"]
-    many, few = ((), {f"{DATA}:all": 256}), ((), {f"{DATA}:all": 16})
+    many, few = ((), range(256)), ((), range(16))
     folders = fake_seeds(tmp_path, {name: [0.2 + 0.05 * i + 0.1 * s + 0.01 * (i * s % 3)
                                            for s in range(4)] for i, name in enumerate(names)},
                          cold_grpo=many, bridge=many, cold_grpo_16=few, bridge_16=few)

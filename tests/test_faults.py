@@ -496,6 +496,63 @@ def test_a_checkpoint_of_other_settings_is_refused(lost, broken_off, line_of, tm
     assert got.status == 1 and len(got.err.splitlines()) == 1, got.err
     assert re.search("lr was 0.001, is now 0.0001; seed was 0, is now 3", got.err), got.err
 
+# --- what a run was made from: data and code
+
+CHANGES = {  # name: (what is done to the rows of the data file, whether the run is another one)
+    "another answer": (
+        lambda rows: [{**rows[0], "answer": "1", "response": "\\boxed{1}"}, *rows[1:]], True),
+    "a row less": (lambda rows: rows[1:], True),
+    "a row more": (lambda rows: [*rows, {**rows[0], "problem": "9a+9b?"}], True),
+    "another question": (lambda rows: [*rows[1:], {**rows[0], "problem": "9a+9b?"}], True),
+    "fields that nobody reads": (lambda rows: [{**row, "note": 1} for row in rows], False),
+    "another order": (lambda rows: rows[::-1], "data"),  # plain SFT takes the rows as they stand
+    "rows twice": (lambda rows: rows * 2, "data")}
+
+@pytest.mark.parametrize("stage, flags", [("grpo", ""), ("opd", ""), ("fkl_warmup", ""),
+                                          ("fkl_warmup", "--targets data --teacher ''")])
+def test_a_changed_data_file_is_told(stage, flags, line_of, taught, tmp_path):
+    """By a finished run, and by one that would go on; not if the problems are the same."""
+    data, out = shutil.copy(taught.data, tmp_path / "data.jsonl"), tmp_path / "out"
+    rows = [json.loads(x) for x in data.read_text().splitlines()]
+    kind = f"--mini-batch 2 --prompts 2 {flags}" if stage == "grpo" else f"--prompts 2 {flags}"
+    line = line_of(stage, out, f"--data {data} {kind} --steps 2 --save-every 1")
+    for finished, names in ((False, list(CHANGES)[:1]), (True, CHANGES)):
+        got = forked(line, nothing if finished else at_call(common, "optimizer_step", 2, die))
+        assert got.status == (0 if finished else KILLED), got.err
+        for name in names:
+            change, other = CHANGES[name]
+            data.write_text("".join(json.dumps(row) + "\n" for row in change(rows)))
+            before, got = (out / "config.json").read_bytes(), forked(line)
+            if other is True or other == "data" and "data" in flags:
+                assert got.status == 1 and re.fullmatch(
+                    f"error: {out} holds .*data_hash was '\\w+', is now '\\w+'.*", got.err), name
+            else:
+                assert got.status == 0 and "already finished" in got.out, (name, got.err)
+            assert (out / "config.json").read_bytes() == before
+        shutil.copy(taught.data, data)
+
+def test_changed_scripts_are_told(line_of, whole, broken_off, monkeypatch, tmp_path):
+    """With both revisions, by a finished run and by one that goes on. The hash is of the two
+    scripts, so that changes count that are not committed."""
+    now = common.describe_run(opd.Config(), {})["git"]
+    (tmp_path / "common.py").write_text((ROOT / "common.py").read_text() + "\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "__file__", str(tmp_path / "common.py"))
+        assert common.describe_run(opd.Config(), {})["git"].split()[1] != now.split()[1]
+    old = "0123456789ab 0123456789ab"
+    done = whole("opd").out
+    for name, made, was, told in (("a", done, now, False), ("b", broken_off, now, False),
+                                  ("c", done, old, True), ("d", broken_off, old, True)):
+        out = shutil.copytree(made, tmp_path / name)
+        config = json.loads((out / "config.json").read_text())
+        config["run"]["git"] = was
+        (out / "config.json").write_text(json.dumps(config))
+        got = forked(line_of("opd", out))
+        assert got.status == 0 and (made == broken_off) != ("already finished" in got.out), got.err
+        assert (f"warning: the code that began this folder was {was}, is now {now}"
+                in got.out) == told
+        assert common.read_record(out)["git"] == (was if made == done else now)
+
 @pytest.mark.parametrize("bad", [b'{"prompt": [1, 2\n', b'{"problem": "\xff"}\n'])
 @pytest.mark.parametrize("stage", ["fkl_warmup", "evaluate"])
 def test_a_damaged_line_of_the_cache_or_the_samples_is_one_line(bad, stage, whole, line_of,

@@ -272,7 +272,7 @@ def test_a_run_is_no_model_until_its_weights_are_whole(tmp_path, monkeypatch, tr
     cfg = Settings(out=str(tmp_path / "run"))
 
     def begin():  # as a stage does, up to its first step
-        run = common.Run(cfg, parents=[])
+        run = common.Run(cfg, parents=[], data=[])
         optimizer = common.make_optimizer(trainable_lm, cfg)
         assert next(run.steps(1, trainable_lm, optimizer)) == 0
         return run

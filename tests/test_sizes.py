@@ -1,7 +1,10 @@
 """tests/lab/sizes.py against numbers worked out by hand and the published ones."""
 
+import shutil
+
 import pytest
 import sizes
+import transformers
 from conftest import ROOT
 from sizes import MODELS, Settings, Shape, step_bytes, step_seconds
 
@@ -66,6 +69,50 @@ def test_seconds_by_hand():
     # the warmup's teacher fills 16 rows with several steps' prompts: a step is a quarter of them
     found = step_seconds(settings("warmup", 2, sample_rows=16), TINY, LARGE)
     assert found["sampling"] == pytest.approx(6 / 4 * (2448 + 16 * 5 * 32) / MEMORY)
+
+MOE = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+           head_dim=16, vocab_size=128, tie_word_embeddings=False)
+KINDS = {  # name: (config, parameters, of a token; None: not known)
+    "Qwen3-30B-A3B": (transformers.Qwen3MoeConfig(
+        hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
+        head_dim=128, intermediate_size=6144, moe_intermediate_size=768, num_experts=128,
+        num_experts_per_tok=8, vocab_size=151936, tie_word_embeddings=False), 30_532_122_624,
+        30_532_122_624 - 48 * 120 * 3 * 2048 * 768),
+    "Mixtral": (transformers.MixtralConfig(**MOE, intermediate_size=96, num_local_experts=4,
+                                           num_experts_per_tok=1),
+                # norms, attention, router, experts; embedding, head, last norm
+                3 * (2 * 64 + 2 * 64 * 16 * 6 + 4 * 64 + 4 * 3 * 64 * 96) + 2 * 128 * 64 + 64,
+                3 * (2 * 64 + 2 * 64 * 16 * 6 + 4 * 64 + 1 * 3 * 64 * 96) + 2 * 128 * 64 + 64),
+    "nobody says how many": (transformers.MixtralConfig(
+        **MOE, intermediate_size=96, num_local_experts=4, num_experts_per_tok=0),
+        3 * (2 * 64 + 2 * 64 * 16 * 6 + 4 * 64 + 4 * 3 * 64 * 96) + 2 * 128 * 64 + 64, None),
+    "Qwen2, whose attention has biases": (transformers.Qwen2Config(
+        **{k: v for k, v in MOE.items() if k != "head_dim"}, intermediate_size=96),
+        3 * (2 * 64 + 2 * 64 * 16 * 6 + 16 * 8 + 3 * 64 * 96) + 2 * 128 * 64 + 64, "all")}
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_model_of_any_kind_is_counted_and_its_active_part_takes_the_time(name, world, tmp_path,
+                                                                           capsys):
+    """Memory is of all parameters, the update's operations of those that a token passes through."""
+    config, params, active = KINDS[name]
+    folder = shutil.copytree(world / "init-student", tmp_path / "model")
+    config.save_pretrained(folder)
+    shape = sizes.read_shape(str(folder))
+    assert shape.params == params and step_bytes(Settings(gpus=1), shape)["AdamW"] == 8 * params
+    flags = [str(folder), "--gpus", "1", "--teacher", "none"]
+    if active is None:
+        with pytest.raises(SystemExit, match="no seconds: .*num_experts_per_tok"):
+            sizes.main(flags)
+        assert " GB" in capsys.readouterr().out  # memory is known
+        return
+    assert shape.active == (params if active == "all" else active)
+    sizes.main(flags)
+    assert ("B active" in capsys.readouterr().out) == (active != "all")
+    attention = 4 * shape.layers * shape.heads * shape.head_dim * 8 / 2
+    found = step_seconds(settings("grpo", 1), shape)
+    assert found["update"] == pytest.approx(
+        3 * (2 * shape.active + attention) * 64 / OPERATIONS)
+    assert found["sampling"] > 2 * params / MEMORY  # many rows read all experts
 
 def recipe(*args):
     """{row: [GB, hours...]} of `sizes.recipe_table`."""

@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import UserError, read_json_lines, read_record, write_text
-from evaluate import PAPER, ancestry, evaluated_runs, labels_used, markdown, paper_row
+from evaluate import PAPER, evaluated_runs, labels_used, markdown, paper_row
 
 # What the paper orders (Tables 3 to 6): `<` the second above the first, `≈` about equal, `≤`
 # the second at least the first.
@@ -160,7 +160,7 @@ def means_table(roots, routes):
 def labels_of(roots, route):
     """Labelled problems behind a route, as the first folder that has it says."""
     folder = next(root / route for root in roots if (root / route / "eval/summary.json").exists())
-    return labels_used(ancestry(folder).values())
+    return labels_used(folder)
 
 def seed_tables(roots, routes):
     """A table per set: the avg of every seed in %, and the differences of the orderings."""

@@ -82,7 +82,7 @@ EXERCISES = [
     Exercise(
         "GRPO's `reward` starts far below the model's accuracy, and stays there",
         "step 0: 0.137 → 0.004; step 4: 0.227 → 0.004", f"{GRPO} --kl-coef 0 --steps 5",
-        "common.py", "grade(text, answers[i // k])", "grade(text, answers[i % len(answers)])",
+        "common.py", "(text, answers[i // k])", "(text, answers[i % len(answers)])",
         "Responses come prompt by prompt, these answers round by round (`repeat` in place of "
         "`repeat_interleave`): most are compared with another problem's answer.",
         "tests/test_reward_density.py::"

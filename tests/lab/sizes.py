@@ -24,6 +24,10 @@ parameters, of which P_in are in the L layers and P_out are embedding, head and 
     keys and values          4 L H_kv d a token; rows * longest at the very most (what does not fit
                              waits)
 
+Parameters of a folder or hub name are counted on the model without weights. A mixture of experts
+holds them all, and many rows read all when they are sampled; but a token passes through its active
+ones only: its share of the experts. Those alone count as P in the operations, and in F.
+
 evaluate.py loads the whole model on each GPU, like n = 1. Seconds, for responses that are all as
 long as allowed: 2 P operations a token for a forward pass, 4 P for a backward pass (2 P more with
 --gradient-checkpointing), and 4 L H d * length / 2 of attention as often. Sampling reads the
@@ -36,6 +40,7 @@ It sends 200e9 bytes a second to its neighbours, 25e9 across nodes of 8. In a re
 
 import argparse
 import dataclasses
+import math
 import re
 import shlex
 import subprocess
@@ -44,7 +49,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -86,10 +92,14 @@ class Shape:
     tied: bool  # one matrix is embedding and head
     head_dim: int = 128  # d
     qk_norm: bool = False
+    counted: tuple = ()  # parameters in the layers, of them in experts, and in the rest; if known
+    experts: float = 1.0  # share of the experts that a token passes through, nan if it is not known
 
     @property
     def layer(self):
-        """Parameters of a layer."""
+        """Parameters of a layer, in the mean."""
+        if self.counted:
+            return self.counted[0] / self.layers
         D, d = self.hidden, self.head_dim
         attention = 2 * D * d * (self.heads + self.kv_heads) + 2 * d * self.qk_norm
         return attention + 3 * D * self.ffn + 2 * D
@@ -97,11 +107,20 @@ class Shape:
     @property
     def outer(self):
         """Parameters of embedding, head and last norm."""
+        if self.counted:
+            return self.counted[2]
         return (1 if self.tied else 2) * self.vocab * self.hidden + self.hidden
 
     @property
     def params(self):
-        return self.layers * self.layer + self.outer
+        return round(self.layers * self.layer) + self.outer
+
+    @property
+    def active(self):
+        """Parameters that a token passes through. UserError if nobody says how many experts."""
+        check(self.experts > 0, "no seconds: it has experts, and its config.json does not say how "
+              "many there are (num_experts) and how many a token takes (num_experts_per_tok)")
+        return self.params - (1 - self.experts) * (self.counted[1] if self.counted else 0)
 
     @property
     def cache(self):
@@ -131,11 +150,21 @@ def read_shape(name):
     if short in MODELS and not Path(name).is_dir():
         return MODELS[short]
     describe_lm(name)
-    c = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):  # shapes only
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+    inside = {n: p.numel() for n, p in model.named_parameters() if ".layers." in n}
+    in_experts = sum(size for n, size in inside.items() if ".experts." in n)
+    counted = sum(inside.values()), in_experts, model.num_parameters() - sum(inside.values())
+    c = model.config
     dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    ffn, share = c.intermediate_size, 1.0
+    if in_experts:
+        many = (getattr(c, n, 0) for n in ("num_experts", "num_local_experts", "n_routed_experts"))
+        taken, many = getattr(c, "num_experts_per_tok", 0), next(filter(None, many), 0)
+        share = taken / many if taken and many else math.nan
+        ffn = (taken or many or 1) * getattr(c, "moe_intermediate_size", ffn)
     return Shape(c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads,
-                 c.intermediate_size, c.vocab_size, c.tie_word_embeddings, dim,
-                 "qwen3" in c.model_type)
+                 ffn, c.vocab_size, c.tie_word_embeddings, dim, counted=counted, experts=share)
 
 @dataclass
 class Settings:
@@ -216,7 +245,7 @@ def step_seconds(s, model, frozen=None, card=H100):
 
     def passes(shape, n):
         attention = 4 * shape.layers * shape.heads * shape.head_dim * s.longest / 2
-        return card.seconds(n * (2 * shape.params + attention) * mine * s.longest)
+        return card.seconds(n * (2 * shape.active + attention) * mine * s.longest)
 
     if trained:
         wire = NODE if s.gpus <= 8 else NETWORK
@@ -310,6 +339,10 @@ def print_step(args, s):
     shapes = read_shape(args.model), None if frozen == "none" else read_shape(frozen)
     print(f"computed, not measured: {s.stage} on {s.gpus} GPU(s), {s.prompts} prompts x "
           f"{s.rollouts} responses of {s.max_new_tokens:,} tokens")
+    for name, shape in zip((args.model, frozen), shapes):
+        if shape:
+            active = f", {shape.active / GB:.2f} B active" if shape.experts < 1 else ""
+            print(f"{name}: {shape.params / GB:.2f} B parameters{active}")
     for part, size in step_bytes(s, *shapes).items():
         print(f"{part:>24}  {size / GB:8.1f} GB")
     for part, value in step_seconds(s, *shapes).items():
