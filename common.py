@@ -273,18 +273,11 @@ def describe_lm(name):
         config = whole.get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         check(tokenizer.chat_template, "no chat template; take an instruct model")
-        file, kind = find("tokenizer.json"), type(tokenizer)  # a wrong class may lose all spaces
-        text = "Let $x_{1}  = 2048$,\n\tit's \\pi\n\n"
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        check(ids and (not file or kind is transformers.PreTrainedTokenizerFast or ids
-                       == Tokenizer.from_file(file).encode(text, add_special_tokens=False).ids),
-              f"{kind.__name__} does not split text as tokenizer.json says; set tokenizer_class in "
-              "tokenizer_config.json to PreTrainedTokenizerFast, or take the tokenizer of a "
-              f"{config.model_type}")
         vocab = max(tokenizer.get_vocab().values()) + 1
         check(vocab <= config.vocab_size, f"{vocab} tokens but {config.vocab_size} embeddings")
         eos = find("generation_config.json") and GenerationConfig.from_pretrained(name).eos_token_id
-        stop_ids = {tokenizer.eos_token_id, end_of_turn(tokenizer), *np.ravel(eos).tolist()}
+        end = end_of_turn(tokenizer, find("tokenizer.json"))
+        stop_ids = {end, tokenizer.eos_token_id, *np.ravel(eos).tolist()}
         stop_ids |= {i for i in np.ravel(config.eos_token_id).tolist()  # a default may be text
                      if i is not None and re.match(r"[<\[].", tokenizer.decode(i))}
         check(stop_ids - {None}, "no stop token; set eos_token_id in its generation_config.json")
@@ -300,9 +293,8 @@ def describe_lm(name):
 def check_context(lm, cfg, longest):
     """Raise UserError if `longest` tokens, a prompt and its response, are more than lm knows."""
     over = longest - lm.context
-    check(over <= 0, f"{lm.name} knows {lm.context} positions (or sees so many: sliding_window); a "
-          f"prompt and its response may take {longest}: lower --max-new-tokens {cfg.max_new_tokens} "
-          f"by {over}")
+    check(over <= 0, f"{lm.name} knows {lm.context} positions (sliding_window counts), a prompt and"
+          f" its response take {longest}: lower --max-new-tokens {cfg.max_new_tokens} by {over}")
 
 @contextlib.contextmanager
 def errors_as_one_line(name):
@@ -313,8 +305,7 @@ def errors_as_one_line(name):
         if isinstance(error, (torch.OutOfMemoryError, dist.DistError)) or "gloo" in str(error):
             raise  # another process has ended: that one has the message
         what = error if isinstance(error, UserError) else (
-            f"{type(error).__name__}: {' '.join(str(error).split()):.160}; take another (a model: "
-            "a whole, text-only causal LM that transformers knows)")
+            f"{error!r:.200}; take another (a model: a whole, text-only, causal one)")
         raise UserError(f"{name}: cannot be used: {what}") from error
 
 def load_lm(name, cfg, train=False, shard=True):
@@ -405,20 +396,26 @@ def build_prompt(tokenizer, problem, thinking, tokenize=True):
         messages, add_generation_prompt=True, tokenize=tokenize, return_dict=False,
         enable_thinking=thinking, date_string="26 Jul 2024")
 
-def end_of_turn(tokenizer):
-    """Id of the special token with which the chat template ends an answer, else of eos, or None.
-    Raises UserError if a prompt lacks the problem or does not open the assistant's turn."""
+def end_of_turn(tokenizer, file=None):
+    """Id of the special token with which the chat template ends an answer, else eos, or None.
+    Raises UserError if a prompt lacks the problem or the start of the answer's turn, or has not
+    the ids of tokenizer.json (file): transformers may choose a class that loses all spaces."""
     turns = [{"role": "user", "content": f"1+1=?\n{INSTRUCTION}"},
              {"role": "assistant", "content": "Two."}]
     closed, whole = (tokenizer.apply_chat_template(turns[:n], tokenize=False) for n in (1, 2))
-    prompt = build_prompt(tokenizer, "1+1=?", False, tokenize=False)
+    prompt = build_prompt(tokenizer, "1+1=?", False, tokenize=False).strip()
     before, _, after = whole.partition("Two.")
     end = next((i for i, token in tokenizer.added_tokens_decoder.items()
                 if after.strip().startswith(token.content)), tokenizer.eos_token_id)
-    opened = before.strip() == prompt.strip() or (
-        prompt != closed and tokenizer.encode(prompt.strip(), add_special_tokens=False)[-1] != end)
-    check("1+1=?" in prompt and opened, f"its chat template makes of '1+1=?' {prompt!r}, without "
-          "it or the start of the assistant's turn; take the template of an instruct model")
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    opened = prompt == before.strip() or (prompt != closed.strip() and ids[-1:] != [end])
+    check(ids and "1+1=?" in prompt and opened, f"its chat template makes {prompt!r} of a problem,"
+          " without it or the start of the assistant's turn; take an instruct model's template")
+    if file and (kind := type(tokenizer)) is not transformers.PreTrainedTokenizerFast:
+        a, b = (x.encode("Let $x  = \\frac{3}{14}$\n\n  and\ty=2048, what's x?\n",
+                         add_special_tokens=False) for x in (tokenizer, Tokenizer.from_file(file)))
+        check(a == b.ids, f"{kind.__name__} does not split text as tokenizer.json says; set "
+              "tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast, or use another")
     return end
 
 def save_lm(lm, out, run_record):

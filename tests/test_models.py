@@ -321,7 +321,7 @@ def template(text):
     return dict(tokenizer=make_tokenizer(template=text))
 
 QUANTIZED = "quantized; take the bf16"
-NO_TURN = "without it or the start of the assistant's turn"
+NO_TURN = "without it or the start of the assistant.s turn"
 CLOSED = "{% for m in messages %}<user>{{ m.content }}<im_end>{% endfor %}"
 REFUSED_MODELS = {  # name: (what make_folder gets, words of the message)
     "scaled logits": (dict(family="granite", logits_scaling=4.0), "output embedding times hidden"),
@@ -329,15 +329,15 @@ REFUSED_MODELS = {  # name: (what make_folder gets, words of the message)
     "capped attention": (dict(family="gemma2"), "unsupported arch.* softcap"),
     "a window that no prompt fits": (dict(family="mistral", sliding_window=4),
                                      r"sliding_window \(4\)"),
-    "gpt-neox": (dict(family="neox"), "AttributeError: .*num_key_value_heads"),
+    "gpt-neox": (dict(family="neox"), "AttributeError.*num_key_value_heads"),
     "gpt-2, absolute positions": (dict(family="gpt2"), "AttributeError"),
     "stablelm": (dict(family="stablelm"), "does not give the log-probs"),
-    "deepseek-v3, latent attention": (dict(family="deepseek"), "RuntimeError: shape mismatch"),
-    "falcon": (dict(family="falcon"), "KeyError: 'ours'"),
+    "deepseek-v3, latent attention": (dict(family="deepseek"), "RuntimeError.*shape mismatch"),
+    "falcon": (dict(family="falcon"), "KeyError.*ours"),
     "state space": (dict(family="mamba"), "does not give the log-probs"),
     "an encoder": (dict(family="bert"), "output embedding times hidden"),
-    "seq2seq": (dict(family="t5"), "Unrecognized configuration class .*causal LM"),
-    "vision": (dict(family="vision"), "Unrecognized configuration class .*causal LM"),
+    "seq2seq": (dict(family="t5"), "Unrecognized configuration class .*take another"),
+    "vision": (dict(family="vision"), "Unrecognized configuration class .*take another"),
     "heads that do not divide": (dict(num_attention_heads=3), "RuntimeError"),
     "no vocab_size": (dict(damage=lambda f: change(f, vocab_size=None)), "vocab_size"),
     "an unknown type": (dict(damage=lambda f: change(f, model_type="own")), "model type `own`"),
@@ -357,7 +357,7 @@ REFUSED_MODELS = {  # name: (what make_folder gets, words of the message)
     "a tokenizer's class that does not fit": (dict(family="qwen2", rows=200),
                                               "Qwen2Tokenizer does not split text"),
     "no tokenizer.json": (dict(damage=without("tokenizer.json")), "backend tokenizer"),
-    "no tokenizer": (dict(damage=without("tokenizer*")), "does not split text"),
+    "no tokenizer": (dict(damage=without("tokenizer*")), NO_TURN),
     "a broken tokenizer.json": (dict(damage=lambda f: change(f, "tokenizer.json", model=1)),
                                 "cannot be used"),
     "a broken generation_config.json": (
@@ -439,7 +439,7 @@ def test_a_near_miss_is_used_as_far_as_it_is_exact(case, tmp_path, monkeypatch):
     torch.testing.assert_close(torch.tensor(row.logp), want, atol=2e-3, rtol=0)
     cfg = grpo.Config(model="", max_new_tokens=9)
     common.check_context(lm, cfg, positions)
-    with pytest.raises(UserError, match=f"model knows {positions} positions .*by 1"):
+    with pytest.raises(UserError, match=f"model knows {positions} positions.*by 1"):
         common.check_context(lm, cfg, positions + 1)
 
 def test_the_window_of_an_unknown_setting_is_refused(tmp_path, monkeypatch):
