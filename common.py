@@ -398,8 +398,7 @@ def build_prompt(tokenizer, problem, thinking, tokenize=True):
 
 def end_of_turn(tokenizer, file=None):
     """Id of the special token with which the chat template ends an answer, else eos, or None.
-    Raises UserError if a prompt lacks the problem or the start of the answer's turn, or has not
-    the ids of tokenizer.json (file): transformers may choose a class that loses all spaces."""
+    UserError if a prompt lacks problem or turn, or if tokenizer.json (file) gives other ids."""
     turns = [{"role": "user", "content": f"1+1=?\n{INSTRUCTION}"},
              {"role": "assistant", "content": "Two."}]
     closed, whole = (tokenizer.apply_chat_template(turns[:n], tokenize=False) for n in (1, 2))
