@@ -50,7 +50,6 @@ import torch.distributed.fsdp as fsdp
 import torch.nn.functional as F
 import transformers
 from mpmath import MPContext
-from tokenizers import Tokenizer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
@@ -263,21 +262,18 @@ def describe_lm(name):
     """An LM of a Hugging Face folder or hub name without its weights (model is None). Raises
     UserError if it cannot be found, is unfinished, or lacks what every script needs."""
     find = functools.partial(transformers.utils.cached_file, name,  # a file's path or None
-                             _raise_exceptions_for_missing_entries=False,
-                             _raise_exceptions_for_connection_errors=False)
-    with errors_as_one_line(repr(name)):
+                             _raise_exceptions_for_missing_entries=False)
+    with errors_as_one_line(f"{name!r} cannot be used, take a whole, text-only, causal model"):
         check(read_record(name).get("finished", True), "an unfinished run, without weights yet")
         check(not find("adapter_config.json"), "an adapter; merge it first (merge_and_unload)")
-        whole = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        check(not getattr(whole, "quantization_config", None), "quantized; take the bf16 weights")
-        config = whole.get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        check(tokenizer.chat_template, "no chat template; take an instruct model")
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
+        check(not getattr(config, "quantization_config", None), "quantized; take the bf16 weights")
+        kind = transformers.PreTrainedTokenizerFast if find("tokenizer.json") else AutoTokenizer
+        tokenizer = kind.from_pretrained(name, trust_remote_code=False)  # whatever a config names
         vocab = max(tokenizer.get_vocab().values()) + 1
         check(vocab <= config.vocab_size, f"{vocab} tokens but {config.vocab_size} embeddings")
         eos = find("generation_config.json") and GenerationConfig.from_pretrained(name).eos_token_id
-        end = end_of_turn(tokenizer, find("tokenizer.json"))
-        stop_ids = {end, tokenizer.eos_token_id, *np.ravel(eos).tolist()}
+        stop_ids = {end_of_turn(tokenizer), tokenizer.eos_token_id, *np.ravel(eos).tolist()}
         stop_ids |= {i for i in np.ravel(config.eos_token_id).tolist()  # a default may be text
                      if i is not None and re.match(r"[<\[].", tokenizer.decode(i))}
         check(stop_ids - {None}, "no stop token; set eos_token_id in its generation_config.json")
@@ -297,16 +293,15 @@ def check_context(lm, cfg, longest):
           f" its response take {longest}: lower --max-new-tokens {cfg.max_new_tokens} by {over}")
 
 @contextlib.contextmanager
-def errors_as_one_line(name):
-    """Turn all that is wrong with a model or device, for us or the libraries, into a UserError."""
+def errors_as_one_line(problem):
+    """Turn what we or the libraries raise into a UserError: the problem, then its cause."""
     try:
         yield
     except Exception as error:
         if isinstance(error, (torch.OutOfMemoryError, dist.DistError)) or "gloo" in str(error):
             raise  # another process has ended: that one has the message
-        what = error if isinstance(error, UserError) else (
-            f"{error!r:.200}; take another (a model: a whole, text-only, causal one)")
-        raise UserError(f"{name}: cannot be used: {what}") from error
+        cause = str(error) if isinstance(error, UserError) else repr(error)
+        raise UserError(f"{problem}: {cause:.300}") from error
 
 def load_lm(name, cfg, train=False, shard=True):
     """Load a Hugging Face folder or hub name as an LM, with shard=True sharded over all processes.
@@ -321,7 +316,7 @@ def load_lm(name, cfg, train=False, shard=True):
         print(f"{name}: computed in fp32, because this GPU has no bf16")
     dtype = torch.bfloat16 if lm.bf16 and not train else torch.float32
     shard = shard and world_size() > 1
-    with errors_as_one_line(repr(name)):
+    with errors_as_one_line(f"{name!r} cannot be used, take a whole, text-only, causal model"):
         if shard:  # rank 0 reads the weights in the files' dtype; the others have shapes only
             source = read_weights(name, "auto") if rank() == 0 else None
             with torch.device("meta"):
@@ -347,10 +342,9 @@ def read_weights(name, dtype):
     model, info = AutoModelForCausalLM.from_pretrained(
         name, dtype=dtype, attn_implementation="ours", output_loading_info=True,
         trust_remote_code=False)
-    lost = info["missing_keys"]  # transformers would put random numbers in their place and go on
-    bad = lost or {n for n, p in model.named_parameters() if not sum(p.aminmax()).isfinite()}
-    check(not bad, f"its weights files {'lack' if lost else 'hold NaN or inf in'} {len(bad)} "
-          f"tensors of the model, e.g. {min(bad, default='')}; get them again")
+    bad = set(info["missing_keys"])  # transformers would put random numbers in their place
+    bad |= {n for n, p in model.named_parameters() if not sum(p.aminmax()).isfinite()}
+    check(not bad, f"{len(bad)} tensors missing, NaN or inf, e.g. {min(bad, default='')}")
     return model
 
 @torch.no_grad()
@@ -362,30 +356,26 @@ def check_architecture(lm, sampled):
         want = lm.model(input_ids=ids).logits[0, :, : lm.vocab].float()
         have = F.linear(lm.body(input_ids=ids)[0][0], lm.head()).float()
     rounding = (2**-6 if lm.bf16 else 1e-4) * want.abs().max()  # bf16 has 8 bits
-    check((have - want).abs().max() <= rounding, "unsupported architecture, its logits are not "
-          "output embedding times hidden state; take another model")
+    check((have - want).abs().max() <= rounding, "its logits are not head times hidden state")
     if sampled:
         with gathered(lm) as full:
             row, = sample(full, ids.tolist(), 1, max_new_tokens=4, temperature=1.0, seed=(0,))
         gap = lm.token_logp(*lm.states([row]), 1.0, 4).cpu() - torch.tensor(row.logp)
-        check(gap.abs().max() <= 4 * rounding, "unsupported architecture, sampling does not give "
-              "the log-probs that training sees; take another model")
+        check(gap.abs().max() <= 4 * rounding, "sampling gives other log-probs than training")
     if isinstance(lm.model, fsdp.FSDPModule):
         lm.model.reshard()  # before `Run.steps` may load other weights
 
 def check_pair(teacher, student, thinking=False):
     """Raise UserError, saying what differs, if a teacher and a student do not have the same tokens,
     prompts (of this mode) and some stop token: both KLs compare them id by id."""
+    pair = f"teacher {teacher.name} and student {student.name} differ in their"
     t, s = teacher.tokenizer, student.tokenizer
-    unlike = set(t.get_vocab().items()) ^ set(s.get_vocab().items())
+    unlike = sorted(set(t.get_vocab().items()) ^ set(s.get_vocab().items()))
+    check(not unlike, f"{pair} vocabulary, by {len(unlike)} tokens (e.g. {unlike[:1]})")
     a, b = (build_prompt(x, "1+1=?", thinking, tokenize=False) for x in (t, s))
-    differ = [what for what, found in (
-        (f"vocabulary ({teacher.vocab} and {student.vocab} tokens; e.g. "
-         f"{min(unlike, default=' ')[0]!r})", unlike), (f"chat template ({a!r} and {b!r})", a != b),
-        (f"stop tokens ({teacher.stop_ids} and {student.stop_ids})",
-         not set(teacher.stop_ids) & set(student.stop_ids))) if found]
-    check(not differ, f"teacher {teacher.name} and student {student.name} cannot be compared token "
-                      f"by token; they differ in: {'; '.join(differ)}")
+    check(a == b, f"{pair} chat template ({a!r} and {b!r})")
+    check(set(teacher.stop_ids) & set(student.stop_ids),
+          f"{pair} stop tokens ({teacher.stop_ids} and {student.stop_ids})")
 
 def build_prompt(tokenizer, problem, thinking, tokenize=True):
     """Problem text -> prompt token ids (with tokenize=False, text): the one format of all scripts.
@@ -396,26 +386,18 @@ def build_prompt(tokenizer, problem, thinking, tokenize=True):
         messages, add_generation_prompt=True, tokenize=tokenize, return_dict=False,
         enable_thinking=thinking, date_string="26 Jul 2024")
 
-def end_of_turn(tokenizer, file=None):
+def end_of_turn(tokenizer):
     """Id of the special token with which the chat template ends an answer, else eos, or None.
-    UserError if a prompt lacks problem or turn, or if tokenizer.json (file) gives other ids."""
-    turns = [{"role": "user", "content": f"1+1=?\n{INSTRUCTION}"},
-             {"role": "assistant", "content": "Two."}]
-    closed, whole = (tokenizer.apply_chat_template(turns[:n], tokenize=False) for n in (1, 2))
-    prompt = build_prompt(tokenizer, "1+1=?", False, tokenize=False).strip()
-    before, _, after = whole.partition("Two.")
-    end = next((i for i, token in tokenizer.added_tokens_decoder.items()
-                if after.strip().startswith(token.content)), tokenizer.eos_token_id)
-    ids = tokenizer.encode(prompt, add_special_tokens=False)
-    opened = prompt == before.strip() or (prompt != closed.strip() and ids[-1:] != [end])
-    check(ids and "1+1=?" in prompt and opened, f"its chat template makes {prompt!r} of a problem,"
-          " without it or the start of the assistant's turn; take an instruct model's template")
-    if file and (kind := type(tokenizer)) is not transformers.PreTrainedTokenizerFast:
-        a, b = (x.encode("Let $x  = \\frac{3}{14}$\n\n  and\ty=2048, what's x?\n",
-                         add_special_tokens=False) for x in (tokenizer, Tokenizer.from_file(file)))
-        check(a == b.ids, f"{kind.__name__} does not split text as tokenizer.json says; set "
-              "tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast, or use another")
-    return end
+    Raises UserError if a prompt does not hold the problem and open the answer's turn."""
+    text = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+    turns = [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "Two."}]
+    closed, prompt = text(turns[:1]).strip(), text(turns[:1], add_generation_prompt=True).strip()
+    before, _, after = (part.strip() for part in text(turns).partition("Two."))
+    opened = prompt == before or (prompt != closed and not prompt.endswith(after))
+    check(opened and "1+1=?" in tokenizer.decode(tokenizer.encode(prompt)), "its chat template "
+          f"leaves out the problem or the start of the assistant's turn: {prompt!r}")
+    return next((i for i, token in tokenizer.added_tokens_decoder.items()
+                 if after.startswith(token.content)), tokenizer.eos_token_id)
 
 def save_lm(lm, out, run_record):
     """Write a Hugging Face folder that any tool can load, in the dtype that the model came in. The
@@ -429,11 +411,11 @@ def save_lm(lm, out, run_record):
     if rank():
         return
     shutil.rmtree(beside, ignore_errors=True)
-    try:
+    with errors_as_one_line(f"cannot write the model to {out}"):
         lm.tokenizer.save_pretrained(beside)
         (lm.replica or lm.model).save_pretrained(beside, state_dict=weights)
-    except Exception as error:  # on a full disk the libraries raise many kinds
-        raise UserError(f"cannot write the model to {out}: {first_line(error)}") from error
+        path = beside / "tokenizer_config.json"  # the class has another name in transformers 4
+        write_json(path, {**read_json(path), "tokenizer_class": "PreTrainedTokenizerFast"})
     config = {**read_json(beside / "config.json"), "dtype": lm.saved_dtype, "run": run_record}
     (beside / "config.json").unlink()
     for path in beside.iterdir():
@@ -1467,9 +1449,8 @@ def inverse_cdf(weights, uniform):
 
 def attention(module, query, key, value, attention_mask, scaling, attend=None, **kwargs):
     """The attention of all layers, causal, or the caller's: (B, H, T, dim) -> (B, T, H, dim)."""
-    window = kwargs.get("sliding_window") or math.inf
-    check(kwargs.get("softcap") is kwargs.get("s_aux") is None and key.shape[2] <= window,
-          f"unsupported architecture: attention with softcap, s_aux or a sliding_window ({window})")
+    check(kwargs.get("softcap") is kwargs.get("s_aux") is None, "attention with softcap or s_aux")
+    check(key.shape[2] <= (kwargs.get("sliding_window") or math.inf), "longer than sliding_window")
     if attend is None:
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
     return attend(module, query, key, value, scaling), None

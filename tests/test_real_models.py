@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import forked, metrics
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 import common
@@ -81,9 +82,9 @@ def test_worked_examples_are_the_templates_conversation(name, text, tmp_path):
     (SMOLLM, "llama", "GPT2Tokenizer", True),
     (SMOLLM, "llama", "Qwen2Tokenizer", False),
     (SMOLLM, "qwen2", "PreTrainedTokenizerFast", False)])  # transformers goes by the model type
-def test_a_tokenizer_that_is_read_otherwise_than_it_was_made_is_refused(name, model_type, kind,
-                                                                       fits, tmp_path):
-    """The ids of tokenizer.json decide, whatever tokenizer_config.json or transformers name."""
+def test_the_ids_are_those_of_tokenizer_json(name, model_type, kind, fits, tmp_path):
+    """Whatever class tokenizer_config.json names, and also where transformers' own choice would
+    split text otherwise."""
     for path in Path(folder(name)).glob("*"):
         if "token" in path.name or "template" in path.name:
             (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -91,11 +92,11 @@ def test_a_tokenizer_that_is_read_otherwise_than_it_was_made_is_refused(name, mo
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": kind}))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type,
                                                       "vocab_size": 152_000}))
-    if fits:
-        assert common.describe_lm(str(tmp_path)).tokenizer.eos_token == "<|im_end|>"
-    else:
-        with pytest.raises(common.UserError, match="cannot be used: .*Tokenizer does not split"):
-            common.describe_lm(str(tmp_path))
+    text = "Let $x  = \\frac{3}{14}$\n\n  and\ty=2048, what's x?\n"
+    want = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids
+    lm = common.describe_lm(str(tmp_path))
+    assert lm.tokenizer.encode(text) == want and lm.tokenizer.eos_token == "<|im_end|>"
+    assert (AutoTokenizer.from_pretrained(tmp_path).encode(text) == want) == fits
 
 @pytest.mark.parametrize("generation, config", [
     (None, None), ("<|endoftext|>", None), (None, "#")])  # "#" has id 2, a default of transformers
