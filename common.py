@@ -371,7 +371,7 @@ def check_pair(teacher, student, thinking=False):
     pair = f"teacher {teacher.name} and student {student.name} differ in their"
     t, s = teacher.tokenizer, student.tokenizer
     unlike = sorted(set(t.get_vocab().items()) ^ set(s.get_vocab().items()))
-    check(not unlike, f"{pair} vocabulary, by {len(unlike)} tokens (e.g. {unlike[:1]})")
+    check(not unlike, f"{pair} vocabulary ({len(unlike)} differences, e.g. {unlike[:1]})")
     a, b = (build_prompt(x, "1+1=?", thinking, tokenize=False) for x in (t, s))
     check(a == b, f"{pair} chat template ({a!r} and {b!r})")
     check(set(teacher.stop_ids) & set(student.stop_ids),
