@@ -51,7 +51,6 @@ import torch.distributed.fsdp as fsdp
 import torch.nn.functional as F
 import transformers
 from mpmath import MPContext
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
@@ -264,42 +263,48 @@ def pick(logp, tokens):
 
 def describe_lm(name):
     """An LM of a Hugging Face folder or hub name without its weights (model is None). Raises
-    UserError if it cannot be found, is unfinished, or has no chat template or stop token."""
-    check(read_record(name).get("finished", True),
-          f"{name} is an unfinished run: it has no weights yet")
-    with load_errors_as_one_line(name):
-        tokenizer, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
-    try:
-        eos = GenerationConfig.from_pretrained(name).eos_token_id
-    except OSError:  # it has none of its own
-        eos = config.eos_token_id
-    vocab = max(tokenizer.get_vocab().values()) + 1
-    # eos is an id, a list of ids or None: all of them end a response
-    stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    check(tokenizer.chat_template, f"{name}: no chat template; take an instruct model")
-    check(vocab <= config.vocab_size, f"{name}: {vocab} tokens but {config.vocab_size} embeddings")
-    check(stop_ids, f"{name}: neither generation_config.json nor the tokenizer names a stop token")
-    dtype = str(config.dtype or "float32").removeprefix("torch.")
-    context = getattr(config, "max_position_embeddings", None) or math.inf
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):  # a longer row changes the angles of all
-        context = rope.get("original_max_position_embeddings", context) - BLOCK
-    return LM(name, None, tokenizer, vocab, sorted(stop_ids), dtype, context)
+    UserError if it cannot be found, is unfinished, or lacks what every script needs."""
+    find = functools.partial(transformers.utils.cached_file, name,  # a file's path or None
+                             _raise_exceptions_for_missing_entries=False)
+    with errors_as_one_line(f"{name!r} cannot be used, take a whole, text-only, causal model"):
+        check(read_record(name).get("finished", True), "an unfinished run, without weights yet")
+        check(not find("adapter_config.json"), "an adapter; merge it first (merge_and_unload)")
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
+        check(not getattr(config, "quantization_config", None), "quantized; take the bf16 weights")
+        kind = transformers.PreTrainedTokenizerFast if find("tokenizer.json") else AutoTokenizer
+        tokenizer = kind.from_pretrained(name, trust_remote_code=False)  # whatever a config names
+        vocab = max(tokenizer.get_vocab().values()) + 1
+        check(vocab <= config.vocab_size, f"{vocab} tokens but {config.vocab_size} embeddings")
+        eos = find("generation_config.json") and GenerationConfig.from_pretrained(name).eos_token_id
+        stop_ids = {end_of_turn(tokenizer), tokenizer.eos_token_id, *np.ravel(eos).tolist()}
+        stop_ids |= {i for i in np.ravel(config.eos_token_id).tolist()  # a default may be text
+                     if i is not None and re.match(r"[<\[].", tokenizer.decode(i))}
+        check(stop_ids - {None}, "no stop token; set eos_token_id in its generation_config.json")
+        dtype = str(config.dtype or "float32").removeprefix("torch.")
+        slides = set(getattr(config, "layer_types", None) or ["sliding"]) != {"full_attention"}
+        limits = ["max_position_embeddings"] + ["sliding_window", "attention_chunk_size"] * slides
+        context = min(getattr(config, limit, None) or math.inf for limit in limits)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") in ("dynamic", "longrope"):  # a longer row changes all angles
+            context = min(context, rope.get("original_max_position_embeddings", context) - BLOCK)
+    return LM(name, None, tokenizer, vocab, sorted(stop_ids - {None}), dtype, context)
 
 def check_context(lm, cfg, longest):
     """Raise UserError if `longest` tokens, a prompt and its response, are more than lm knows."""
     over = longest - lm.context
-    check(over <= 0, f"{lm.name} knows {lm.context} positions, a prompt and its response may take "
-          f"{longest}: lower --max-new-tokens {cfg.max_new_tokens} by {over}")
+    check(over <= 0, f"{lm.name} knows {lm.context} positions (sliding_window counts), a prompt and"
+          f" its response take {longest}: lower --max-new-tokens {cfg.max_new_tokens} by {over}")
 
 @contextlib.contextmanager
-def load_errors_as_one_line(name):
-    """Turn what transformers raises for a model that it cannot load into a UserError."""
+def errors_as_one_line(problem):
+    """Turn what we or the libraries raise into a UserError: the problem, then its cause."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load model {name!r} (no model folder here, nor one that the hub "
-                        f"gives us): {first_line(error)}") from error
+    except Exception as error:
+        if isinstance(error, (torch.OutOfMemoryError, dist.DistError)) or "gloo" in str(error):
+            raise  # another process has ended: that one has the message
+        cause = str(error) if isinstance(error, UserError) else repr(error)
+        raise UserError(f"{problem}: {cause:.300}") from error
 
 def load_lm(name, cfg, train=False, shard=True):
     """Load a Hugging Face folder or hub name as an LM, with shard=True sharded over all processes.
@@ -307,29 +312,28 @@ def load_lm(name, cfg, train=False, shard=True):
     frozen model has the compute dtype. Raises UserError for what cannot be loaded or used."""
     lm, best = describe_lm(name), "cuda" if torch.cuda.is_available() else "cpu"
     device = best if cfg.device == "auto" else cfg.device
-    try:  # "cuda" is the device that `process_group` chose
+    with errors_as_one_line(f"--device {device}"):  # "cuda" is what `process_group` chose
         device = torch.empty(0, dtype=torch.float64, device=device).device  # mps has no float64
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise UserError(f"--device {device}: {first_line(error)}") from error
     lm.bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and has_bf16(device))
     if cfg.dtype == "auto" and device.type == "cuda" and not lm.bf16:
         print(f"{name}: computed in fp32, because this GPU has no bf16")
     dtype = torch.bfloat16 if lm.bf16 and not train else torch.float32
     shard = shard and world_size() > 1
-    if shard:  # rank 0 reads the weights in the dtype of the files; the others have shapes only
-        source = read_weights(name, "auto") if rank() == 0 else None
-        with torch.device("meta"):
-            lm.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name),
-                                                        dtype=dtype, attn_implementation="ours")
-    else:
-        lm.model = read_weights(name, dtype).to(device)
-    lm.model.eval().requires_grad_(train)
-    if train and cfg.gradient_checkpointing:  # it works in train mode only; there is no dropout
-        lm.recompute, old_name = True, getattr(lm.model, "gradient_checkpointing_enable", None)
-        getattr(lm.model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
-    if shard:
-        shard_model(lm, source, device)
-    check_architecture(lm, sampled=train or not shard)
+    with errors_as_one_line(f"{name!r} cannot be used, take a whole, text-only, causal model"):
+        if shard:  # rank 0 reads the weights in the files' dtype; the others have shapes only
+            source = read_weights(name, "auto") if rank() == 0 else None
+            with torch.device("meta"):
+                lm.model = AutoModelForCausalLM.from_config(
+                    AutoConfig.from_pretrained(name), dtype=dtype, attn_implementation="ours")
+        else:
+            lm.model = read_weights(name, dtype).to(device)
+        lm.model.eval().requires_grad_(train)
+        if train and cfg.gradient_checkpointing:  # it works in train mode only; without dropout
+            lm.recompute, old_name = True, getattr(lm.model, "gradient_checkpointing_enable", None)
+            getattr(lm.model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+        if shard:
+            shard_model(lm, source, device)
+        check_architecture(lm, sampled=train or not shard)
     return lm
 
 def has_bf16(device):
@@ -337,13 +341,13 @@ def has_bf16(device):
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 def read_weights(name, dtype):
-    """The model itself, on the CPU. Raises UserError, too, if it is incomplete."""
-    with load_errors_as_one_line(name):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation="ours", output_loading_info=True)
-    # transformers would put random numbers in their place and go on
-    check(not info["missing_keys"], f"{name}: its weights files lack {len(info['missing_keys'])} "
-          f"tensors of the model, e.g. {min(info['missing_keys'], default='')}")
+    """The model itself, on the CPU. Raises UserError, too, if it is incomplete or not finite."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, attn_implementation="ours", output_loading_info=True,
+        trust_remote_code=False)
+    bad = set(info["missing_keys"])  # transformers would put random numbers in their place
+    bad |= {n for n, p in model.named_parameters() if not sum(p.aminmax()).isfinite()}
+    check(not bad, f"{len(bad)} tensors missing, NaN or inf, e.g. {min(bad, default='')}")
     return model
 
 @torch.no_grad()
@@ -355,33 +359,26 @@ def check_architecture(lm, sampled):
         want = lm.model(input_ids=ids).logits[0, :, : lm.vocab].float()
         have = F.linear(lm.body(input_ids=ids)[0][0], lm.head()).float()
     rounding = (2**-6 if lm.bf16 else 1e-4) * want.abs().max()  # bf16 has 8 bits
-    check((have - want).abs().max() <= rounding, f"{lm.name}: unsupported "
-          "architecture, its logits are not output embedding times hidden state")
+    check((have - want).abs().max() <= rounding, "its logits are not head times hidden state")
     if sampled:
         with gathered(lm) as full:
             row, = sample(full, ids.tolist(), 1, max_new_tokens=4, temperature=1.0, seed=(0,))
         gap = lm.token_logp(*lm.states([row]), 1.0, 4).cpu() - torch.tensor(row.logp)
-        check(gap.abs().max() <= 4 * rounding, f"{lm.name}: unsupported architecture, sampling "
-              "does not give the log-probs that training sees")
+        check(gap.abs().max() <= 4 * rounding, "sampling gives other log-probs than training")
     if isinstance(lm.model, fsdp.FSDPModule):
         lm.model.reshard()  # before `Run.steps` may load other weights
 
 def check_pair(teacher, student, thinking=False):
     """Raise UserError, saying what differs, if a teacher and a student do not have the same tokens,
     prompts (of this mode) and some stop token: both KLs compare them id by id."""
-    t, s, differ = teacher.tokenizer, student.tokenizer, []
-    if unlike := set(t.get_vocab().items()) ^ set(s.get_vocab().items()):
-        differ.append(f"vocabulary ({teacher.vocab} and {student.vocab} tokens; e.g. "
-                      f"{min(unlike)[0]!r})")
-    if t.eos_token != s.eos_token:
-        differ.append(f"eos_token ({t.eos_token!r} and {s.eos_token!r})")
+    pair = f"teacher {teacher.name} and student {student.name} differ in their"
+    t, s = teacher.tokenizer, student.tokenizer
+    unlike = sorted(set(t.get_vocab().items()) ^ set(s.get_vocab().items()))
+    check(not unlike, f"{pair} vocabulary ({len(unlike)} differences, e.g. {unlike[:1]})")
     a, b = (build_prompt(x, "1+1=?", thinking, tokenize=False) for x in (t, s))
-    if a != b:
-        differ.append(f"chat template ({a!r} and {b!r})")
-    if not set(teacher.stop_ids) & set(student.stop_ids):
-        differ.append(f"stop tokens ({teacher.stop_ids} and {student.stop_ids})")
-    check(not differ, f"teacher {teacher.name} and student {student.name} cannot be compared token "
-                      f"by token; they differ in: {'; '.join(differ)}")
+    check(a == b, f"{pair} chat template ({a!r} and {b!r})")
+    check(set(teacher.stop_ids) & set(student.stop_ids),
+          f"{pair} stop tokens ({teacher.stop_ids} and {student.stop_ids})")
 
 def build_prompt(tokenizer, problem, thinking, tokenize=True):
     """Problem text -> prompt token ids (with tokenize=False, text): the one format of all scripts.
@@ -391,6 +388,19 @@ def build_prompt(tokenizer, problem, thinking, tokenize=True):
     return tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=tokenize, return_dict=False,
         enable_thinking=thinking, date_string="26 Jul 2024")
+
+def end_of_turn(tokenizer):
+    """Id of the special token with which the chat template ends an answer, else eos, or None.
+    Raises UserError if a prompt does not hold the problem and open the answer's turn."""
+    text = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+    turns = [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "Two."}]
+    closed, prompt = text(turns[:1]).strip(), text(turns[:1], add_generation_prompt=True).strip()
+    before, _, after = (part.strip() for part in text(turns).partition("Two."))
+    opened = prompt == before or (prompt != closed and not prompt.endswith(after))
+    check(opened and "1+1=?" in tokenizer.decode(tokenizer.encode(prompt)), "its chat template "
+          f"leaves out the problem or the start of the assistant's turn: {prompt!r}")
+    return next((i for i, token in tokenizer.added_tokens_decoder.items()
+                 if after.startswith(token.content)), tokenizer.eos_token_id)
 
 def save_lm(lm, out, run_record):
     """Write a Hugging Face folder that any tool can load, in the dtype that the model came in. The
@@ -404,11 +414,11 @@ def save_lm(lm, out, run_record):
     if rank():
         return
     shutil.rmtree(beside, ignore_errors=True)
-    try:
+    with errors_as_one_line(f"cannot write the model to {out}"):
         lm.tokenizer.save_pretrained(beside)
         (lm.replica or lm.model).save_pretrained(beside, state_dict=weights)
-    except Exception as error:  # on a full disk the libraries raise many kinds
-        raise UserError(f"cannot write the model to {out}: {first_line(error)}") from error
+        path = beside / "tokenizer_config.json"  # the class has another name in transformers 4
+        write_json(path, {**read_json(path), "tokenizer_class": "PreTrainedTokenizerFast"})
     config = {**read_json(beside / "config.json"), "dtype": lm.saved_dtype, "run": run_record}
     (beside / "config.json").unlink()
     for path in beside.iterdir():
@@ -1463,8 +1473,8 @@ def inverse_cdf(weights, uniform):
 
 def attention(module, query, key, value, attention_mask, scaling, attend=None, **kwargs):
     """The attention of all layers, causal, or the caller's: (B, H, T, dim) -> (B, T, H, dim)."""
-    odd = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
-    check(not odd, f"unsupported architecture: its attention has {', '.join(odd)}")
+    check(kwargs.get("softcap") is kwargs.get("s_aux") is None, "attention with softcap or s_aux")
+    check(key.shape[2] <= (kwargs.get("sliding_window") or math.inf), "longer than sliding_window")
     if attend is None:
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
     return attend(module, query, key, value, scaling), None

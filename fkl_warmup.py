@@ -33,10 +33,10 @@ import torch
 
 from common import (REWARD, Rollout, Run, StageConfig, all_reduce_sum, append_json_line,
                     batch_indices, build_prompt, check, check_context, check_pair, count_steps,
-                    describe_lm, differences, drawn, find_question, fingerprint, judge, load_lm,
-                    load_problems, lock, make_optimizer, on_rank_0, optimizer_step, over_chunks,
-                    pick, progress, read_json_lines, read_rows, run_cli, sample_and_write,
-                    shared_micro_batches, skip_long_prompts, tokenize_problems)
+                    describe_lm, differences, drawn, end_of_turn, find_question, fingerprint,
+                    judge, load_lm, load_problems, lock, make_optimizer, on_rank_0, optimizer_step,
+                    over_chunks, pick, progress, read_json_lines, read_rows, run_cli,
+                    sample_and_write, shared_micro_batches, skip_long_prompts, tokenize_problems)
 
 @dataclass
 class Config(StageConfig):  # whose flags all three stages have
@@ -126,8 +126,9 @@ def correct_only(groups, problems, tokenizer, verifier=""):
     return correct
 
 def worked_examples(cfg, lm):
-    """All rows of --data, a question and a `response` (or `solution`) and eos, as [[Rollout]]."""
-    rows = []
+    """All rows of --data, a question, a `response` (or `solution`), its stop, as [[Rollout]]."""
+    rows, end = [], end_of_turn(lm.tokenizer)
+    end = lm.stop_ids[0] if end is None else end
     for row in read_rows(cfg.data):
         row = {name.lower(): value for name, value in row.items()}
         question, response = find_question(row), row.get("response") or row.get("solution")
@@ -136,7 +137,7 @@ def worked_examples(cfg, lm):
               f"response (response or solution); it has: {', '.join(row)}")
         tokens = lm.tokenizer.encode(response, add_special_tokens=False)
         rows.append(Rollout(build_prompt(lm.tokenizer, question, cfg.thinking),
-                            tokens + [lm.tokenizer.eos_token_id], [], True))
+                            tokens + [end], [], True))
     rows = skip_long_prompts(rows, cfg)
     check_context(lm, cfg, max(len(row.prompt + row.tokens) for row in rows))
     return [[row] for row in rows]

@@ -583,7 +583,7 @@ def test_weights_that_are_not_all_there_are_refused(world, tmp_path):
     gone = sorted(tensors)[3]
     del tensors[gone]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"lack 1 tensors of the model, e.g. {gone}"):
+    with pytest.raises(UserError, match=f"1 tensors missing, NaN or inf, e.g. {gone}"):
         common.load_lm(str(folder), StageConfig())
 
 def test_a_model_without_pad_token_trains(world, line_of, whole, tmp_path):

@@ -4,7 +4,9 @@ The folders here are made by hand with `tokenizers` and `transformers`; the refe
 model's own logits, file headers and arithmetic written out, never common.py.
 """
 
+import dataclasses
 import json
+import math
 import re
 import string
 from dataclasses import dataclass
@@ -15,13 +17,22 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM,
-                          Gemma3TextConfig, GenerationConfig, GraniteConfig, GraniteForCausalLM,
-                          LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
-                          PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel,
+                          DeepseekV3Config, DeepseekV3ForCausalLM, FalconConfig, FalconForCausalLM,
+                          Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig,
+                          GenerationConfig, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig,
+                          GPTNeoXForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaConfig,
+                          LlamaForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig,
+                          MistralForCausalLM, MixtralConfig, MixtralForCausalLM,
+                          PreTrainedTokenizerFast, Qwen2_5_VLConfig,
+                          Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM,
+                          Qwen3Config, Qwen3ForCausalLM, StableLmConfig, StableLmForCausalLM,
+                          T5Config, T5ForConditionalGeneration)
 
 import common
+import fkl_warmup
 import grpo
 from common import LM, Rollout, StageConfig, UserError, build_prompt, check_pair
 
@@ -45,12 +56,31 @@ def make_tokenizer(tokens=TOKENS, template=TEMPLATE, eos="<im_end>"):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token=eos,
                                    bos_token="<bos>", chat_template=template)
 
+TINY = {"vocab_size": len(TOKENS), "hidden_size": 16, "intermediate_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "initializer_range": 0.5, "pad_token_id": 0, "bos_token_id": 1}
 FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8, "tie_word_embeddings": True}),
     "llama": (LlamaConfig, LlamaForCausalLM, {"head_dim": 8, "tie_word_embeddings": False}),
     "granite": (GraniteConfig, GraniteForCausalLM, {"tie_word_embeddings": True}),
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, {"head_dim": 8}),
     "mistral": (MistralConfig, MistralForCausalLM, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {"head_dim": 8}),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 2}),
+    "stablelm": (StableLmConfig, StableLmForCausalLM, {}),
+    "neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {"num_key_value_heads": None}),
+    "gpt2": (GPT2Config, GPT2LMHeadModel, {"num_key_value_heads": None}),
+    "falcon": (FalconConfig, FalconForCausalLM, {}),
+    "mamba": (MambaConfig, MambaForCausalLM, {}),
+    "bert": (BertConfig, BertLMHeadModel, {}),
+    "t5": (T5Config, T5ForConditionalGeneration, {"d_model": 16, "d_ff": 32, "num_layers": 2}),
+    "vision": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, {
+        "text_config": TINY, "vision_config": {"depth": 1, "hidden_size": 16, "num_heads": 2}}),
+    "deepseek": (DeepseekV3Config, DeepseekV3ForCausalLM, {
+        "n_routed_experts": 4, "moe_intermediate_size": 8, "kv_lora_rank": 8, "q_lora_rank": 8,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 2,
+        "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1}),
 }
 EOS = GenerationConfig(eos_token_id=TOKENS.index("<im_end>"))
 
@@ -59,10 +89,9 @@ def make_folder(path, family="qwen3", rows=len(TOKENS), tokenizer=None, dtype=to
     """A tiny model folder; wide initialisation, so that logits are far from uniform."""
     config_class, model_class, fixed = FAMILIES[family]
     torch.manual_seed(seed)
-    model = model_class(config_class(
-        vocab_size=rows, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, initializer_range=0.5,
-        pad_token_id=0, bos_token_id=1, **{"eos_token_id": 3, **fixed, **config}))
+    settings = {**TINY, "vocab_size": rows, "eos_token_id": 3, **fixed, **config}
+    model = model_class(config_class(**{k: v for k, v in settings.items() if k not in {
+        name for name in fixed if fixed[name] is None}}))
     if generation is not None:
         model.generation_config = generation
     model.to(dtype).save_pretrained(path)
@@ -96,7 +125,6 @@ REFUSED = {  # name: (what differs about the student, words of the message)
     "one token more": (dict(tokenizer=make_tokenizer([*TOKENS, "<extra>"]), rows=len(TOKENS) + 1),
                        "vocabulary .*<extra>"),
     "ids of two tokens swapped": (dict(tokenizer=make_tokenizer(SWAPPED)), "vocabulary"),
-    "eos": (dict(tokenizer=make_tokenizer(eos="<eos>")), "eos_token .*<im_end>.*<eos>"),
     "template": (dict(tokenizer=make_tokenizer(template=TEMPLATE.replace("<user>", "<user>:"))),
                  "chat template"),
     "template when thinking": (
@@ -114,9 +142,19 @@ def test_pair_is_refused_saying_what_differs(case):
         check_pair(lm_of("T"), lm_of("S", **student), thinking=case == "template when thinking")
     text = str(caught.value)
     assert "teacher T and student S" in text
-    named = [r for r in ("vocabulary (", "eos_token (", "chat template (", "stop tokens (")
-             if r in text]
+    named = [r for r in ("vocabulary (", "chat template (", "stop tokens (") if r in text]
     assert len(named) == 1, "nothing but the difference is named"
+
+def test_a_pair_may_differ_in_what_no_loss_sees(tmp_path):
+    """Another eos_token, other lists of stop ids that meet, and a template that differs in the
+    mode that is not in use."""
+    teacher = make_folder(tmp_path / "t", generation=GenerationConfig(eos_token_id=[3, 2]))
+    student = make_folder(tmp_path / "s", tokenizer=make_tokenizer(eos="<eos>"), eos_token_id=2,
+                          generation=GenerationConfig(eos_token_id=2))
+    check_pair(common.describe_lm(teacher), common.describe_lm(student))
+    check_pair(lm_of("T", stop_ids=[2, 3]), lm_of("S", make_tokenizer(eos="<eos>"), [2]))
+    thinks, _ = REFUSED["template when thinking"]
+    check_pair(lm_of("T"), lm_of("S", **thinks), thinking=False)
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "granite"])
 def test_states_and_log_probs_are_those_of_the_models_own_logits_over_the_real_tokens(family,
@@ -145,15 +183,33 @@ def test_states_and_log_probs_are_those_of_the_models_own_logits_over_the_real_t
         assert got.shape == (4, V) and got.dtype == torch.float32
         torch.testing.assert_close(got.double(), torch.stack(want), atol=1e-4, rtol=1e-4)
 
-def test_stop_ids_are_all_ids_of_generation_config_and_tokenizer(tmp_path):
-    """An int, a list or None in generation_config.json: every id ends a response."""
-    for i, (generation, tokenizer_eos, want) in enumerate([
-            (2, "<im_end>", [2, 3]), ([3, 0], "<im_end>", [0, 3]), ([2, 0], None, [0, 2]),
-            (None, "<im_end>", [3])]):
-        folder = make_folder(tmp_path / f"{i}", tokenizer=make_tokenizer(eos=tokenizer_eos),
-                             generation=GenerationConfig(eos_token_id=generation),
-                             eos_token_id=None)
-        assert load_lm(folder).stop_ids == want
+HASH = TOKENS.index("#")
+SPECIAL = make_tokenizer(eos="<eos>")  # a base model's: eos is not what ends a turn
+SPECIAL.add_special_tokens({"additional_special_tokens": ["<im_end>"]})
+
+@pytest.mark.parametrize("generation, config, tokenizer, want", [
+    (2, None, make_tokenizer(), [2, 3]),  # an int,
+    ([3, 0], None, make_tokenizer(), [0, 3]),  # a list
+    ([2, 0], None, make_tokenizer(eos=None), [0, 2]),
+    (None, None, make_tokenizer(), [3]),  # or nothing in generation_config.json
+    (None, [2, 3], make_tokenizer(eos="<eos>"), [2, 3]),  # which does not hide config.json's
+    ([3], [2], make_tokenizer(), [2, 3]),
+    (None, HASH, make_tokenizer(), [3]),  # but there transformers' default may be any text
+    ([HASH], None, make_tokenizer(), [3, HASH]),
+    (2, 2, SPECIAL, [2, 3])])  # the template ends a turn with <im_end>
+def test_stop_ids_are_those_of_both_configs_the_tokenizer_and_the_template(
+        generation, config, tokenizer, want, tmp_path):
+    folder = make_folder(tmp_path, tokenizer=tokenizer, eos_token_id=config,
+                         generation=GenerationConfig(eos_token_id=generation))
+    assert common.describe_lm(folder).stop_ids == want
+
+def test_worked_examples_end_as_the_template_ends_a_turn(tmp_path):
+    """Not with eos, where that is another token; without both with any stop token."""
+    (tmp_path / "data.json").write_text(json.dumps([{"problem": "1+1=?", "response": "2"}]))
+    cfg = fkl_warmup.Config(student="", targets="data", data=str(tmp_path / "data.json"))
+    for tokenizer, end in ((SPECIAL, 3), (make_tokenizer(eos=None), 2)):
+        (row,), = fkl_warmup.worked_examples(cfg, lm_of("S", tokenizer, [2, 3]))
+        assert row.tokens == [*encode("2"), end]
 
 # --- weights: masters, saved dtype, ties
 
@@ -231,6 +287,8 @@ def test_a_saved_folder_loads_elsewhere_in_the_dtype_that_it_came_in(family, dty
     assert build_prompt(tokenizer, "1+1", False) == build_prompt(lm.tokenizer, "1+1", False)
     record = json.loads((tmp_path / "out" / "config.json").read_text())["run"]
     assert record == {"finished": True, "note": "kept"}
+    kind = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["tokenizer_class"]
+    assert kind == "PreTrainedTokenizerFast", "transformers 4 knows no TokenizersBackend"
 
 # --- what is refused
 
@@ -238,32 +296,165 @@ def cut_short(folder):
     weights = Path(folder) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
 
+def change(folder, file="config.json", **settings):
+    """Change settings of a json file, or make one."""
+    path = Path(folder) / file
+    old = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**old, **settings}))
+
+def own_code(folder, **settings):
+    """Code in the folder, which leaves a file when it is executed."""
+    for name in ("configuration_own", "modeling_own"):
+        (Path(folder) / f"{name}.py").write_text("open('executed', 'w')\nOwn = object")
+    change(folder, **settings, auto_map={"AutoConfig": "configuration_own.Own",
+                                         "AutoModelForCausalLM": "modeling_own.Own"})
+
+def nan_at(part, value=float("nan")):
+    def damage(folder):
+        weights = load_file(Path(folder) / "model.safetensors")
+        next(w for name, w in weights.items() if part in name)[-1] = value
+        save_file(weights, Path(folder) / "model.safetensors", {"format": "pt"})
+    return damage
+
+def without(pattern):
+    return lambda folder: [path.unlink() for path in Path(folder).glob(pattern)]
+
+def template(text):
+    return dict(tokenizer=make_tokenizer(template=text))
+
+QUANTIZED = "quantized; take the bf16"
+NO_TURN = "leaves out the problem or the start of the assistant.s turn"
+CLOSED = "{% for m in messages %}<user>{{ m.content }}<im_end>{% endfor %}"
 REFUSED_MODELS = {  # name: (what make_folder gets, words of the message)
-    "scaled logits": (dict(family="granite", logits_scaling=4.0), "output embedding times hidden"),
-    "capped logits": (dict(family="gemma3", final_logit_softcapping=2.0), "unsupported arch"),
-    "a sliding window": (dict(family="mistral", sliding_window=4), "sliding_window"),
+    "scaled logits": (dict(family="granite", logits_scaling=4.0), "not head times hidden state"),
+    "capped logits": (dict(family="gemma3", final_logit_softcapping=2.0), "not head times hidden"),
+    "capped attention": (dict(family="gemma2"), "attention with softcap"),
+    "a window that no prompt fits": (dict(family="mistral", sliding_window=4),
+                                     "longer than sliding_window"),
+    "gpt-neox": (dict(family="neox"), "AttributeError.*num_key_value_heads"),
+    "gpt-2, absolute positions": (dict(family="gpt2"), "AttributeError"),
+    "stablelm": (dict(family="stablelm"), "sampling gives other log-probs"),
+    "deepseek-v3, latent attention": (dict(family="deepseek"), "RuntimeError.*shape mismatch"),
+    "falcon": (dict(family="falcon"), "KeyError.*ours"),
+    "state space": (dict(family="mamba"), "sampling gives other log-probs"),
+    "an encoder": (dict(family="bert"), "not head times hidden state"),
+    "seq2seq": (dict(family="t5"), "causal model: .*Unrecognized configuration class"),
+    "vision": (dict(family="vision"), "causal model: .*Unrecognized configuration class"),
+    "heads that do not divide": (dict(num_attention_heads=3), "RuntimeError"),
+    "no vocab_size": (dict(damage=lambda f: change(f, vocab_size=None)), "vocab_size"),
+    "an unknown type": (dict(damage=lambda f: change(f, model_type="own")), "model type `own`"),
+    "code of its own": (dict(damage=lambda f: own_code(f, model_type="own")), "custom code"),
+    "fp8": (dict(damage=lambda f: change(f, quantization_config={"quant_method": "fp8"})),
+            QUANTIZED),
+    "gptq": (dict(damage=lambda f: change(f, quantization_config={"quant_method": "gptq",
+                                                                  "bits": 4})), QUANTIZED),
+    "an adapter beside its base": (dict(damage=lambda f: change(f, "adapter_config.json")),
+                                   "merge it first .*merge_and_unload"),
+    "an adapter alone": (dict(damage=lambda f: [change(f, "adapter_config.json"),
+                                                without("[!a]*")(f)]), "merge it first"),
+    "nan": (dict(damage=nan_at("mlp.up_proj")), ": 1 tensors missing, NaN or inf, e.g. .*up_proj"),
+    "nan in the row of a rare token": (dict(damage=nan_at("embed")), "NaN .*embed_tokens"),
+    "infinite": (dict(damage=nan_at("o_proj", -math.inf)), "NaN .*o_proj"),
     "more tokens than embeddings": (dict(rows=len(TOKENS) - 1), "embeddings"),
+    "no tokenizer.json": (dict(damage=without("tokenizer.json")), "backend tokenizer"),
+    "no tokenizer": (dict(damage=without("tokenizer*")), NO_TURN),
+    "a broken tokenizer.json": (dict(damage=lambda f: change(f, "tokenizer.json", model=1)),
+                                "cannot be used"),
+    "a broken generation_config.json": (
+        dict(damage=lambda f: (Path(f) / "generation_config.json").write_text("{")),
+        "generation_config.json. is not a valid JSON"),
     "no chat template": (dict(tokenizer=make_tokenizer(template=None)), "chat template"),
+    "a template that raises": (template("{{ raise_exception('tools only') }}"), "tools only"),
+    "a template that is none": (template("{% for m in %}"), "TemplateSyntaxError"),
+    "a template for lists of parts": (template(TEMPLATE.replace(
+        "{{ m.content }}", "{% for part in m.content %}{{ part.text }}{% endfor %}")), NO_TURN),
+    "a template without the problem": (template(TEMPLATE.replace(
+        "{{ m.content }}", "{{ m.content if m.role == 'assistant' }}")), NO_TURN),
+    "a template that opens no turn": (template(CLOSED), NO_TURN),
+    "the same in plain text": (template(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"), NO_TURN),
+    "a template that ends the turn": (template(
+        CLOSED + "{% if add_generation_prompt %}<assistant><im_end>{% endif %}"), NO_TURN),
     "no stop token": (dict(tokenizer=make_tokenizer(eos=None), eos_token_id=None,
                            generation=GenerationConfig()), "stop token"),
-    "a damaged file": (dict(damage=cut_short), "cannot load model"),
+    "a damaged file": (dict(damage=cut_short), "SafetensorError"),
 }
 
 @pytest.mark.parametrize("case", REFUSED_MODELS)
-def test_a_model_is_refused_in_one_readable_line(case, tmp_path):
-    """Its log-probs would not be those that the losses see, or it is not complete."""
+def test_a_model_is_refused_in_one_readable_line(case, tmp_path, monkeypatch):
+    """Its log-probs would not be those that the losses see, or it is not complete; its own code is
+    not executed, and nobody is asked."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.exit("it asks a question"))
     options, message = REFUSED_MODELS[case]
     damage = (options := dict(options)).pop("damage", lambda folder: None)
-    damage(make_folder(tmp_path, **options))
+    damage(make_folder(tmp_path / "model", **options))
     with pytest.raises(UserError, match=message) as caught:
-        load_lm(tmp_path)
-    assert "\n" not in str(caught.value)
+        load_lm(tmp_path / "model", train=True)
+    text = str(caught.value)
+    assert text.startswith(f"'{tmp_path}/model' cannot be used, take a") and "\n" not in text
+    assert not Path("executed").exists()
+
+USED_MODELS = {  # name: (what make_folder gets, positions)
+    "a window": (dict(family="mistral", sliding_window=130), 130),
+    "a window beyond the positions": (dict(family="mistral", sliding_window=500,
+                                           max_position_embeddings=200), 200),
+    "a window in some layers": (dict(family="gemma3", sliding_window=130), 130),
+    "a window that no layer has": (dict(family="qwen3", sliding_window=4, use_sliding_window=False,
+                                        max_position_embeddings=200), 200),
+    "a window in layers beyond the last": (
+        dict(family="qwen3", sliding_window=4, use_sliding_window=True, max_window_layers=2,
+             max_position_embeddings=200), 200),
+    "a tokenizer's class that does not fit": (dict(family="qwen2", rows=200,
+                                                   max_position_embeddings=200), 200),
+    "experts": (dict(family="mixtral", max_position_embeddings=200), 200),
+    "one head": (dict(num_attention_heads=1, num_key_value_heads=1,
+                      max_position_embeddings=200), 200),
+    "quantization null": (dict(damage=lambda f: change(f, quantization_config=None),
+                               max_position_embeddings=200), 200),
+    "a type that transformers knows, and code": (dict(damage=own_code,
+                                                      max_position_embeddings=200), 200),
+    "a user's turn that opens the answer's": (
+        dict(max_position_embeddings=200, **template(
+            "<bos>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+            "{% else %} {{ m.content }}<im_end>{% endif %}{% endfor %}")), 200),
+    "a template of problems only": (dict(max_position_embeddings=200,
+                                         **template("{{ messages[0].content }}")), 200),
+}
+
+@pytest.mark.parametrize("case", USED_MODELS)
+@torch.no_grad()
+def test_a_near_miss_is_used_as_far_as_it_is_exact(case, tmp_path, monkeypatch):
+    """Up to its positions, or its window if it has one, the sampler's log-probs are those of the
+    model's own attention, and one token more is refused, with its name and number."""
+    monkeypatch.chdir(tmp_path)
+    options, positions = USED_MODELS[case]
+    damage = (options := dict(options)).pop("damage", lambda folder: None)
+    damage(make_folder(tmp_path / "model", **options))
+    lm = load_lm(tmp_path / "model")
+    assert lm.context == positions and not Path("executed").exists()
+    row, = common.sample(dataclasses.replace(lm, stop_ids=[]), [[5, 6, 7]], 1, temperature=1.0,
+                         max_new_tokens=positions - 3, seed=(0,))
+    lm.model.set_attn_implementation("eager")
+    logits = lm.model(torch.tensor([row.prompt + row.tokens])).logits[0, 2:-1, : lm.vocab]
+    want = logits.log_softmax(-1).gather(1, torch.tensor(row.tokens)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(row.logp), want, atol=2e-3, rtol=0)
+    cfg = grpo.Config(model="", max_new_tokens=9)
+    common.check_context(lm, cfg, positions)
+    with pytest.raises(UserError, match=f"model knows {positions} positions.*by 1"):
+        common.check_context(lm, cfg, positions + 1)
+
+def test_the_window_of_an_unknown_setting_is_refused(tmp_path, monkeypatch):
+    """The attention itself says what it sees, whatever config.json calls it."""
+    lm = load_lm(make_folder(tmp_path, "mistral", sliding_window=130))
+    with pytest.raises(UserError, match="longer than sliding_window"):
+        lm.states([Rollout([5] * 100, [5] * 31, [], False)])
 
 def test_a_model_that_the_sampler_decodes_wrongly_is_refused(tmp_path, monkeypatch):
     """Here the attention over the cache is broken, as it would be in an unknown architecture."""
     folder, attend = make_folder(tmp_path), common.attend_pages
     monkeypatch.setattr(common, "attend_pages", lambda *args: [2 * x for x in attend(*args)])
-    with pytest.raises(UserError, match="does not give the log-probs that training sees"):
+    with pytest.raises(UserError, match="sampling gives other log-probs than training"):
         load_lm(folder)
 
 def test_a_run_is_no_model_until_its_weights_are_whole(tmp_path, monkeypatch, trainable_lm):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import forked, metrics
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 import common
@@ -72,6 +73,46 @@ def test_worked_examples_are_the_templates_conversation(name, text, tmp_path):
     assert tokenizer(name).decode(row.prompt + row.tokens) == whole.removesuffix("\n")
     ids = tokenizer(name).encode(whole.removesuffix("\n"), add_special_tokens=False)
     assert row.prompt + row.tokens == ids
+
+@pytest.mark.parametrize("name, model_type, kind, fits", [
+    ("qwen2.5-tokenizer", "qwen2", "Qwen2Tokenizer", True),
+    ("qwen2.5-tokenizer", "llama", "PreTrainedTokenizerFast", True),
+    ("qwen2.5-tokenizer", "llama", "GPT2Tokenizer", False),
+    ("qwen2.5-tokenizer", "llama", "GemmaTokenizer", False),  # which loses all spaces
+    (SMOLLM, "llama", "GPT2Tokenizer", True),
+    (SMOLLM, "llama", "Qwen2Tokenizer", False),
+    (SMOLLM, "qwen2", "PreTrainedTokenizerFast", False)])  # transformers goes by the model type
+def test_the_ids_are_those_of_tokenizer_json(name, model_type, kind, fits, tmp_path):
+    """Whatever class tokenizer_config.json names, and also where transformers' own choice would
+    split text otherwise."""
+    for path in Path(folder(name)).glob("*"):
+        if "token" in path.name or "template" in path.name:
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": kind}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type,
+                                                      "vocab_size": 152_000}))
+    text = "Let $x  = \\frac{3}{14}$\n\n  and\ty=2048, what's x?\n"
+    want = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids
+    lm = common.describe_lm(str(tmp_path))
+    assert lm.tokenizer.encode(text) == want and lm.tokenizer.eos_token == "<|im_end|>"
+    assert (AutoTokenizer.from_pretrained(tmp_path).encode(text) == want) == fits
+
+@pytest.mark.parametrize("generation, config", [
+    (None, None), ("<|endoftext|>", None), (None, "#")])  # "#" has id 2, a default of transformers
+def test_a_base_model_stops_where_its_template_ends_a_turn(generation, config, tmp_path):
+    """Qwen2.5-Math: eos is <|endoftext|>, the template writes <|im_end|>."""
+    base = AutoTokenizer.from_pretrained(folder("qwen2.5-tokenizer"))
+    ids = base.convert_tokens_to_ids
+    base.eos_token = "<|endoftext|>"
+    base.save_pretrained(tmp_path)
+    for name, token, more in (("generation_config", generation, {}), (
+            "config", config, {"model_type": "qwen2", "vocab_size": 152_000})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(
+            {"eos_token_id": token and ids(token), **more}))
+    want = sorted(map(ids, ["<|endoftext|>", "<|im_end|>"]))
+    assert common.describe_lm(str(tmp_path)).stop_ids == want
+    assert common.end_of_turn(base) == ids("<|im_end|>")
 
 @pytest.mark.parametrize("name, vocab, rows, stops", [
     ("tiny-qwen3", 151669, 151936, [151643, 151645]),

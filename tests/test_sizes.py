@@ -155,7 +155,7 @@ def test_the_command_reads_no_weights_and_takes_the_defaults_of_the_stage(world,
     evaluation = Settings("evaluate", gpus=2)
     assert (evaluation.rollouts, evaluation.prompts) == (16, 2 * 512 // 16)
     for flags, message in (["Qwen3-1.7B", "--stage", "opd"], "needs a --teacher"), (
-            ["nobody-has/this"], "cannot load model"):
+            ["nobody-has/this"], "cannot be used"):
         with pytest.raises(SystemExit, match=message):
             sizes.main(flags)
 
