@@ -73,9 +73,6 @@ def check(condition, message):
     if not condition:
         raise UserError(message)
 
-def first_line(error):
-    return str(error).strip().split("\n")[0]
-
 @dataclass
 class StageConfig:
     """The flags that all three stages have; each stage's Config adds its own."""
@@ -303,7 +300,7 @@ def errors_as_one_line(problem):
     except Exception as error:
         if isinstance(error, (torch.OutOfMemoryError, dist.DistError)) or "gloo" in str(error):
             raise  # another process has ended: that one has the message
-        cause = str(error) if isinstance(error, UserError) else repr(error)
+        cause = str(error) if isinstance(error, (UserError, OSError)) else repr(error)
         raise UserError(f"{problem}: {cause:.300}") from error
 
 def load_lm(name, cfg, train=False, shard=True):
@@ -477,7 +474,7 @@ def read_rows(source):
                 data = datasets.load_dataset(name, *config)
     except Exception as error:  # each library raises its own kinds
         where = "" if path.exists() else " (no such file or folder here, nor on the hub)"
-        cause = first_line(error.__cause__ or error) or "it is empty"
+        cause = str(error.__cause__ or error).strip().partition("\n")[0] or "it is empty"
         raise UserError(f"cannot load data {source!r}{where}: {cause}") from error
     if isinstance(data, dict):
         split = split or (next(iter(data)) if len(data) == 1 else "train")
@@ -1154,13 +1151,11 @@ def judge(pairs, verifier=""):
     """`grade`'s words on (response, answer) pairs, or numbers: those of a --verifier FILE.py."""
     if not verifier:
         return [grade(*pair) for pair in pairs]
-    try:
+    with errors_as_one_line(f"--verifier {verifier}, verify(response, answer)"):
         verify = load_verifier(verifier)["verify"]
         values = [float(verify(*pair)) for pair in pairs]
         _require(all(map(math.isfinite, values)), ValueError("a value is not finite"))
         return values
-    except Exception as error:
-        raise UserError(f"--verifier {verifier}, verify(response, answer): {error!r}") from error
 
 def reward_groups(lm, rows, answers, verifier=""):
     """Returns the rewards of K rollouts for each of P answers, (P, K), and what to log."""
@@ -1357,8 +1352,9 @@ class Step:
 
     def __init__(self, lm, cache, temperature):
         self.lm, self.cache, self.temperature = lm, cache, temperature
-        self.head, self.graphs, self.memory = lm.head(), {}, None  # shape: (graph, its state)
+        self.head, self.graphs = lm.head(), {}  # shape: (graph, its state)
         self.records = lm.device.type == "cuda"
+        self.memory = torch.cuda.graph_pool_handle() if self.records else None  # of all graphs
 
     def run_block(self, live):
         """BLOCK tokens of every live row and their log-probs, two lists of lists."""
@@ -1367,7 +1363,12 @@ class Step:
             shape, pages = tuple(1 << (n - 1).bit_length() for n in shape), self.cache.capacity
         state = self.make_state(live, *shape, pages)
         if self.records and shape in self.graphs:
-            graph, recorded = self.graphs[shape] or self.record(shape, state)
+            if self.graphs[shape] is None:  # record one step, and the tensors that it works on
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self.memory):
+                    self(state)
+                self.graphs[shape] = graph, state
+            graph, recorded = self.graphs[shape]
             for name, tensor in state.items():
                 recorded[name].copy_(tensor)
             for _ in range(BLOCK):
@@ -1393,15 +1394,6 @@ class Step:
             state["token"][i] = (row.rollout.tokens or row.rollout.prompt)[-1]
             state["uniforms"][i] = row.stream.random(BLOCK)
         return {k: torch.from_numpy(v).to(self.lm.device) for k, v in state.items()}
-
-    def record(self, shape, state):
-        """Record one step as a CUDA graph. Returns (graph, the tensors that it works on)."""
-        graph = torch.cuda.CUDAGraph()
-        self.memory = self.memory or torch.cuda.graph_pool_handle()  # one for all graphs
-        with torch.cuda.graph(graph, pool=self.memory):
-            self(state)
-        self.graphs[shape] = graph, state
-        return self.graphs[shape]
 
     def __call__(self, state):
         """Feed each row's last token, draw the next."""
@@ -1562,13 +1554,11 @@ MAX_SKIPPED = 5  # steps in a row without an update end a run: the weights are a
 def write_text(path, text, append=False):
     """Rank 0 writes a text file whole or not at all, or appends to it. UserError names the file."""
     beside = path if append else f"{path}.tmp"
-    try:
+    with errors_as_one_line(f"cannot write {path}"):  # on a full disk an OSError names no file
         if rank() == 0:
             with open(beside, "a" if append else "w", encoding="utf-8") as file:
                 file.write(text)
             os.replace(beside, path)
-    except OSError as error:  # on a full disk it names no file
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 def write_json(path, value):
     write_text(path, json.dumps(value, indent=2) + "\n")
@@ -1590,10 +1580,8 @@ def read_json_lines(path, limit=None):
 
 def read_json(path, data=None):
     """The value of a JSON file, or of `data` from it. Raises UserError if it is damaged."""
-    try:
+    with errors_as_one_line(f"{path} is damaged"):
         return json.loads(data or Path(path).read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
 
 def read_record(folder):
     """The "run" record in a folder's config.json, {} if there is none."""
@@ -1785,7 +1773,7 @@ class Run:
             on_rank_0(shutil.rmtree, beside, True)  # a full disk needs the room
             error = next(iter(failed.failures.values()))[0]
             raise error if isinstance(error, KeyboardInterrupt) else UserError(
-                f"cannot write {path}, is the disk full? ({first_line(error)})") from failed
+                f"cannot write {path}, is the disk full? ({error!r:.200})") from failed
         write_json(beside / "made_with.json", self.made_with)
         if rank() == 0:
             os.rename(beside, path)
