@@ -7,38 +7,11 @@ Axes, everywhere: P prompts, K rollouts per prompt, B = P*K rows, T padded time,
 of a micro-batch, n tokens of a vocabulary chunk, D hidden size, V vocabulary.
 """
 
-import argparse
-import contextlib
-import copy
-import csv
-import dataclasses
-import fcntl
-import functools
-import glob
-import hashlib
-import inspect
-import io
-import itertools
-import json
-import logging
-import math
-import operator
-import os
-import re
-import runpy
-import shlex
-import shutil
-import signal
-import subprocess
-import sys
-import threading
-import time
-import unicodedata
-import warnings
-import zlib
+import argparse, contextlib, copy, csv, dataclasses, datetime, fcntl, functools, glob, hashlib
+import inspect, io, itertools, json, logging, math, operator, os, re, runpy, shlex, shutil
+import signal, subprocess, sys, threading, time, unicodedata, warnings, zlib
 from collections import Counter, deque
 from dataclasses import dataclass
-from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -52,7 +25,6 @@ import torch.nn.functional as F
 import transformers
 from mpmath import MPContext
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -300,8 +272,8 @@ def errors_as_one_line(problem):
     except Exception as error:
         if isinstance(error, (torch.OutOfMemoryError, dist.DistError)) or "gloo" in str(error):
             raise  # another process has ended: that one has the message
-        cause = str(error) if isinstance(error, (UserError, OSError)) else repr(error)
-        raise UserError(f"{problem}: {cause:.300}") from error
+        what = error if isinstance(error, UserError) else repr(error)
+        raise UserError(f"{problem}: {getattr(error, 'strerror', 0) or what!s:.300}") from error
 
 def load_lm(name, cfg, train=False, shard=True):
     """Load a Hugging Face folder or hub name as an LM, with shard=True sharded over all processes.
@@ -340,8 +312,7 @@ def has_bf16(device):
 def read_weights(name, dtype):
     """The model itself, on the CPU. Raises UserError, too, if it is incomplete or not finite."""
     model, info = AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, attn_implementation="ours", output_loading_info=True,
-        trust_remote_code=False)
+        name, dtype=dtype, attn_implementation="ours", output_loading_info=True)
     bad = set(info["missing_keys"])  # transformers would put random numbers in their place
     bad |= {n for n, p in model.named_parameters() if not sum(p.aminmax()).isfinite()}
     check(not bad, f"{len(bad)} tensors missing, NaN or inf, e.g. {min(bad, default='')}")
@@ -1214,9 +1185,8 @@ def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256
     """Sample k rollouts of each prompt from softmax(logits / temperature); temperature 0 is greedy.
     prompts: P lists of token ids; seed: a tuple of ints. Returns P*k Rollouts, prompt by prompt;
     done(i, rollouts) is called for prompts[i] as soon as its last one has ended. This is the policy
-    that the losses differentiate: no top-k, no top-p. The random numbers of a rollout depend on
-    (seed, prompt, sample index) alone, so its neighbours in the batch do not matter. At most
-    sample_rows rows are decoded at once, and as many as kv_gib GiB hold (0: all that is free)."""
+    that the losses differentiate: no top-k, no top-p. Its random numbers depend on (seed, prompt,
+    sample index), not on neighbours. sample_rows, and kv_gib (0: all), bound the rows at once."""
     if not prompts:
         return []
     rows = [Row(p, random_stream(seed, p, j), max_new_tokens, i)
@@ -1296,8 +1266,7 @@ class PagedCache:
                 break
             rows.append(waiting.popleft())
         owners = {page: (row, i) for row in rows for i, page in enumerate(row.pages)}
-        # pages that ended rows left are filled with the last ones
-        gaps = [page for page in range(1, len(owners) + 1) if page not in owners]
+        gaps = [page for page in range(1, len(owners) + 1) if page not in owners]  # to fill
         moved = [page for page in owners if page > len(owners)]
         for layer in self.pool if gaps else ():  # all layers at once would double the memory
             layer[:, gaps] = layer[:, moved]
@@ -1352,9 +1321,8 @@ class Step:
 
     def __init__(self, lm, cache, temperature):
         self.lm, self.cache, self.temperature = lm, cache, temperature
-        self.head, self.graphs = lm.head(), {}  # shape: (graph, its state)
+        self.head, self.graphs, self.memory = lm.head(), {}, None  # shape: (graph, its state)
         self.records = lm.device.type == "cuda"
-        self.memory = torch.cuda.graph_pool_handle() if self.records else None  # of all graphs
 
     def run_block(self, live):
         """BLOCK tokens of every live row and their log-probs, two lists of lists."""
@@ -1363,12 +1331,7 @@ class Step:
             shape, pages = tuple(1 << (n - 1).bit_length() for n in shape), self.cache.capacity
         state = self.make_state(live, *shape, pages)
         if self.records and shape in self.graphs:
-            if self.graphs[shape] is None:  # record one step, and the tensors that it works on
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self.memory):
-                    self(state)
-                self.graphs[shape] = graph, state
-            graph, recorded = self.graphs[shape]
+            graph, recorded = self.graphs[shape] or self.record(shape, state)
             for name, tensor in state.items():
                 recorded[name].copy_(tensor)
             for _ in range(BLOCK):
@@ -1394,6 +1357,15 @@ class Step:
             state["token"][i] = (row.rollout.tokens or row.rollout.prompt)[-1]
             state["uniforms"][i] = row.stream.random(BLOCK)
         return {k: torch.from_numpy(v).to(self.lm.device) for k, v in state.items()}
+
+    def record(self, shape, state):
+        """Record one step as a CUDA graph. Returns (graph, the tensors that it works on)."""
+        graph = torch.cuda.CUDAGraph()
+        self.memory = self.memory or torch.cuda.graph_pool_handle()  # one for all graphs
+        with torch.cuda.graph(graph, pool=self.memory):
+            self(state)
+        self.graphs[shape] = graph, state
+        return self.graphs[shape]
 
     def __call__(self, state):
         """Feed each row's last token, draw the next."""
@@ -1476,9 +1448,8 @@ transformers.AttentionInterface.register("ours", attention)
 # ---------- 6 log-probs: rollouts -> micro-batches -> chunks of (n, V) ----------------------------
 
 def micro_batches(rows, micro_tokens, device, share=None):
-    """Row indices, all or those of a share, in groups of at most micro_tokens padded tokens (or one
-    row), alike in length. 0 stands for 1,024 on a CPU (its caches), else for 32,768. No split moves
-    a gradient: losses divide by counts of the whole update."""
+    """Row indices, all or a share's, alike in length, in groups of one row or of micro_tokens
+    padded tokens (0: 1,024 on a CPU, for its caches, else 32,768). No split moves a gradient."""
     micro_tokens = micro_tokens or (1024 if device.type == "cpu" else 32768)
     lengths = [len(r.prompt) + len(r.tokens) for r in rows]
     groups = []
@@ -1503,8 +1474,7 @@ def over_chunks(fn, lm, hidden, temperature, chunk, **constants):
     grad, weight = torch.empty_like(hidden), lm.model.get_output_embeddings().weight
     if weight.requires_grad and weight.grad is None:
         weight.grad = torch.zeros_like(weight)
-    # in parts, whose products find room in memory that the last ones have left
-    head_grad = weight.grad[: lm.vocab].split(4096) if weight.requires_grad else ()
+    head_grad = weight.grad[: lm.vocab].split(4096) if weight.requires_grad else ()  # small sums
     for h, g, *part in zip(*(t.split(chunk) for t in (states, grad, *constants.values()))):
         logits = lm.logits(h, head, temperature).requires_grad_()
         loss, logged = fn(logits.log_softmax(-1), **dict(zip(constants, part)))
@@ -1773,7 +1743,7 @@ class Run:
             on_rank_0(shutil.rmtree, beside, True)  # a full disk needs the room
             error = next(iter(failed.failures.values()))[0]
             raise error if isinstance(error, KeyboardInterrupt) else UserError(
-                f"cannot write {path}, is the disk full? ({error!r:.200})") from failed
+                f"cannot write {path}, is the disk full? ({error!s:.200})") from failed
         write_json(beside / "made_with.json", self.made_with)
         if rank() == 0:
             os.rename(beside, path)
@@ -1816,8 +1786,8 @@ def process_group(device):
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # a process may wait for the longest response of another
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=6))
+    timeout = datetime.timedelta(hours=6)  # one may wait for the longest response of another
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
     if rank():
         sys.stdout = open(os.devnull, "w")
     yield
@@ -1912,7 +1882,7 @@ def shard_model(lm, source, device):
 
 def full_tensor(tensor):
     """A sharded tensor put together, which all processes must call; any other tensor as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, dist.tensor.DTensor) else tensor
 
 @contextlib.contextmanager
 def gathered(lm):

@@ -99,7 +99,7 @@ EXERCISES = [
         "`truncated` 0.03 → 0.98",
         "fkl_warmup.py --targets data --student $W/init-student --data $W/corpus-student.jsonl "
         "--prompts 64 --lr 6e-3 --warmup-steps 50 --lr-schedule linear --steps 100",
-        "fkl_warmup.py", "tokens + [lm.tokenizer.eos_token_id], [], True", "tokens, [], True",
+        "fkl_warmup.py", "tokens + [end], [], True", "tokens, [], True",
         "The stop token is left out of the loss: nothing teaches the model to end.",
         "tests/test_data.py::test_sft_examples_end_with_eos_and_keep_the_text"),
     Exercise(
