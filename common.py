@@ -161,6 +161,7 @@ def run_cli(main, config_class, doc):
 # ---------- 2 models: weights, tokenizer, stop tokens, chat prompt --------------------------------
 # Asks for the form that the verifier reads. ours: Qwen's own wording for mathematics.
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+UNUSABLE = "{!r} cannot be used, take a whole, text-only, causal model"
 
 @dataclass
 class LM:
@@ -235,7 +236,7 @@ def describe_lm(name):
     UserError if it cannot be found, is unfinished, or lacks what every script needs."""
     find = functools.partial(transformers.utils.cached_file, name,  # a file's path or None
                              _raise_exceptions_for_missing_entries=False)
-    with errors_as_one_line(f"{name!r} cannot be used, take a whole, text-only, causal model"):
+    with errors_as_one_line(UNUSABLE.format(name)):
         check(read_record(name).get("finished", True), "an unfinished run, without weights yet")
         check(not find("adapter_config.json"), "an adapter; merge it first (merge_and_unload)")
         config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
@@ -288,7 +289,7 @@ def load_lm(name, cfg, train=False, shard=True):
         print(f"{name}: computed in fp32, because this GPU has no bf16")
     dtype = torch.bfloat16 if lm.bf16 and not train else torch.float32
     shard = shard and world_size() > 1
-    with errors_as_one_line(f"{name!r} cannot be used, take a whole, text-only, causal model"):
+    with errors_as_one_line(UNUSABLE.format(name)):
         if shard:  # rank 0 reads the weights in the files' dtype; the others have shapes only
             source = read_weights(name, "auto") if rank() == 0 else None
             with torch.device("meta"):
@@ -1466,8 +1467,7 @@ def over_chunks(fn, lm, hidden, temperature, chunk, **constants):
     log-probs (n, V) and, by name, its part of each constant that is not None. It returns the
     chunk's part of the loss, a scalar, and a tuple of (n,) tensors to log. A chunk's gradient is
     taken before the next begins, so that (N, V) never exists: by autograd down to the logits, then
-    by two matrix products, of which the head's is added to its .grad, if the head learns. At the
-    end all go through the model at once."""
+    by two products. The head's adds to its .grad, if it learns; the others then enter the model."""
     sums, head, chunk = 0.0, lm.head(), lm.chunk_size(chunk, hidden.shape[-1])
     states = hidden.detach().to(head.dtype)
     constants = {k: v.to(hidden.device) for k, v in constants.items() if v is not None}

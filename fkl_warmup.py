@@ -127,8 +127,7 @@ def correct_only(groups, problems, tokenizer, verifier=""):
 
 def worked_examples(cfg, lm):
     """All rows of --data, a question, a `response` (or `solution`), its stop, as [[Rollout]]."""
-    rows, end = [], end_of_turn(lm.tokenizer)
-    end = lm.stop_ids[0] if end is None else end
+    rows, end = [], end_of_turn(lm.tokenizer) or lm.stop_ids[0]  # id 0 is the first of them, too
     for row in read_rows(cfg.data):
         row = {name.lower(): value for name, value in row.items()}
         question, response = find_question(row), row.get("response") or row.get("solution")
