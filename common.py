@@ -699,9 +699,10 @@ _VALUE_BEHIND = r"""(?:(?<=[\d)}\]°'.π])|(?<=(?<![A-Za-z])[b-zB-HJ-Z]))"""
 _EXPONENT = r"(?: ?\^ ?(?:\{[^{}]*\}|-?\d))?"
 _UNIT = rf'[/*]? ?"[^"]*"{_EXPONENT} ?(?:[/*] ?[mgsNJK](?![A-Za-z]){_EXPONENT} ?)*'
 _TABLE = [(re.compile(pattern), replacement) for pattern, replacement in (
-    # \\frac, the set of the reals, thousands (10{,}080, 32,\!348), 0.1\overline{6} -> (0.1+6/9/10)
+    # \\frac, the set of the reals, \mathbf{v}, thousands (10{,}080, 32,\!348), 0.1\overline{6} -> (0.1+6/9/10)
     (r"(?s)(?<!\\)\\\\(?=[A-Za-z\\])(?!.*\\end)", r"\\"),
     (r"\\mathbb\s*\{?R\}?", r"(-∞,∞)"),
+    (r"\\(?:math(?:bf|bb|cal|it|sf)|boldsymbol|bm|underline)\s*\{\s*(\\?[A-Za-z]+)\s*\}", r"\1 "),
     (r"(\d)\s*(?:\{\s*,\s*\}|,\\!)\s*(?=\d{3})", r"\1"),
     (r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}",
      lambda m: f"({m[1] or 0}.{m[2]}+{m[3]}/{10 ** len(m[3]) - 1}/{10 ** len(m[2])})"),
@@ -719,17 +720,20 @@ _TABLE = [(re.compile(pattern), replacement) for pattern, replacement in (
     (rf"{_TEXT}(?!(?:{'|'.join(_FUNCTIONS)})\b)({_NO_DIGIT}[A-Za-z]{{2}}{_NO_DIGIT})\}}", r'"\1"'),
     (_TEXT + r"([^{}]*)\}", r" \1 "),
     (r"[,;]\s*∨", "∨"),
-    # symbols (\le -> ≤), one space, differences (R - \{3\}), degrees (^{\circ}), primes, 6 base 7
+    # a choice before its text; symbols (\le -> ≤), one space, differences (R - \{3\}), degrees
+    # (^{\circ}), primes, (12)_8, 6 base 7
+    (r'"(\([A-H]\)|[A-H][).:] )(?=[^"])', r'\1 "'),
     (r'"[^"]*"|\\?[^\W\d_]+|[<>]=|\*\*|(?<=[x-z ])!=', _symbol),
     (r"\s+", " "),
     (r"- ?(?=\\\{)", "∖"),
     (r" ?(?:\^ ?\{ ?° ?\}|\^? ?°)(?: ?[CF](?!\w))?", "°"),
     (r"\^ ?\{ ?('[' ]*)\}|\^ ?('+)", r"\1\2"),
+    (r"(?:(?<![\w^}])[({] ?([\dA-F]+) ?[)}])? ?_ ?", r"\1_"),
     (r'(?<!\d)\(?(\d+)\)? ?_? ?\{? ?"? ?base ?"? ?\{?(\d+)\}*', r"\1_\2"),
-    # fractions and binomials without braces (\frac43), 5 \choose 3; 2.5 x 10^3 -> 2.5*10^3
+    # fractions and binomials without braces (\frac43), {1 \over 2}; 2.5 x 10^3 -> 2.5*10^3
     (r"\\(frac|binom) ?(\d) ?(?=[\d{\\])", r"\\\1{\2}"),
     (r"\\(frac|binom) ?(\{[^{}]*\}) ?(\d)(?!\d)", r"\\\1\2{\3}"),
-    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
+    (r"\{ ?(\d+) ?\\over ?(\d+) ?\}", r"\\frac{\1}{\2}"),
     (r"(?<=\d) ?[xX] ?(?=10 ?\^)", "*"),
     # sets with a condition (\{x \mid x > 5\} -> x > 5), |x|, approximations (1/3 ≈ 0.33 -> 1/3)
     (r"^ ?\\\{ ?[a-z] ?(?:∈ ?\(-∞,∞\) ?)?[‖:](.*)\\\} ?$", r"\1"),
@@ -831,12 +835,12 @@ def _combine_sets(is_member, *sets):
 _NAME = (r"(?:[^\W\d_]|\d+(?=_)|\\(?:hat|vec|d?dot|tilde|angle|bar|over[a-z]+|widehat)"
          r"(?:\s?\{[^{}]*\}|(?:\s?[^\W\d_])+))'*(?:_\s?(?:\d+|[^\W_]|\{[^{}]*\}))?'*")
 _TOKEN = re.compile(rf'"[^"]*"|{_NAME}|\d+(?:\.\d*)?|\.\d+|\\[A-Za-z]+|\\.|\S')
-_FACTOR = re.compile(r"[^\W_]|[({[⟦∞]|\\(?:\{|..)")  # begins a factor without a sign before it
+_FACTOR = re.compile(r"[^\W_]|[({[⟦∞]|\\(?:\{|(?!over$|choose$)..)")  # begins a factor without a sign before it
 _QUANTITY = rf"(?:{_NAME}|[A-Z]+)"
 _LEFT_SIDE = re.compile("|".join((  # what may stand left of "=" or "∈" as a name of the value
     rf"(?:m(?=\\angle))?{_NAME}(?:\^\{{?-1\}}?)?(?:\([\w,∩∪‖'\"]*\))?",  # a_1, y', f(x), f^{-1}(x)
     r"(?:\\abs)?[(\[]?[A-Z]{1,4}[)\]]?|\"[^\"]*\"",  # AB, |AB|, "Area"
-    rf"(?:\(|\\\{{){_NAME}(?:,{_NAME})*(?:\)|\\\}})",  # (x,y), \{x,y\}
+    rf"(?:\(|\\\{{|⟦){_NAME}(?:(?:,|&|\\\\){_NAME})*(?:\)|\\\}}|⟧)",  # (x,y), \{x,y\}
     rf"\\frac\{{(?:d\w|[A-Z]+)\}}\{{(?:d\w|[A-Z]+)\}}|{_QUANTITY}(?::{_QUANTITY})+")))  # AB:CD
 _UNKNOWN = re.compile(r"(-?)(\\abs\()?(?![πei∞])[^\W\d_](?:_\{?\w\}?|\([^\W\d_]\))?\)?")  # x, -x
 _BRACKETS = {"{": (", ; ∨ ∪", "}"), "(": (", ;", ") ]"), "[": (", ;", ") ]"),
@@ -942,6 +946,10 @@ class _Reader:
         """Reads what stands in brackets: an item, a list, a tuple, an interval or a matrix."""
         separators, closings = map(str.split, _BRACKETS[opening])
         taken, items = "", [] if self.tokens[self.at] == "\\}" else [self.item()]
+        if self.take("\\over"):
+            items = [_calculate(operator.mul, items[0], self.power(self.item(), Fraction(-1)))]
+        elif self.take("\\choose"):
+            items = [self.count(math.comb, items[0], self.item())]
         while separator := self.take(*separators):
             taken += separator
             items.append(self.item())
@@ -1027,7 +1035,9 @@ def _relation(values, texts, signs):
     return mirrored if minus else reals, place
 
 # --- comparison
-_LABEL = re.compile(r"\(?([A-H])(?:\)|[.:] ) ?((?=.*\d)(?:(?!\b[A-H]\b)[^∪∨])*)")  # (B) 12, B. 12
+_LABEL = re.compile(  # (B) 12, B. 12, (B) "Plane"
+    r"\(?([A-H])(?:\)|[.:] ) ?((?=.*[\da-z])"
+    r"(?:(?!\b(?:[A-H]|is|not|wrong|incorrect|maybe|perhaps|possibly)\b)[^∪∨])*)")
 
 def _evaluate(text, point):
     """Returns the value of an answer at a sample point, and its letters; ± is a list of two."""
