@@ -744,6 +744,8 @@ _TABLE = [(re.compile(pattern), replacement) for pattern, replacement in (
      lambda m: re.sub(r"\D", "", m[0])),
     (r"(?<![\d.^_/])(\d+) ?(?:(\\frac ?\{) ?|(?<= ))(\d+) ?(?(2)\} ?\{ ?|/)(\d+)(?(2) ?\})",
      lambda m: f"({m[1]}+{m[3]}/{m[4]})" if 0 < int(m[3]) < int(m[4]) else f"?{m[0]}"),
+    # a list of words with repeats has an order: T, F, T -> (T, F, T)
+    (r'^(?=((?:"[^"]*"|\b[A-Z]\b|[ ,])+)$).*("[^"]*"|\b[A-Z]\b) ?,.*(?<!\w)\2(?!\w).*', r"(\1)"),
     # the end of a sentence, but no ellipsis; units behind a value (5 m/s, 0.99m^2, 15 "cm"^2)
     (r"[., :;]+$", lambda m: m[0] if ".." in m[0] else ""),
     (r"(?<=\d)( [mgshLJNWVK](?:/[smhL])?|m/s|(?:(?<=\.\d)|(?<=\.\d\d))m(?=\^))(\^?\{?\d\}?)? ?$",
@@ -868,8 +870,12 @@ class _Reader:
         outer, sides, signs = self.letters, [], ""
         while len(sides) == len(signs):
             start, self.letters = self.at, set()
-            value = self.expression(_RATIOS)
-            sides.append((value, "".join(self.tokens[start:self.at]), self.letters))
+            value, text = self.expression(_RATIOS), "".join(self.tokens[start:self.at])
+            capitals = re.fullmatch(r"[({[]*([A-Z]{2,})[]})]*", text)
+            ends = {self.tokens[start - 1], self.tokens[self.at]}
+            if capitals and (not self.depth or ends & set(",;∨")):  # TTFF is text, but in AB + CD
+                value = self.letter(capitals[1])
+            sides.append((value, text, self.letters))
             signs += self.take(*"=∈≠<≤>≥")
         if signs[:1] in tuple(">≥"):
             sides, signs = sides[::-1], signs[::-1].translate(str.maketrans("<≤>≥", ">≥<≤"))
@@ -918,13 +924,7 @@ class _Reader:
         if token in "πei∞":
             return {"π": +mp.pi, "e": +mp.e, "i": mp.mpc(0, 1), "∞": mp.inf}[token]
         if re.fullmatch(_NAME, token):
-            name = re.sub(r"[{} ]", "", token)
-            self.letters.add(name)  # it has the same random number wherever it stands
-            random = zlib.crc32(f"{name} {self.point}".encode("utf-8", "replace"))
-            if self.point in _NATURAL:
-                return Fraction(random % 40 + 5)
-            signed = -10007 if random % 3 else 10007
-            return Fraction(random % 20011 + 10007, (30029, 10007, signed, 97, 89, 83)[self.point])
+            return self.letter(re.sub(r"[{} ]", "", token))
         if token[0].isdecimal() or token[0] == "." and len(token) > 1:
             return Fraction(token)
         if token in _BRACKETS:
@@ -941,6 +941,15 @@ class _Reader:
         if token[0] == '"':
             return Composite(_WORDS, [], token)
         return self.function(_require(_FUNCTIONS.get(token[1:])))
+
+    def letter(self, name):
+        """Returns the random number of a letter, the same wherever it stands."""
+        self.letters.add(name)
+        random = zlib.crc32(f"{name} {self.point}".encode("utf-8", "replace"))
+        if self.point in _NATURAL:
+            return Fraction(random % 40 + 5)
+        signed = -10007 if random % 3 else 10007
+        return Fraction(random % 20011 + 10007, (30029, 10007, signed, 97, 89, 83)[self.point])
 
     def bracket(self, opening):
         """Reads what stands in brackets: an item, a list, a tuple, an interval or a matrix."""
@@ -959,7 +968,7 @@ class _Reader:
         if opening in ("{", "\\{"):
             if "∪" in taken or any(_kind(item) == _REALS for item in items):
                 return _combine_sets(any, *map(_as_reals, items))
-            return Composite(_LIST, items)
+            return Composite(_LIST, items, "set" if opening == "\\{" else "")
         kind, form = (_MATRIX, taken) if opening == "⟦" else (_TUPLE, brackets)
         value, inf = Composite(kind, items, form), _local.mp.inf
         is_interval = len(items) == 2 and (form in ("(]", "[)") or inf in items or -inf in items)
@@ -1049,7 +1058,7 @@ def _evaluate(text, point):
         if not re.search("[±∓]", text):
             return value, reader.letters
         parts += value.parts if _kind(value) == _LIST else [value]
-    return Composite(_LIST, parts), reader.letters
+    return Composite(_LIST, parts, "set"), reader.letters
 
 def _values_equal(x, y):
     """Returns whether two values are equal; so are x = 5 and 5, and f(x) = 5 and y = 5."""
@@ -1068,9 +1077,17 @@ def _values_equal(x, y):
     alike = a == b and x.form == y.form
     if a == b == _EQUATION and x.form and y.form and (alike or re.search('["(]', x.form + y.form)):
         return _values_equal(x.parts[-1], y.parts[-1])
-    if a == b == _LIST:
+    if a == b == _LIST and "set" in (x.form, y.form):
         return all(any(_values_equal(this, that) for that in there)
                    for here, there in ((x.parts, y.parts), (y.parts, x.parts)) for this in here)
+    if a == b == _LIST:
+        rest = list(y.parts)  # each part of x takes an equal one
+        for part in x.parts:
+            match = next((i for i, other in enumerate(rest) if _values_equal(part, other)), None)
+            if match is None:
+                return False
+            rest.pop(match)
+        return not rest
     if (a, b) == (_LIST, _TUPLE) and y.form == "()":  # x = 1, y = 2 is (1,2)
         names = {part.form for part in x.parts if _kind(part) == _EQUATION and part.form}
         alike = len(names) == len(y.parts)
@@ -1088,6 +1105,7 @@ def _proportional(pairs):
 def _text_key(text):
     """Returns the text without its spelling variants: case counts, but not in words and choices."""
     text = re.sub(r"([_^])\{(?:([^\W\d])\}|(\d)\}(?!\d))", r"\1\2\3", text)
+    text = re.sub(r"\b([A-Z]) ?, ?(?=[A-Z]\b)", r"\1", text)  # A, C, D is ACD
     words = re.fullmatch(r'["\[({\s]*([A-Za-z"\s]+?)["\])}\s.]*', text)
     key = re.sub(r'"|(?<!\d)\s+|\s+(?![\d.])', "", words[1] if words else text)  # 3 3 is not 33
     return key.lower() if words and ('"' in text or len(key) > 2 or key in "ABCD") else key
