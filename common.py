@@ -611,10 +611,15 @@ def _require(condition, error=_Refused):
 # --- where the answer stands
 _BRACE = re.compile(r"(\\(?:boxed|fbox)\s*)?(?<!\\)\{|(?<!\\)\}")
 _AND_TEXT = r"\\(?:text|mbox)\{(?:[\s,]*|[a-z() ]*\b(?:and|or)\b[\s,]*)\}"
-_LIST_SIGN = rf"(?:[\s$&,;*]|\\[()\[\],;:! ]|\\q?quad|and\b|or\b|{_AND_TEXT})"
+_LIST_SIGN = rf"(?:[\s$&,;*/]|\\[()\[\],;:! ]|\\q?quad|(?i:and|\(?or)\b|{_AND_TEXT})"
 _GAP = re.compile(  # between boxes a new line only beside a conjunction; then a unit, signs, "x ="
     r"(?=[^\n]*\Z|[^,;]*(?:and|or|[,;]))(?: ?[a-z]{3,}(?= and ))?"
-    rf"{_LIST_SIGN}*(?:[A-Za-z](?:_\{{?\w\}}?)?\s?=\s?)?\$?")
+    rf"{_LIST_SIGN}*(?:[A-Za-z](?:_\{{?\w\}}?)?\s?=\s?)?\$?"  # or a hedge, but no correction:
+    r"|(?i:(?!.*\b(?:wait|no|wrong|incorrect|mistake|actually)\b)[^\n]{0,40}"
+    r"\b(?:maybe|perhaps|possibly|(?:may|might|could) (?:also )?be)\b[^\n]{0,40})")
+_PLACEHOLDER = re.compile(  # \boxed{}, \boxed{...}, \boxed{\text{your answer}}
+    r"(?i)(?:\\(?:[lc]?dots|text(?:bf|it|rm)?|mathrm|q?quad|square|[ _])|[\s.…?_{}()<>\[\]:*$]|"
+    r"(?:your|my|the|final|numerical|correct|insert|put|goes|here|answer|result|value|solution))*")
 _ANSWER_LINE = re.compile(r"(?i)(?<![a-z])answer(?:\s{1,4}is)?[*_ \t]{0,6}[:：]"
                           r"(?: {0,4}the (?:final )?answer is:?)?")
 
@@ -642,9 +647,9 @@ def _last_boxes(text):
             pairs.append((open_braces.pop(), brace))
     answer, edge = None, len(text)  # edge: where the boxes of the answer begin
     for start, end in reversed(pairs):
-        if not start[1] or end.end() > edge:
-            continue  # no box, or a box in a box
         gap, box = text[end.end():edge], text[start.end():end.start()]
+        if not start[1] or end.end() > edge or _PLACEHOLDER.fullmatch(box):
+            continue  # no box, a box in a box, or no answer
         if answer is not None and (len(gap + answer) > _MAX_CHARS or not _GAP.fullmatch(gap)):
             break  # an earlier thought
         answer, edge = box if answer in (None, box) else f"{box} and {answer}", start.start()
@@ -684,20 +689,40 @@ def _symbol(m):
     is_word = len(word) > 3 and word.isalpha() and not word.isupper() or _UNITS.fullmatch(word)
     return _SYMBOLS.get(word.strip('"')) or (f'"{word}"' if is_word else word)
 
-def _without_unit(m):
-    """Returns a space for units behind a value; the same text for a letter or for a qualifier."""
+def _is_unit(m):
+    """Returns whether a match of _UNITS_BEHIND is a unit, no letter and no qualifier."""
     unit = m[0].strip(' "').lower()
     before = re.sub('.*=|"[^"]*"', "", m.string[:m.start()])
-    is_letter = len(unit) == 1 and re.search(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", before)
-    return m[0] if is_letter or re.search(_QUALIFIER + "|[=<>∪∨]", unit) else " "
+    is_letter = re.fullmatch("[a-z]", unit) and re.search(
+        r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", before)
+    return not (is_letter or re.search(_QUALIFIER + "|[=<>∪∨]", unit))
 
+def _unit_words(unit):
+    """Returns the words of a unit in one spelling, as far as _UNIT_NAMES knows them."""
+    def name(m):
+        stem = re.sub(r"(?<=\w\w)[es]+$", "", m[2])
+        return (m[1] or "")[:1] + _UNIT_NAMES.get(stem, stem)
+
+    text = re.sub(r'[\s"{}()~.*]+', " ", unit.lower())
+    text = re.sub(r"(kilo|centi|milli|[kcm](?=[mgl]\b))?([^\W\d_]+|[$€£¥¢%°])", name, text)
+    text = re.sub(r" ?([/^-]) ?", r"\1", text)
+    text = re.sub(r"\b(sq|cu) (\S+)", lambda m: f"{m[2]}^{2 + (m[1] == 'cu')}", text)
+    return re.sub(r"(?<=['\d]) (?=\S+')", "*", text).split()
+
+_UNIT_NAMES = {re.sub(r"(?<=\w\w)[es]+$", "", word): row.split()[0] for row in r"""
+    / per | sq square | cu cubic | $ dollar usd | % percent pct | € euro | ¢ cent | ° degree deg
+    | c celsius | f fahrenheit | m' m meter metre | g' g gram | l' l liter litre | s' s second sec
+    | min' min minute | h' h hour hr | in' in inch | ft' ft foot feet | yd' yd yard | mi' mi mile
+    | lb' lb pound | oz' oz ounce | n' n newton | j' j joule | mi'/h' mph | km'/h' kph kmh""".split("|") for word in row.split()[1:]}  # the first of each row replaces the others
 _TEXT = r"\\(?:text\w{0,6}|mbox|mathrm|operatorname)\s*\{\s*"
 _NO_DIGIT = r"(?:[^{}\d=^]|\^\{?-?\d\}?)*"  # but exponents, as in m^2
 _WORDS_BEFORE = r"(?:[a-z][a-z()]*\s+){0,20}(?:is|are|equals|answer(?=:))\b\s*:?\s*"
-_VALUE_AHEAD = r"(?=\s*(?:[-\d\\(.]|[a-z](?![a-z])))"
-_VALUE_BEHIND = r"""(?:(?<=[\d)}\]°'.π])|(?<=(?<![A-Za-z])[b-zB-HJ-Z]))"""
+_VALUE_AHEAD = r"(?=\s*(?:[-\d\\(.$€£¥]|[a-z](?![a-z])))"
+_VALUE_BEHIND = r"""(?:(?<=[\d)}\]°'.π%¢])(?<!\([A-H]\))|(?<=(?<![A-Za-z])[b-zB-HJ-Z]))"""
 _EXPONENT = r"(?: ?\^ ?(?:\{[^{}]*\}|-?\d))?"
-_UNIT = rf'[/*]? ?"[^"]*"{_EXPONENT} ?(?:[/*] ?[mgsNJK](?![A-Za-z]){_EXPONENT} ?)*'
+_UNIT = rf'[/*]? ?"[^"]*"{_EXPONENT} ?(?:[/*] ?[mgshNJK](?![A-Za-z]){_EXPONENT} ?)*'
+_UNITS_BEHIND = re.compile(  # 5 m/s, 0.99m^2, 15 "cm"^2; and the signs
+    rf"[$€£¥¢%°]|{_VALUE_BEHIND} ?(?:{_UNIT})+(?! ?(?:[\w({{^]|\.\d|\\[a-z]))")
 _TABLE = [(re.compile(pattern), replacement) for pattern, replacement in (
     # \\frac, the set of the reals, \mathbf{v}, thousands (10{,}080, 32,\!348), 0.1\overline{6} -> (0.1+6/9/10)
     (r"(?s)(?<!\\)\\\\(?=[A-Za-z\\])(?!.*\\end)", r"\\"),
@@ -708,25 +733,27 @@ _TABLE = [(re.compile(pattern), replacement) for pattern, replacement in (
      lambda m: f"({m[1] or 0}.{m[2]}+{m[3]}/{10 ** len(m[3]) - 1}/{10 ** len(m[2])})"),
     # formula signs \( \), colours, spaces, currencies, percent
     (r"\\!|(?<!\\)\\[()\[\]]|\\(?:text)?color ?\{\w+\}|\\hspace\*? ?\{[^{}]*\}", ""),
-    (r"\\\$|\\?%|[$€£¥¢~]|\\q?quad|(?<!\\)\\(?:[,;:> ]|$)", " "),
+    (r"(?<!\\)\$|~|\\q?quad|(?<!\\)\\(?:[,;:> ]|$)", " "),
+    (r"\\([$%])", r"\1"),
     # words before the answer (The area of $x$ is 12 -> 12), matrices, powers of ten (1.5e-3)
     (rf"(?i)^(?!.*{_QUALIFIER})\s*(\\text\w*\s*\{{)?\s*{_WORDS_BEFORE}(?(1)\}}){_VALUE_AHEAD}", ""),
     (r"\\begin\s*\{\w+\*?\}(?:\s*\{[lcr|]*\})?", " ⟦ "),
     (r"(?:\\\\)?\s*\\end\s*\{\w+\*?\}", " ⟧ "),
     (r"(?<=\d)[eE]([+-]?\d+)", r"*10^{\1}"),
-    # conjunctions (2, 3, and 5 -> 2, 3∨ 5), quotes for words and units in \text, but not for (B)
+    # 6:00 p.m.; conjunctions (2, 3, and 5 -> 2, 3∨ 5), quotes for words and units in \text, but not for (B)
+    (r"(?i)(?<=:\d\d)\s*(\\text\s*\{\s*)?([ap])\.?m(?!\w)\.?(?(1)\})", r'"\2m"'),
     (r"(?i)[,;]*\s*(?<![a-z\\])(?:and|or)(?![a-z])", "∨"),
-    (r"(?<=[\d}/*])\s*" + _TEXT + r"([A-Za-cf-hj-z])\s*\}", r'"\1"'),
+    (r"(?<=[\d}/*])\s*" + _TEXT + r"([A-Za-cf-hj-z](?:/[A-Za-z]+)?(?:\^\{?\d\}?)?)\s*\}", r'"\1"'),
     (rf"{_TEXT}(?!(?:{'|'.join(_FUNCTIONS)})\b)({_NO_DIGIT}[A-Za-z]{{2}}{_NO_DIGIT})\}}", r'"\1"'),
     (_TEXT + r"([^{}]*)\}", r" \1 "),
     (r"[,;]\s*∨", "∨"),
     # a choice before its text; symbols (\le -> ≤), one space, differences (R - \{3\}), degrees
     # (^{\circ}), primes, (12)_8, 6 base 7
-    (r'"(\([A-H]\)|[A-H][).:] )(?=[^"])', r'\1 "'),
+    (r'"(\([A-H]\)|[A-H][).:](?= )) ?(?=[^"])', r'\1 "'),
     (r'"[^"]*"|\\?[^\W\d_]+|[<>]=|\*\*|(?<=[x-z ])!=', _symbol),
     (r"\s+", " "),
     (r"- ?(?=\\\{)", "∖"),
-    (r" ?(?:\^ ?\{ ?° ?\}|\^? ?°)(?: ?[CF](?!\w))?", "°"),
+    (r" ?(?:\^ ?\{ ?° ?\}|\^? ?°)(?: ?([CF])(?!\w))?", lambda m: f'°"{m[1]}"' if m[1] else "°"),
     (r"\^ ?\{ ?('[' ]*)\}|\^ ?('+)", r"\1\2"),
     (r"(?:(?<![\w^}])[({] ?([\dA-F]+) ?[)}])? ?_ ?", r"\1_"),
     (r'(?<!\d)\(?(\d+)\)? ?_? ?\{? ?"? ?base ?"? ?\{?(\d+)\}*', r"\1_\2"),
@@ -738,7 +765,7 @@ _TABLE = [(re.compile(pattern), replacement) for pattern, replacement in (
     # sets with a condition (\{x \mid x > 5\} -> x > 5), |x|, approximations (1/3 ≈ 0.33 -> 1/3)
     (r"^ ?\\\{ ?[a-z] ?(?:∈ ?\(-∞,∞\) ?)?[‖:](.*)\\\} ?$", r"\1"),
     (r"‖([^‖]*)‖", r"\\abs(\1)"),
-    (r"^ ?(?:\w ?)?≈| ?≈ ?-?\d[\d.]* ?(?=$|[,;)}])", ""),
+    (r"^ ?(?:\w ?)?≈| ?≈ ?-?[$€£¥]?\d[\d.]* ?[%¢°]? ?(?=$|[,;)}])", ""),
     # thousands (58,500); mixed numbers: 3\frac12 -> (3+1/2), but 3 5/2 -> ?3 5/2, which is refused
     (r"(?<![\d.,(\[{_])(?<!\d )[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d)\]}]|,\d|\\})",
      lambda m: re.sub(r"\D", "", m[0])),
@@ -746,21 +773,22 @@ _TABLE = [(re.compile(pattern), replacement) for pattern, replacement in (
      lambda m: f"({m[1]}+{m[3]}/{m[4]})" if 0 < int(m[3]) < int(m[4]) else f"?{m[0]}"),
     # a list of words with repeats has an order: T, F, T -> (T, F, T)
     (r'^(?=((?:"[^"]*"|\b[A-Z]\b|[ ,])+)$).*("[^"]*"|\b[A-Z]\b) ?,.*(?<!\w)\2(?!\w).*', r"(\1)"),
-    # the end of a sentence, but no ellipsis; units behind a value (5 m/s, 0.99m^2, 15 "cm"^2)
+    # the end of a sentence, but no ellipsis; units in single letters
     (r"[., :;]+$", lambda m: m[0] if ".." in m[0] else ""),
     (r"(?<=\d)( [mgshLJNWVK](?:/[smhL])?|m/s|(?:(?<=\.\d)|(?<=\.\d\d))m(?=\^))(\^?\{?\d\}?)? ?$",
      r' "\1\2"'),
-    (rf"{_VALUE_BEHIND} ?(?:{_UNIT})+(?! ?(?:[\w({{^]|\.\d|\\[a-z]))", _without_unit),
 )]
 
 def _normalise(text):
-    """Returns the answer in one notation; words that are no products of letters get quotes."""
+    """Returns the answer in one notation, with words in quotes, and its units, a list of words."""
     _require(len(text) <= _MAX_CHARS, _GivenUp)
     text = re.sub("[¼-¾⅐-⅞]", r" \g<0>", re.sub("[⁰¹²³⁴-⁹⁻ⁿ]+", r"^{\g<0>}", text))
     text = unicodedata.normalize("NFKC", text).translate(_CHARACTERS)
     for pattern, replacement in _TABLE:
         text = pattern.sub(replacement, text)
-    return " ".join(text.split())
+    units = [m[0] for m in _UNITS_BEHIND.finditer(text) if _is_unit(m)]
+    text = _UNITS_BEHIND.sub(lambda m: m[0] if m[0] == "°" or not _is_unit(m) else " ", text)
+    return " ".join(text.split()), sum(map(_unit_words, units), [])
 
 # --- values
 # The kinds, each with an example and its `form`: what two equal values share beside their parts
@@ -1077,17 +1105,12 @@ def _values_equal(x, y):
     alike = a == b and x.form == y.form
     if a == b == _EQUATION and x.form and y.form and (alike or re.search('["(]', x.form + y.form)):
         return _values_equal(x.parts[-1], y.parts[-1])
-    if a == b == _LIST and "set" in (x.form, y.form):
-        return all(any(_values_equal(this, that) for that in there)
-                   for here, there in ((x.parts, y.parts), (y.parts, x.parts)) for this in here)
     if a == b == _LIST:
-        rest = list(y.parts)  # each part of x takes an equal one
-        for part in x.parts:
-            match = next((i for i, other in enumerate(rest) if _values_equal(part, other)), None)
-            if match is None:
-                return False
-            rest.pop(match)
-        return not rest
+        n, both = len(x.parts), x.parts + y.parts
+        first = [next((i for i, other in enumerate(both) if _values_equal(part, other)), object())
+                 for part in both]  # equal parts have one number
+        counts, others = Counter(first[:n]), Counter(first[n:])
+        return counts == others or "set" in (x.form, y.form) and counts.keys() == others.keys()
     if (a, b) == (_LIST, _TUPLE) and y.form == "()":  # x = 1, y = 2 is (1,2)
         names = {part.form for part in x.parts if _kind(part) == _EQUATION and part.form}
         alike = len(names) == len(y.parts)
@@ -1118,7 +1141,11 @@ def _equal(given, gold):
     if not hasattr(_local, "mp"):
         _local.mp = MPContext()
         _local.mp.dps = _DIGITS
-    given, gold = _normalise(given), _normalise(gold)
+    (given, units), (gold, gold_units) = _normalise(given), _normalise(gold)
+    short, long = sorted((units, gold_units), key=len)
+    rest = iter(long)
+    if not all(word in rest for word in short):  # 20% is 20% loss, 20% loss is not 20% gain
+        return False
     for label, other in ((_LABEL.fullmatch(given), gold), (_LABEL.fullmatch(gold), given)):
         if label and not _LABEL.fullmatch(other):  # (B) 12 is B and 12
             given, gold = label[1 if re.fullmatch(r"\(?[A-Ha-h]\)?", other) else 2], other
@@ -1157,11 +1184,16 @@ def grade(response: str, answer: str) -> str:
     except Exception:  # counted apart from wrong, and never raised into training
         return "gave_up"
 
+def response_text(tokenizer, rollout):
+    """The text of a response for `grade`: it begins with the <think> that its prompt ends with."""
+    ends = tokenizer.decode(rollout.prompt[-8:], skip_special_tokens=False).rstrip()
+    text = tokenizer.decode(rollout.tokens, skip_special_tokens=True)
+    return f"<think>\n{text}" if ends.endswith("<think>") else text
+
 def reward_groups(lm, rows, answers):
     """Returns the reward in {0, 1} of K rollouts for each of P answers, (P, K), and what to log."""
     k = len(rows) // len(answers)
-    texts = [lm.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in rows]
-    verdicts = [grade(text, answers[i // k]) for i, text in enumerate(texts)]
+    verdicts = [grade(response_text(lm.tokenizer, r), answers[i // k]) for i, r in enumerate(rows)]
     rewards = torch.tensor([float(v == "correct") for v in verdicts]).view(-1, k)  # (P, K)
     spread = rewards.std(-1)
     shares = {name: verdicts.count(name) / len(rows) for name in ("no_answer", "gave_up")}

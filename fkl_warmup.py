@@ -35,8 +35,8 @@ from common import (Rollout, Run, StageConfig, all_reduce_sum, append_json_line,
                     build_prompt, check, check_context, check_pair, count_steps, describe_lm,
                     differences, find_question, fingerprint, grade, load_lm, load_problems, lock,
                     make_optimizer, on_rank_0, optimizer_step, over_chunks, pick, progress,
-                    read_json_lines, read_rows, run_cli, sample_and_write, shared_micro_batches,
-                    skip_long_prompts, tokenize_problems)
+                    read_json_lines, read_rows, response_text, run_cli, sample_and_write,
+                    shared_micro_batches, skip_long_prompts, tokenize_problems)
 
 @dataclass
 class Config(StageConfig):  # whose flags all three stages have
@@ -116,8 +116,7 @@ def fill_cache(cfg, teacher, path, cache, prompts):
 
 def correct_only(groups, problems, tokenizer):
     """The responses that the verifier accepts, a list for each problem that has one."""
-    groups = [[r for r in rows if grade(tokenizer.decode(r.tokens, skip_special_tokens=True),
-                                        p.answer) == "correct"]
+    groups = [[r for r in rows if grade(response_text(tokenizer, r), p.answer) == "correct"]
               for p, rows in zip(problems, groups)]
     correct = [rows for rows in groups if rows]
     print(f"--only-correct: {sum(map(len, correct))} responses to {len(correct)} of "
