@@ -639,17 +639,17 @@ def extract_answer(response: str) -> str | None:
 
 def _last_boxes(text):
     """Returns the text of the last complete box, with the boxes that form a list with it, or ""."""
-    open_braces, pairs = [], []
+    open_braces, boxes = [], []
     for brace in _BRACE.finditer(text):
         if brace[0] != "}":
             open_braces.append(brace)
-        elif open_braces:
-            pairs.append((open_braces.pop(), brace))
+        elif open_braces and (start := open_braces.pop())[1]:
+            boxes.append((start, brace))
     answer, edge = None, len(text)  # edge: where the boxes of the answer begin
-    for start, end in reversed(pairs):
-        gap, box = text[end.end():edge], text[start.end():end.start()]
-        if not start[1] or end.end() > edge or _PLACEHOLDER.fullmatch(box):
-            continue  # no box, a box in a box, or no answer
+    for start, end in reversed(boxes):
+        box, gap = text[start.end():end.start()], text[end.end():edge]
+        if end.end() > edge or _PLACEHOLDER.fullmatch(box):
+            continue  # a box in a box, or without an answer
         if answer is not None and (len(gap + answer) > _MAX_CHARS or not _GAP.fullmatch(gap)):
             break  # an earlier thought
         answer, edge = box if answer in (None, box) else f"{box} and {answer}", start.start()
