@@ -617,9 +617,8 @@ _GAP = re.compile(  # between boxes a new line only beside a conjunction; then a
     rf"{_LIST_SIGN}*(?:[A-Za-z](?:_\{{?\w\}}?)?\s?=\s?)?\$?"  # or a hedge, but no correction:
     r"|(?i:(?!.*\b(?:wait|no|wrong|incorrect|mistake|actually)\b)[^\n]{0,40}"
     r"\b(?:maybe|perhaps|possibly|(?:may|might|could) (?:also )?be)\b[^\n]{0,40})")
-_PLACEHOLDER = re.compile(  # \boxed{}, \boxed{...}, \boxed{\text{your answer}}
-    r"(?i)(?:\\(?:[lc]?dots|text(?:bf|it|rm)?|mathrm|q?quad|square|[ _])|[\s.…?_{}()<>\[\]:*$]|"
-    r"(?:your|my|the|final|numerical|correct|insert|put|goes|here|answer|result|value|solution))*")
+_PLACEHOLDER = re.compile(r"(?i)(?:[\s.…?_{}<>\[\]:]|\\(?:[lc]?dots|text(?:bf)?|q?quad|[ _])|your|"
+                          r"my|the|final|correct|here|answer|result|value)*")  # \boxed{answer}
 _ANSWER_LINE = re.compile(r"(?i)(?<![a-z])answer(?:\s{1,4}is)?[*_ \t]{0,6}[:：]"
                           r"(?: {0,4}the (?:final )?answer is:?)?")
 
@@ -647,9 +646,10 @@ def _last_boxes(text):
             boxes.append((start, brace))
     answer, edge = None, len(text)  # edge: where the boxes of the answer begin
     for start, end in reversed(boxes):
-        box, gap = text[start.end():end.start()], text[end.end():edge]
+        box = text[start.end():end.start()]
         if end.end() > edge or _PLACEHOLDER.fullmatch(box):
             continue  # a box in a box, or without an answer
+        gap = text[end.end():edge]
         if answer is not None and (len(gap + answer) > _MAX_CHARS or not _GAP.fullmatch(gap)):
             break  # an earlier thought
         answer, edge = box if answer in (None, box) else f"{box} and {answer}", start.start()
@@ -678,6 +678,12 @@ _CHARACTERS = str.maketrans(dict(zip("−–×·⋅÷⁄′⩽⩾∣|\"\u200b", 
     "√": "\\sqrt ", "∅": "\\{\\}", "\f": "\\f", "\b": "\\b"})
 _UNITS = re.compile("[cmkn]m|kg|mL|ft|in|yd|lbs?|oz|hrs?|min|sec|[mk]ph|sq|deg|pts|day|[kM]?Hz|atm|"
                     "[kMG]?eV|[kG]?Pa|mol|k[JWV]|Mpc|AU|erg|USD|per|pct|yes|[nN]o|odd")
+_UNIT_NAMES = r"""/ per | sq square | cu cubic | $ dollar usd | % percent pct | € euro | ¢ cent
+    | ° degree deg | c celsius | f fahrenheit | m' m meter metre | g' g gram | l' l liter litre
+    | s' s second sec | min' min minute | h' h hour hr | in' in inch | ft' ft foot feet 
+    | yd' yd yard | mi' mi mile | lb' lb pound | oz' oz ounce | n' n newton | j' j joule | mi'/h' mph
+    | km'/h' kph kmh"""  # as _SPELLINGS; those with ' form products, kg m/s^2
+_UNIT_NAMES = {word: row.split()[0] for row in _UNIT_NAMES.split("|") for word in row.split()[1:]}
 _QUALIFIER = r"\b(?:" + "|".join(r"""not? never none if when for mod\w* more less fewer least most
     than to but only half third quarter base twice times squared cubed factorial negative minus plus
     over under above below either wrong incorrect false
@@ -693,15 +699,14 @@ def _is_unit(m):
     """Returns whether a match of _UNITS_BEHIND is a unit, no letter and no qualifier."""
     unit = m[0].strip(' "').lower()
     before = re.sub('.*=|"[^"]*"', "", m.string[:m.start()])
-    is_letter = re.fullmatch("[a-z]", unit) and re.search(
-        r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", before)
-    return not (is_letter or re.search(_QUALIFIER + "|[=<>∪∨]", unit))
+    letter = re.fullmatch("[a-z]", unit) and re.search(r"(?i)(?<![\\a-z])[a-z](?![a-z])", before)
+    return not (letter or re.search(_QUALIFIER + "|[=<>∪∨]", unit))
 
 def _unit_words(unit):
     """Returns the words of a unit in one spelling, as far as _UNIT_NAMES knows them."""
     def name(m):
-        stem = re.sub(r"(?<=\w\w)[es]+$", "", m[2])
-        return (m[1] or "")[:1] + _UNIT_NAMES.get(stem, stem)
+        singular = re.sub(r"(?<=[hx])es$|(?<=\w[^\Wu])s$", "", m[2])
+        return (m[1] or "")[:1] + _UNIT_NAMES.get(singular, singular)
 
     text = re.sub(r'[\s"{}()~.*]+', " ", unit.lower())
     text = re.sub(r"(kilo|centi|milli|[kcm](?=[mgl]\b))?([^\W\d_]+|[$€£¥¢%°])", name, text)
@@ -709,13 +714,9 @@ def _unit_words(unit):
     text = re.sub(r"\b(sq|cu) (\S+)", lambda m: f"{m[2]}^{2 + (m[1] == 'cu')}", text)
     return re.sub(r"(?<=['\d]) (?=\S+')", "*", text).split()
 
-_UNIT_NAMES = {re.sub(r"(?<=\w\w)[es]+$", "", word): row.split()[0] for row in r"""
-    / per | sq square | cu cubic | $ dollar usd | % percent pct | € euro | ¢ cent | ° degree deg
-    | c celsius | f fahrenheit | m' m meter metre | g' g gram | l' l liter litre | s' s second sec
-    | min' min minute | h' h hour hr | in' in inch | ft' ft foot feet | yd' yd yard | mi' mi mile
-    | lb' lb pound | oz' oz ounce | n' n newton | j' j joule | mi'/h' mph | km'/h' kph kmh""".split("|") for word in row.split()[1:]}  # the first of each row replaces the others
 _TEXT = r"\\(?:text\w{0,6}|mbox|mathrm|operatorname)\s*\{\s*"
 _NO_DIGIT = r"(?:[^{}\d=^]|\^\{?-?\d\}?)*"  # but exponents, as in m^2
+_SIDE = r"((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)"  # of \over: its braces are closed
 _WORDS_BEFORE = r"(?:[a-z][a-z()]*\s+){0,20}(?:is|are|equals|answer(?=:))\b\s*:?\s*"
 _VALUE_AHEAD = r"(?=\s*(?:[-\d\\(.$€£¥]|[a-z](?![a-z])))"
 _VALUE_BEHIND = r"""(?:(?<=[\d)}\]°'.π%¢])(?<!\([A-H]\))|(?<=(?<![A-Za-z])[b-zB-HJ-Z]))"""
@@ -724,7 +725,8 @@ _UNIT = rf'[/*]? ?"[^"]*"{_EXPONENT} ?(?:[/*] ?[mgshNJK](?![A-Za-z]){_EXPONENT} 
 _UNITS_BEHIND = re.compile(  # 5 m/s, 0.99m^2, 15 "cm"^2; and the signs
     rf"[$€£¥¢%°]|{_VALUE_BEHIND} ?(?:{_UNIT})+(?! ?(?:[\w({{^]|\.\d|\\[a-z]))")
 _TABLE = [(re.compile(pattern), replacement) for pattern, replacement in (
-    # \\frac, the set of the reals, \mathbf{v}, thousands (10{,}080, 32,\!348), 0.1\overline{6} -> (0.1+6/9/10)
+    # \\frac, the set of the reals, names in bold, thousands (10{,}080, 32,\!348),
+    # 0.1\overline{6} -> (0.1+6/9/10)
     (r"(?s)(?<!\\)\\\\(?=[A-Za-z\\])(?!.*\\end)", r"\\"),
     (r"\\mathbb\s*\{?R\}?", r"(-∞,∞)"),
     (r"\\(?:math(?:bf|bb|cal|it|sf)|boldsymbol|bm|underline)\s*\{\s*(\\?[A-Za-z]+)\s*\}", r"\1 "),
@@ -740,10 +742,10 @@ _TABLE = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\begin\s*\{\w+\*?\}(?:\s*\{[lcr|]*\})?", " ⟦ "),
     (r"(?:\\\\)?\s*\\end\s*\{\w+\*?\}", " ⟧ "),
     (r"(?<=\d)[eE]([+-]?\d+)", r"*10^{\1}"),
-    # 6:00 p.m.; conjunctions (2, 3, and 5 -> 2, 3∨ 5), quotes for words and units in \text, but not for (B)
+    # p.m., conjunctions (2, 3, and 5 -> 2, 3∨ 5), quotes for words in \text, but not for (B)
     (r"(?i)(?<=:\d\d)\s*(\\text\s*\{\s*)?([ap])\.?m(?!\w)\.?(?(1)\})", r'"\2m"'),
     (r"(?i)[,;]*\s*(?<![a-z\\])(?:and|or)(?![a-z])", "∨"),
-    (r"(?<=[\d}/*])\s*" + _TEXT + r"([A-Za-cf-hj-z](?:/[A-Za-z]+)?(?:\^\{?\d\}?)?)\s*\}", r'"\1"'),
+    (rf"(?<=[\d}}/*])\s*{_TEXT}([A-Za-cf-hj-z](?:/[A-Za-z]+)?(?:\^\d)?)\s*\}}", r'"\1"'),
     (rf"{_TEXT}(?!(?:{'|'.join(_FUNCTIONS)})\b)({_NO_DIGIT}[A-Za-z]{{2}}{_NO_DIGIT})\}}", r'"\1"'),
     (_TEXT + r"([^{}]*)\}", r" \1 "),
     (r"[,;]\s*∨", "∨"),
@@ -757,10 +759,11 @@ _TABLE = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\^ ?\{ ?('[' ]*)\}|\^ ?('+)", r"\1\2"),
     (r"(?:(?<![\w^}])[({] ?([\dA-F]+) ?[)}])? ?_ ?", r"\1_"),
     (r'(?<!\d)\(?(\d+)\)? ?_? ?\{? ?"? ?base ?"? ?\{?(\d+)\}*', r"\1_\2"),
-    # fractions and binomials without braces (\frac43), {1 \over 2}; 2.5 x 10^3 -> 2.5*10^3
+    # fractions, binomials (\frac43, 5 \choose 3, {1 \over 2}); 2.5 x 10^3 -> 2.5*10^3
     (r"\\(frac|binom) ?(\d) ?(?=[\d{\\])", r"\\\1{\2}"),
     (r"\\(frac|binom) ?(\{[^{}]*\}) ?(\d)(?!\d)", r"\\\1\2{\3}"),
-    (r"\{ ?(\d+) ?\\over ?(\d+) ?\}", r"\\frac{\1}{\2}"),
+    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
+    *[(rf"(?:\{{|^){_SIDE}\\over(?![a-z]){_SIDE}(?:\}}|$)", r"\\frac{\1}{\2}")] * 3,  # nested
     (r"(?<=\d) ?[xX] ?(?=10 ?\^)", "*"),
     # sets with a condition (\{x \mid x > 5\} -> x > 5), |x|, approximations (1/3 ≈ 0.33 -> 1/3)
     (r"^ ?\\\{ ?[a-z] ?(?:∈ ?\(-∞,∞\) ?)?[‖:](.*)\\\} ?$", r"\1"),
@@ -865,7 +868,7 @@ def _combine_sets(is_member, *sets):
 _NAME = (r"(?:[^\W\d_]|\d+(?=_)|\\(?:hat|vec|d?dot|tilde|angle|bar|over[a-z]+|widehat)"
          r"(?:\s?\{[^{}]*\}|(?:\s?[^\W\d_])+))'*(?:_\s?(?:\d+|[^\W_]|\{[^{}]*\}))?'*")
 _TOKEN = re.compile(rf'"[^"]*"|{_NAME}|\d+(?:\.\d*)?|\.\d+|\\[A-Za-z]+|\\.|\S')
-_FACTOR = re.compile(r"[^\W_]|[({[⟦∞]|\\(?:\{|(?!over$|choose$)..)")  # begins a factor without a sign before it
+_FACTOR = re.compile(r"[^\W_]|[({[⟦∞]|\\(?:\{|..)")  # begins a factor without a sign before it
 _QUANTITY = rf"(?:{_NAME}|[A-Z]+)"
 _LEFT_SIDE = re.compile("|".join((  # what may stand left of "=" or "∈" as a name of the value
     rf"(?:m(?=\\angle))?{_NAME}(?:\^\{{?-1\}}?)?(?:\([\w,∩∪‖'\"]*\))?",  # a_1, y', f(x), f^{-1}(x)
@@ -983,10 +986,6 @@ class _Reader:
         """Reads what stands in brackets: an item, a list, a tuple, an interval or a matrix."""
         separators, closings = map(str.split, _BRACKETS[opening])
         taken, items = "", [] if self.tokens[self.at] == "\\}" else [self.item()]
-        if self.take("\\over"):
-            items = [_calculate(operator.mul, items[0], self.power(self.item(), Fraction(-1)))]
-        elif self.take("\\choose"):
-            items = [self.count(math.comb, items[0], self.item())]
         while separator := self.take(*separators):
             taken += separator
             items.append(self.item())
@@ -1072,9 +1071,8 @@ def _relation(values, texts, signs):
     return mirrored if minus else reals, place
 
 # --- comparison
-_LABEL = re.compile(  # (B) 12, B. 12, (B) "Plane"
-    r"\(?([A-H])(?:\)|[.:] ) ?((?=.*[\da-z])"
-    r"(?:(?!\b(?:[A-H]|is|not|wrong|incorrect|maybe|perhaps|possibly)\b)[^∪∨])*)")
+_LABEL = re.compile(r"\(?([A-H])(?:\)|[.:] ) ?((?=.*[\da-z])"  # (B) 12, B. 12, (B) "Plane"
+                    r"(?:(?!\b(?:[A-H]|is|not|wrong|maybe)\b)[^∪∨])*)")
 
 def _evaluate(text, point):
     """Returns the value of an answer at a sample point, and its letters; ± is a list of two."""
@@ -1142,9 +1140,8 @@ def _equal(given, gold):
         _local.mp = MPContext()
         _local.mp.dps = _DIGITS
     (given, units), (gold, gold_units) = _normalise(given), _normalise(gold)
-    short, long = sorted((units, gold_units), key=len)
-    rest = iter(long)
-    if not all(word in rest for word in short):  # 20% is 20% loss, 20% loss is not 20% gain
+    fewer, more = map(iter, sorted((units, gold_units), key=len))
+    if not all(word in more for word in fewer):  # 20% is 20% loss, but that is not 20% gain
         return False
     for label, other in ((_LABEL.fullmatch(given), gold), (_LABEL.fullmatch(gold), given)):
         if label and not _LABEL.fullmatch(other):  # (B) 12 is B and 12

@@ -78,8 +78,10 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         30^\circ C == 30 \text{ degrees Celsius}    30^\circ\text{C} == 30^\circ
         6:00 AM == 6:00 \text{ a.m.}    \text{6:00 PM} == 6:00 pm    6:00 PM == 6:00
         \$5 \text{ million} == 5 million    \$3\frac12 == 3.5    -\$5 == -5    £5 == 5
-        2\text{ m}, 3\text{ m} == 3\text{ m}, 2\text{ m}    4 \text{ students in total} == 4 students
-        33 \text{ kg m/s}^2 == 33\,\text{kg}\cdot\text{m/s}^2    9.8m/s^2 == 9.8 \text{ m}/\text{s}^2
+        2\text{ m}, 3\text{ m} == 3\text{ m}, 2\text{ m}
+        4 \text{ students in total} == 4 students
+        33 \text{ kg m/s}^2 == 33\,\text{kg}\cdot\text{m/s}^2
+        9.8m/s^2 == 9.8 \text{ m}/\text{s}^2
         10\%, 20\% == 20\%, 10\%    33\frac13\% \approx 33.3\% == 100/3    \$12x == 12x""",
     "lists and sets": r"""
         -2,1 == 1,-2    1, -2 == -2,1    1 \text{ and } -2 == -2,1    2, 3, and 5 == 5,3,2
@@ -135,7 +137,7 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         \begin{array}1\\2\end{array}+\begin{array}5\\6\end{array} == \begin{array}6\\8\end{array}
         \mathbf{v} = \begin{pmatrix}1\\2\end{pmatrix} == \begin{pmatrix}1\\2\end{pmatrix}
         \mathbf{A}^{-1} = \begin{pmatrix}1&2\end{pmatrix} == \begin{pmatrix}1&2\end{pmatrix}
-        \begin{matrix}x&y\end{matrix} = \begin{matrix}1&2\end{matrix} == \begin{matrix}1&2\end{matrix}
+        \begin{array}x&y\end{array} = \begin{array}1&2\end{array} == \begin{matrix}1&2\end{matrix}
         \begin{pmatrix}1\\-\sin x\\\end{pmatrix} == \begin{pmatrix}1\\-\sin x\end{pmatrix}""",
     "bases": r"""
         204_5 == 204_{5}    4210_{5} == 4210_5    204_{\text{base }5} == 204_5
@@ -220,7 +222,7 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         34 == 33    336 == 33    33 == 336    4 == 4\sqrt{2}    4\sqrt2 == 4
         2 == \frac{1+\sqrt5}{2}    -5 == 5    \frac{3}{14} == \frac{14}{3}    2^{98} == 2^{99}
         \frac{1}{2^{99}} == \frac{1}{2^{98}}    \frac{1}{2006!} == \frac{1}{2004!}
-        {243 \over 625} == \frac{625}{243}    {1 \over 0} == 0    {1 \over 2 \over 3} == \frac16
+        {243 \over 625} == \frac{625}{243}    {1 \over 0} == 0
         4 == \frac{34}{16}+\frac{\sqrt{1358}}{16}    \frac651 == \frac65""",
     "no tolerance": r"""
         0.333 == 1/3    0.3333333333333333 == \frac13    3.14159 == \pi    1.414 == \sqrt2
@@ -241,7 +243,7 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
     "two units": r"""
         20\% \text{ loss} == 20\% \text{ gain}    5\text{ m} == 5\text{ cm}    5 m == 5 s
         6:00 AM == 6:00 PM    6:00 a.m. == 6:00 p.m.    6\text{ AM} == 6\text{ PM}    \$5 == 5\%
-        5 cm^2 == 5 cm^3    5¢ == \$5    5\text{ cm} == 5\text{ cm}^2    5 km/h == 5 m/s    \$5 == €5
+        5 cm^2 == 5 cm^3    5¢ == \$5    5\text{ cm} == 5\text{ cm}^2    5 km/h == 5 m/s
         9.8\text{ m/s} == 9.8 \text{ m/s}^2    30^\circ C == 30^\circ F    30^\circ == 30 cm
         30^\circ\text{C} == 30^\circ\text{F}    3 hours == 3 minutes    5\text{ m} == 5\text{ miles}
         5\text{ m} == 5\text{ minutes}    5 mm == 5 \text{ m}    \$5 == 5 \text{ cents}
@@ -250,7 +252,7 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         2\text{ m}, 3\text{ cm} == 2\text{ cm}, 3\text{ m}    5 miles == 5 \text{ miles per hour}
         5 \text{ kg} == 5 \text{ kg}\cdot\text{m/s}^2    10 units == 10 \text{ square units}
         \frac12\text{ hour} == \frac12\text{ minute}    7 \text{ sons} == 7 \text{ daughters}
-        x = 5 m == 5\text{ cm}    30° == 30\%""",
+        x = 5 m == 5\text{ cm}    30° == 30\%    \$5 == €5""",
     "runs of capitals have an order": r"""
         ABCD == BDAC    TTFF == TFTF    T T F F == T F T F    TF == FT    ACGT == TGCA    IV == VI
         AB == BA    \text{TTFF} == TFTF    TTFF, TFTF == FTFT, TTFF    T, T, F, F == T, F, T, F
@@ -426,7 +428,8 @@ NORMALISED = [  # an example for each row of the table of notations: (given, res
     (r"\mathbf{v} = 6", "v = 6"), ("6:00 p.m.", "6:00"), (r"\text{(C) Plane}", '(C) "Plane"'),
     ("T, F, T", "(T, F, T)"), (r"(52) _{8}", "52_{8}"), (r"y^{\prime\prime}", "y''"),
     ("6 base 7", "6_7"), (r"\frac4{x}", r"\frac{4}{x}"),
-    (r"\frac43", r"\frac{4}{3}"), (r"{5 \over 3}", r"\frac{5}{3}"),
+    (r"\frac43", r"\frac{4}{3}"), (r"{5 \choose 3}", r"\binom{5 }{ 3}"),
+    (r"{5 \over x}", r"\frac{5 }{ x}"),
     ("2.5 x 10^3", "2.5*10^3"), (r"\{x \mid x > 5\}", "x > 5"), ("|x|", r"\abs(x)"),
     (r"x = 1/3 \approx 0.33", "x = 1/3"), ("58,500; 1 000; (58,500)", "58500; 1000; (58,500)"),
     (r"3\frac12; 3½; 3 5/2", "(3+1/2); (3+1/2); ?3 5/2"), ("33. ", "33"),
