@@ -594,6 +594,8 @@ def count_steps(cfg, n_items):
 # _Reader computes it, _values_equal compares. A value is a number or a Composite, such as a list or
 # a matrix; a number is a Fraction or, if not exact, has 400 digits. Letters get random numbers: two
 # expressions are equal if they are at three points. Nothing is solved, expanded or executed.
+# Units and words behind a value may be missing on one side, but must not differ. A bare list keeps
+# its counts, a set \{...\} does not. Capitals alone (BDAC) are text. A placeholder box is no answer.
 # Refused are answers outside the grammar, because their meaning would be a guess: words that are no
 # unit (33 or more), `2 3`, improper mixed numbers, ellipses, sums, integrals. They equal only the
 # same text. Given up are answers beyond a limit: 2,000 characters, 400 tokens, 30 levels, 25,000
@@ -616,9 +618,10 @@ _GAP = re.compile(  # between boxes a new line only beside a conjunction; then a
     r"(?=[^\n]*\Z|[^,;]*(?:and|or|[,;]))(?: ?[a-z]{3,}(?= and ))?"
     rf"{_LIST_SIGN}*(?:[A-Za-z](?:_\{{?\w\}}?)?\s?=\s?)?\$?"  # or a hedge, but no correction:
     r"|(?i:(?!.*\b(?:wait|no|wrong|incorrect|mistake|actually)\b)[^\n]{0,40}"
-    r"\b(?:maybe|perhaps|possibly|(?:may|might|could) (?:also )?be)\b[^\n]{0,40})")
-_PLACEHOLDER = re.compile(r"(?i)(?:[\s.…?_{}<>\[\]:]|\\(?:[lc]?dots|text(?:bf)?|q?quad|[ _])|your|"
-                          r"my|the|final|correct|here|answer|result|value)*")  # \boxed{answer}
+    r"\b(?:maybe|perhaps|possibly|probably|or else|(?:may|might|could) (?:also )?be)\b[^\n]{0,40})")
+_PLACEHOLDER = re.compile(  # \boxed{}, \boxed{\text{your answer}}
+    r"(?i)(?:[\s.…?_{}()<>\[\]:\"'$-]|\\(?:[lc]?dots|text(?:bf)?|phantom|square|q?quad|[ _])|your|my|"
+    r"the|final|numerical|correct|answer|result|value|goes|here)*")
 _ANSWER_LINE = re.compile(r"(?i)(?<![a-z])answer(?:\s{1,4}is)?[*_ \t]{0,6}[:：]"
                           r"(?: {0,4}the (?:final )?answer is:?)?")
 
@@ -729,7 +732,7 @@ _TABLE = [(re.compile(pattern), replacement) for pattern, replacement in (
     # 0.1\overline{6} -> (0.1+6/9/10)
     (r"(?s)(?<!\\)\\\\(?=[A-Za-z\\])(?!.*\\end)", r"\\"),
     (r"\\mathbb\s*\{?R\}?", r"(-∞,∞)"),
-    (r"\\(?:math(?:bf|bb|cal|it|sf)|boldsymbol|bm|underline)\s*\{\s*(\\?[A-Za-z]+)\s*\}", r"\1 "),
+    (r"(?:\\(?:math(?:bf|cal|it|sf)|boldsymbol|bm)\s*\{|\{\s*\\bf\s)\s*(\\?[A-Za-z]+)\s*\}", r"\1 "),
     (r"(\d)\s*(?:\{\s*,\s*\}|,\\!)\s*(?=\d{3})", r"\1"),
     (r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}",
      lambda m: f"({m[1] or 0}.{m[2]}+{m[3]}/{10 ** len(m[3]) - 1}/{10 ** len(m[2])})"),
@@ -757,8 +760,8 @@ _TABLE = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"- ?(?=\\\{)", "∖"),
     (r" ?(?:\^ ?\{ ?° ?\}|\^? ?°)(?: ?([CF])(?!\w))?", lambda m: f'°"{m[1]}"' if m[1] else "°"),
     (r"\^ ?\{ ?('[' ]*)\}|\^ ?('+)", r"\1\2"),
-    (r"(?:(?<![\w^}])[({] ?([\dA-F]+) ?[)}])? ?_ ?", r"\1_"),
-    (r'(?<!\d)\(?(\d+)\)? ?_? ?\{? ?"? ?base ?"? ?\{?(\d+)\}*', r"\1_\2"),
+    (r"(?:(?<![\w^}])[({] ?([\dA-F]+) ?[)}])? ?_ ?(?:\{ ?\((\d+)\) ?\})?", r"\1_\2"),
+    (r'(?<!\d)\(?(\d+)\)? ?_? ?\{? ?"? ?base ?"? ?\{?(\d+)(?: ?\})*', r"\1_\2"),
     # fractions, binomials (\frac43, 5 \choose 3, {1 \over 2}); 2.5 x 10^3 -> 2.5*10^3
     (r"\\(frac|binom) ?(\d) ?(?=[\d{\\])", r"\\\1{\2}"),
     (r"\\(frac|binom) ?(\{[^{}]*\}) ?(\d)(?!\d)", r"\\\1\2{\3}"),
