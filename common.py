@@ -681,11 +681,10 @@ _CHARACTERS = str.maketrans(dict(zip("−–×·⋅÷⁄′⩽⩾∣|\"\u200b", 
     "√": "\\sqrt ", "∅": "\\{\\}", "\f": "\\f", "\b": "\\b"})
 _UNITS = re.compile("[cmkn]m|kg|mL|ft|in|yd|lbs?|oz|hrs?|min|sec|[mk]ph|sq|deg|pts|day|[kM]?Hz|atm|"
                     "[kMG]?eV|[kG]?Pa|mol|k[JWV]|Mpc|AU|erg|USD|per|pct|yes|[nN]o|odd")
-_UNIT_NAMES = r"""/ per | sq square | cu cubic | $ dollar usd | % percent pct | € euro | ¢ cent
-    | ° degree deg | c celsius | f fahrenheit | m' m meter metre | g' g gram | l' l liter litre
-    | s' s second sec | min' min minute | h' h hour hr | in' in inch | ft' ft foot feet 
-    | yd' yd yard | mi' mi mile | lb' lb pound | oz' oz ounce | n' n newton | j' j joule | mi'/h' mph
-    | km'/h' kph kmh"""  # as _SPELLINGS; those with ' form products, kg m/s^2
+_UNIT_NAMES = r"""/ per | sq square | cu cubic | $ dollar usd | % percent pct | ¢ cent | ° degree deg
+    | c celsius | f fahrenheit | m' m meter metre | g' g gram | l' l liter litre | s' s second sec
+    | min' min minute | h' h hour hr | in' in inch | ft' ft foot feet | yd' yd yard | mi' mi mile
+    | lb' lb pound | oz' oz ounce | n' n newton | j' j joule | mi'/h' mph | km'/h' kph"""
 _UNIT_NAMES = {word: row.split()[0] for row in _UNIT_NAMES.split("|") for word in row.split()[1:]}
 _QUALIFIER = r"\b(?:" + "|".join(r"""not? never none if when for mod\w* more less fewer least most
     than to but only half third quarter base twice times squared cubed factorial negative minus plus
@@ -800,7 +799,7 @@ def _normalise(text):
 # The kinds, each with an example and its `form`: what two equal values share beside their parts
 _NUMBER = "number"      # 3/4: a Fraction or a number of mpmath, and no Composite
 _WORDS = "words"        # "no solution": the words
-_LIST = "list"          # 1, 2 or {1, 2}: its parts may stand in any order
+_LIST = "list"          # 1, 2 or {1, 2}: parts in any order; "set": equal ones count once
 _TUPLE = "tuple"        # (1, 2): the brackets
 _REALS = "reals"        # (1, 2]: ">>", it starts just after 1 and stops just after 2
 _RATIO = "ratio"        # 3:4
@@ -906,9 +905,10 @@ class _Reader:
             start, self.letters = self.at, set()
             value, text = self.expression(_RATIOS), "".join(self.tokens[start:self.at])
             capitals = re.fullmatch(r"[({[]*([A-Z]{2,})[]})]*", text)
-            ends = {self.tokens[start - 1], self.tokens[self.at]}
-            if capitals and (not self.depth or ends & set(",;∨")):  # TTFF is text, but in AB + CD
-                value = self.letter(capitals[1])
+            beside = {self.tokens[start - 1], self.tokens[self.at]}
+            if capitals and (not self.depth or beside & {",", ";", "∨"}):  # one name, no product
+                self.tokens[start:self.at], self.at = [capitals[1]], start
+                value = self.base()
             sides.append((value, text, self.letters))
             signs += self.take(*"=∈≠<≤>≥")
         if signs[:1] in tuple(">≥"):
@@ -957,8 +957,14 @@ class _Reader:
             return _calculate(operator.mul, Fraction(token + "1"), self.expression(loosest))
         if token in "πei∞":
             return {"π": +mp.pi, "e": +mp.e, "i": mp.mpc(0, 1), "∞": mp.inf}[token]
-        if re.fullmatch(_NAME, token):
-            return self.letter(re.sub(r"[{} ]", "", token))
+        if re.fullmatch(_QUANTITY, token):
+            name = re.sub(r"[{} ]", "", token)
+            self.letters.add(name)  # it has the same random number wherever it stands
+            random = zlib.crc32(f"{name} {self.point}".encode("utf-8", "replace"))
+            if self.point in _NATURAL:
+                return Fraction(random % 40 + 5)
+            signed = -10007 if random % 3 else 10007
+            return Fraction(random % 20011 + 10007, (30029, 10007, signed, 97, 89, 83)[self.point])
         if token[0].isdecimal() or token[0] == "." and len(token) > 1:
             return Fraction(token)
         if token in _BRACKETS:
@@ -975,15 +981,6 @@ class _Reader:
         if token[0] == '"':
             return Composite(_WORDS, [], token)
         return self.function(_require(_FUNCTIONS.get(token[1:])))
-
-    def letter(self, name):
-        """Returns the random number of a letter, the same wherever it stands."""
-        self.letters.add(name)
-        random = zlib.crc32(f"{name} {self.point}".encode("utf-8", "replace"))
-        if self.point in _NATURAL:
-            return Fraction(random % 40 + 5)
-        signed = -10007 if random % 3 else 10007
-        return Fraction(random % 20011 + 10007, (30029, 10007, signed, 97, 89, 83)[self.point])
 
     def bracket(self, opening):
         """Reads what stands in brackets: an item, a list, a tuple, an interval or a matrix."""
@@ -1107,11 +1104,12 @@ def _values_equal(x, y):
     if a == b == _EQUATION and x.form and y.form and (alike or re.search('["(]', x.form + y.form)):
         return _values_equal(x.parts[-1], y.parts[-1])
     if a == b == _LIST:
-        n, both = len(x.parts), x.parts + y.parts
-        first = [next((i for i, other in enumerate(both) if _values_equal(part, other)), object())
-                 for part in both]  # equal parts have one number
-        counts, others = Counter(first[:n]), Counter(first[n:])
-        return counts == others or "set" in (x.form, y.form) and counts.keys() == others.keys()
+        n, both = len(x.parts), x.parts + y.parts  # a part's number: the first one equal to it
+        numbers = [next((i for i, other in enumerate(both) if _values_equal(part, other)), -1)
+                   for part in both]
+        here, there = Counter(numbers[:n]), Counter(numbers[n:])
+        alike = here == there or "set" in (x.form, y.form) and here.keys() == there.keys()
+        return alike and -1 not in here
     if (a, b) == (_LIST, _TUPLE) and y.form == "()":  # x = 1, y = 2 is (1,2)
         names = {part.form for part in x.parts if _kind(part) == _EQUATION and part.form}
         alike = len(names) == len(y.parts)
