@@ -595,7 +595,7 @@ def count_steps(cfg, n_items):
 # a matrix; a number is a Fraction or, if not exact, has 400 digits. Letters get random numbers: two
 # expressions are equal if they are at three points. Nothing is solved, expanded or executed.
 # Units and words behind a value may be missing on one side, but must not differ. A bare list keeps
-# its counts, a set \{...\} does not. Capitals alone (BDAC) are text. A placeholder box is no answer.
+# its counts, a set \{1,2\} does not. Capitals alone (BDAC) are text. Empty boxes are skipped.
 # Refused are answers outside the grammar, because their meaning would be a guess: words that are no
 # unit (33 or more), `2 3`, improper mixed numbers, ellipses, sums, integrals. They equal only the
 # same text. Given up are answers beyond a limit: 2,000 characters, 400 tokens, 30 levels, 25,000
@@ -620,8 +620,8 @@ _GAP = re.compile(  # between boxes a new line only beside a conjunction; then a
     r"|(?i:(?!.*\b(?:wait|no|wrong|incorrect|mistake|actually)\b)[^\n]{0,40}"
     r"\b(?:maybe|perhaps|possibly|probably|or else|(?:may|might|could) (?:also )?be)\b[^\n]{0,40})")
 _PLACEHOLDER = re.compile(  # \boxed{}, \boxed{\text{your answer}}
-    r"(?i)(?:[\s.…?_{}()<>\[\]:\"'$-]|\\(?:[lc]?dots|text(?:bf)?|phantom|square|q?quad|[ _])|your|my|"
-    r"the|final|numerical|correct|answer|result|value|goes|here)*")
+    r"(?i)(?:[\s.…?_{}()<>\[\]:\"'$-]|\\(?:[lc]?dots|text(?:bf)?|phantom|square|q?quad|[ _])|your|"
+    r"my|the|final|numerical|correct|answer|result|value|goes|here)*")
 _ANSWER_LINE = re.compile(r"(?i)(?<![a-z])answer(?:\s{1,4}is)?[*_ \t]{0,6}[:：]"
                           r"(?: {0,4}the (?:final )?answer is:?)?")
 
@@ -681,7 +681,7 @@ _CHARACTERS = str.maketrans(dict(zip("−–×·⋅÷⁄′⩽⩾∣|\"\u200b", 
     "√": "\\sqrt ", "∅": "\\{\\}", "\f": "\\f", "\b": "\\b"})
 _UNITS = re.compile("[cmkn]m|kg|mL|ft|in|yd|lbs?|oz|hrs?|min|sec|[mk]ph|sq|deg|pts|day|[kM]?Hz|atm|"
                     "[kMG]?eV|[kG]?Pa|mol|k[JWV]|Mpc|AU|erg|USD|per|pct|yes|[nN]o|odd")
-_UNIT_NAMES = r"""/ per | sq square | cu cubic | $ dollar usd | % percent pct | ¢ cent | ° degree deg
+_UNIT_NAMES = r"""/ per | sq square | cu cubic | $ dollar usd | % percent pct | ¢ cent | ° degree
     | c celsius | f fahrenheit | m' m meter metre | g' g gram | l' l liter litre | s' s second sec
     | min' min minute | h' h hour hr | in' in inch | ft' ft foot feet | yd' yd yard | mi' mi mile
     | lb' lb pound | oz' oz ounce | n' n newton | j' j joule | mi'/h' mph | km'/h' kph"""
@@ -1191,7 +1191,8 @@ def response_text(tokenizer, rollout):
 def reward_groups(lm, rows, answers):
     """Returns the reward in {0, 1} of K rollouts for each of P answers, (P, K), and what to log."""
     k = len(rows) // len(answers)
-    verdicts = [grade(response_text(lm.tokenizer, r), answers[i // k]) for i, r in enumerate(rows)]
+    texts = [response_text(lm.tokenizer, r) for r in rows]
+    verdicts = [grade(text, answers[i // k]) for i, text in enumerate(texts)]
     rewards = torch.tensor([float(v == "correct") for v in verdicts]).view(-1, k)  # (P, K)
     spread = rewards.std(-1)
     shares = {name: verdicts.count(name) / len(rows) for name in ("no_answer", "gave_up")}
