@@ -731,7 +731,7 @@ _TABLE = [(re.compile(pattern), replacement) for pattern, replacement in (
     # 0.1\overline{6} -> (0.1+6/9/10)
     (r"(?s)(?<!\\)\\\\(?=[A-Za-z\\])(?!.*\\end)", r"\\"),
     (r"\\mathbb\s*\{?R\}?", r"(-∞,∞)"),
-    (r"(?:\\(?:math(?:bf|cal|it|sf)|boldsymbol|bm)\s*\{|\{\s*\\bf\s)\s*(\\?[A-Za-z]+)\s*\}", r"\1 "),
+    (r"(?:\\(?:math(?:bf|cal|it)|boldsymbol|bm)\s*\{|\{\s*\\bf\s)\s*(\\?[A-Za-z]+)\s*\}", r"\1 "),
     (r"(\d)\s*(?:\{\s*,\s*\}|,\\!)\s*(?=\d{3})", r"\1"),
     (r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}",
      lambda m: f"({m[1] or 0}.{m[2]}+{m[3]}/{10 ** len(m[3]) - 1}/{10 ** len(m[2])})"),
