@@ -581,6 +581,8 @@ def count_steps(cfg, n_items):
 # _Reader computes it, _values_equal compares. A value is a number or a Composite, such as a list or
 # a matrix; a number is a Fraction or, if not exact, has 400 digits. Letters get random numbers: two
 # expressions are equal if they are at three points. Nothing is solved, expanded or executed.
+# Units and words behind a value may be missing on one side, but must not differ. A bare list keeps
+# its counts, a set \{1,2\} does not. Capitals alone (BDAC) are text. Empty boxes are skipped.
 # Refused are answers outside the grammar, because their meaning would be a guess: words that are no
 # unit (33 or more), `2 3`, improper mixed numbers, ellipses, sums, integrals. They equal only the
 # same text. Given up are answers beyond a limit: 2,000 characters, 400 tokens, 30 levels, 25,000
@@ -598,10 +600,15 @@ def _require(condition, error=_Refused):
 # --- where the answer stands
 _BRACE = re.compile(r"(\\(?:boxed|fbox)\s*)?(?<!\\)\{|(?<!\\)\}")
 _AND_TEXT = r"\\(?:text|mbox)\{(?:[\s,]*|[a-z() ]*\b(?:and|or)\b[\s,]*)\}"
-_LIST_SIGN = rf"(?:[\s$&,;*]|\\[()\[\],;:! ]|\\q?quad|and\b|or\b|{_AND_TEXT})"
+_LIST_SIGN = rf"(?:[\s$&,;*/]|\\[()\[\],;:! ]|\\q?quad|(?i:and|\(?or)\b|{_AND_TEXT})"
 _GAP = re.compile(  # between boxes a new line only beside a conjunction; then a unit, signs, "x ="
     r"(?=[^\n]*\Z|[^,;]*(?:and|or|[,;]))(?: ?[a-z]{3,}(?= and ))?"
-    rf"{_LIST_SIGN}*(?:[A-Za-z](?:_\{{?\w\}}?)?\s?=\s?)?\$?")
+    rf"{_LIST_SIGN}*(?:[A-Za-z](?:_\{{?\w\}}?)?\s?=\s?)?\$?"  # or a hedge, but no correction:
+    r"|(?i:(?!.*\b(?:wait|no|wrong|incorrect|mistake|actually)\b)[^\n]{0,40}"
+    r"\b(?:maybe|perhaps|possibly|probably|or else|(?:may|might|could) (?:also )?be)\b[^\n]{0,40})")
+_PLACEHOLDER = re.compile(  # \boxed{}, \boxed{\text{your answer}}
+    r"(?i)(?:[\s.…?_{}()<>\[\]:\"'$-]|\\(?:[lc]?dots|text(?:bf)?|phantom|square|q?quad|[ _])|your|"
+    r"my|the|final|numerical|correct|answer|result|value|goes|here)*")
 _ANSWER_LINE = re.compile(r"(?i)(?<![a-z])answer(?:\s{1,4}is)?[*_ \t]{0,6}[:：]"
                           r"(?: {0,4}the (?:final )?answer is:?)?")
 
@@ -621,17 +628,18 @@ def extract_answer(response: str) -> str | None:
 
 def _last_boxes(text):
     """Returns the text of the last complete box, with the boxes that form a list with it, or ""."""
-    open_braces, pairs = [], []
+    open_braces, boxes = [], []
     for brace in _BRACE.finditer(text):
         if brace[0] != "}":
             open_braces.append(brace)
-        elif open_braces:
-            pairs.append((open_braces.pop(), brace))
+        elif open_braces and (start := open_braces.pop())[1]:
+            boxes.append((start, brace))
     answer, edge = None, len(text)  # edge: where the boxes of the answer begin
-    for start, end in reversed(pairs):
-        if not start[1] or end.end() > edge:
-            continue  # no box, or a box in a box
-        gap, box = text[end.end():edge], text[start.end():end.start()]
+    for start, end in reversed(boxes):
+        box = text[start.end():end.start()]
+        if end.end() > edge or _PLACEHOLDER.fullmatch(box):
+            continue  # a box in a box, or without an answer
+        gap = text[end.end():edge]
         if answer is not None and (len(gap + answer) > _MAX_CHARS or not _GAP.fullmatch(gap)):
             break  # an earlier thought
         answer, edge = box if answer in (None, box) else f"{box} and {answer}", start.start()
@@ -660,6 +668,11 @@ _CHARACTERS = str.maketrans(dict(zip("−–×·⋅÷⁄′⩽⩾∣|\"\u200b", 
     "√": "\\sqrt ", "∅": "\\{\\}", "\f": "\\f", "\b": "\\b"})
 _UNITS = re.compile("[cmkn]m|kg|mL|ft|in|yd|lbs?|oz|hrs?|min|sec|[mk]ph|sq|deg|pts|day|[kM]?Hz|atm|"
                     "[kMG]?eV|[kG]?Pa|mol|k[JWV]|Mpc|AU|erg|USD|per|pct|yes|[nN]o|odd")
+_UNIT_NAMES = r"""/ per | sq square | cu cubic | $ dollar usd | % percent pct | ¢ cent | ° degree
+    | c celsius | f fahrenheit | m' m meter metre | g' g gram | l' l liter litre | s' s second sec
+    | min' min minute | h' h hour hr | in' in inch | ft' ft foot feet | yd' yd yard | mi' mi mile
+    | lb' lb pound | oz' oz ounce | n' n newton | j' j joule | mi'/h' mph | km'/h' kph"""
+_UNIT_NAMES = {word: row.split()[0] for row in _UNIT_NAMES.split("|") for word in row.split()[1:]}
 _QUALIFIER = r"\b(?:" + "|".join(r"""not? never none if when for mod\w* more less fewer least most
     than to but only half third quarter base twice times squared cubed factorial negative minus plus
     over under above below either wrong incorrect false
@@ -671,83 +684,109 @@ def _symbol(m):
     is_word = len(word) > 3 and word.isalpha() and not word.isupper() or _UNITS.fullmatch(word)
     return _SYMBOLS.get(word.strip('"')) or (f'"{word}"' if is_word else word)
 
-def _without_unit(m):
-    """Returns a space for units behind a value; the same text for a letter or for a qualifier."""
+def _is_unit(m):
+    """Returns whether a match of _UNITS_BEHIND is a unit, no letter and no qualifier."""
     unit = m[0].strip(' "').lower()
     before = re.sub('.*=|"[^"]*"', "", m.string[:m.start()])
-    is_letter = len(unit) == 1 and re.search(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", before)
-    return m[0] if is_letter or re.search(_QUALIFIER + "|[=<>∪∨]", unit) else " "
+    letter = re.fullmatch("[a-z]", unit) and re.search(r"(?i)(?<![\\a-z])[a-z](?![a-z])", before)
+    return not (letter or re.search(_QUALIFIER + "|[=<>∪∨]", unit))
+
+def _unit_words(unit):
+    """Returns the words of a unit in one spelling, as far as _UNIT_NAMES knows them."""
+    def name(m):
+        singular = re.sub(r"(?<=[hx])es$|(?<=\w[^\Wu])s$", "", m[2])
+        return (m[1] or "")[:1] + _UNIT_NAMES.get(singular, singular)
+
+    text = re.sub(r'[\s"{}()~.*]+', " ", unit.lower())
+    text = re.sub(r"(kilo|centi|milli|[kcm](?=[mgl]\b))?([^\W\d_]+|[$€£¥¢%°])", name, text)
+    text = re.sub(r" ?([/^-]) ?", r"\1", text)
+    text = re.sub(r"\b(sq|cu) (\S+)", lambda m: f"{m[2]}^{2 + (m[1] == 'cu')}", text)
+    return re.sub(r"(?<=['\d]) (?=\S+')", "*", text).split()
 
 _TEXT = r"\\(?:text\w{0,6}|mbox|mathrm|operatorname)\s*\{\s*"
 _NO_DIGIT = r"(?:[^{}\d=^]|\^\{?-?\d\}?)*"  # but exponents, as in m^2
+_SIDE = r"((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)"  # of \over: its braces are closed
 _WORDS_BEFORE = r"(?:[a-z][a-z()]*\s+){0,20}(?:is|are|equals|answer(?=:))\b\s*:?\s*"
-_VALUE_AHEAD = r"(?=\s*(?:[-\d\\(.]|[a-z](?![a-z])))"
-_VALUE_BEHIND = r"""(?:(?<=[\d)}\]°'.π])|(?<=(?<![A-Za-z])[b-zB-HJ-Z]))"""
+_VALUE_AHEAD = r"(?=\s*(?:[-\d\\(.$€£¥]|[a-z](?![a-z])))"
+_VALUE_BEHIND = r"""(?:(?<=[\d)}\]°'.π%¢])(?<!\([A-H]\))|(?<=(?<![A-Za-z])[b-zB-HJ-Z]))"""
 _EXPONENT = r"(?: ?\^ ?(?:\{[^{}]*\}|-?\d))?"
-_UNIT = rf'[/*]? ?"[^"]*"{_EXPONENT} ?(?:[/*] ?[mgsNJK](?![A-Za-z]){_EXPONENT} ?)*'
+_UNIT = rf'[/*]? ?"[^"]*"{_EXPONENT} ?(?:[/*] ?[mgshNJK](?![A-Za-z]){_EXPONENT} ?)*'
+_UNITS_BEHIND = re.compile(  # 5 m/s, 0.99m^2, 15 "cm"^2; and the signs
+    rf"[$€£¥¢%°]|{_VALUE_BEHIND} ?(?:{_UNIT})+(?! ?(?:[\w({{^]|\.\d|\\[a-z]))")
 _TABLE = [(re.compile(pattern), replacement) for pattern, replacement in (
-    # \\frac, the set of the reals, thousands (10{,}080, 32,\!348), 0.1\overline{6} -> (0.1+6/9/10)
+    # \\frac, the set of the reals, names in bold, thousands (10{,}080, 32,\!348),
+    # 0.1\overline{6} -> (0.1+6/9/10)
     (r"(?s)(?<!\\)\\\\(?=[A-Za-z\\])(?!.*\\end)", r"\\"),
     (r"\\mathbb\s*\{?R\}?", r"(-∞,∞)"),
+    (r"(?:\\(?:math(?:bf|cal|it)|boldsymbol|bm)\s*\{|\{\s*\\bf\s)\s*(\\?[A-Za-z]+)\s*\}", r"\1 "),
     (r"(\d)\s*(?:\{\s*,\s*\}|,\\!)\s*(?=\d{3})", r"\1"),
     (r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}",
      lambda m: f"({m[1] or 0}.{m[2]}+{m[3]}/{10 ** len(m[3]) - 1}/{10 ** len(m[2])})"),
     # formula signs \( \), colours, spaces, currencies, percent
     (r"\\!|(?<!\\)\\[()\[\]]|\\(?:text)?color ?\{\w+\}|\\hspace\*? ?\{[^{}]*\}", ""),
-    (r"\\\$|\\?%|[$€£¥¢~]|\\q?quad|(?<!\\)\\(?:[,;:> ]|$)", " "),
+    (r"(?<!\\)\$|~|\\q?quad|(?<!\\)\\(?:[,;:> ]|$)", " "),
+    (r"\\([$%])", r"\1"),
     # words before the answer (The area of $x$ is 12 -> 12), matrices, powers of ten (1.5e-3)
     (rf"(?i)^(?!.*{_QUALIFIER})\s*(\\text\w*\s*\{{)?\s*{_WORDS_BEFORE}(?(1)\}}){_VALUE_AHEAD}", ""),
     (r"\\begin\s*\{\w+\*?\}(?:\s*\{[lcr|]*\})?", " ⟦ "),
     (r"(?:\\\\)?\s*\\end\s*\{\w+\*?\}", " ⟧ "),
     (r"(?<=\d)[eE]([+-]?\d+)", r"*10^{\1}"),
-    # conjunctions (2, 3, and 5 -> 2, 3∨ 5), quotes for words and units in \text, but not for (B)
+    # p.m., conjunctions (2, 3, and 5 -> 2, 3∨ 5), quotes for words in \text, but not for (B)
+    (r"(?i)(?<=:\d\d)\s*(\\text\s*\{\s*)?([ap])\.?m(?!\w)\.?(?(1)\})", r'"\2m"'),
     (r"(?i)[,;]*\s*(?<![a-z\\])(?:and|or)(?![a-z])", "∨"),
-    (r"(?<=[\d}/*])\s*" + _TEXT + r"([A-Za-cf-hj-z])\s*\}", r'"\1"'),
+    (rf"(?<=[\d}}/*])\s*{_TEXT}([A-Za-cf-hj-z](?:/[A-Za-z]+)?(?:\^\d)?)\s*\}}", r'"\1"'),
     (rf"{_TEXT}(?!(?:{'|'.join(_FUNCTIONS)})\b)({_NO_DIGIT}[A-Za-z]{{2}}{_NO_DIGIT})\}}", r'"\1"'),
     (_TEXT + r"([^{}]*)\}", r" \1 "),
     (r"[,;]\s*∨", "∨"),
-    # symbols (\le -> ≤), one space, differences (R - \{3\}), degrees (^{\circ}), primes, 6 base 7
+    # a choice before its text; symbols (\le -> ≤), one space, differences (R - \{3\}), degrees
+    # (^{\circ}), primes, (12)_8, 6 base 7
+    (r'"(\([A-H]\)|[A-H][).:](?= )) ?(?=[^"])', r'\1 "'),
     (r'"[^"]*"|\\?[^\W\d_]+|[<>]=|\*\*|(?<=[x-z ])!=', _symbol),
     (r"\s+", " "),
     (r"- ?(?=\\\{)", "∖"),
-    (r" ?(?:\^ ?\{ ?° ?\}|\^? ?°)(?: ?[CF](?!\w))?", "°"),
+    (r" ?(?:\^ ?\{ ?° ?\}|\^? ?°)(?: ?([CF])(?!\w))?", lambda m: f'°"{m[1]}"' if m[1] else "°"),
     (r"\^ ?\{ ?('[' ]*)\}|\^ ?('+)", r"\1\2"),
-    (r'(?<!\d)\(?(\d+)\)? ?_? ?\{? ?"? ?base ?"? ?\{?(\d+)\}*', r"\1_\2"),
-    # fractions and binomials without braces (\frac43), 5 \choose 3; 2.5 x 10^3 -> 2.5*10^3
+    (r"(?:(?<![\w^}])[({] ?([\dA-F]+) ?[)}])? ?_ ?(?:\{ ?\((\d+)\) ?\})?", r"\1_\2"),
+    (r'(?<!\d)\(?(\d+)\)? ?_? ?\{? ?"? ?base ?"? ?\{?(\d+)(?: ?\})*', r"\1_\2"),
+    # fractions, binomials (\frac43, 5 \choose 3, {1 \over 2}); 2.5 x 10^3 -> 2.5*10^3
     (r"\\(frac|binom) ?(\d) ?(?=[\d{\\])", r"\\\1{\2}"),
     (r"\\(frac|binom) ?(\{[^{}]*\}) ?(\d)(?!\d)", r"\\\1\2{\3}"),
     (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
+    *[(rf"(?:\{{|^){_SIDE}\\over(?![a-z]){_SIDE}(?:\}}|$)", r"\\frac{\1}{\2}")] * 3,  # nested
     (r"(?<=\d) ?[xX] ?(?=10 ?\^)", "*"),
     # sets with a condition (\{x \mid x > 5\} -> x > 5), |x|, approximations (1/3 ≈ 0.33 -> 1/3)
     (r"^ ?\\\{ ?[a-z] ?(?:∈ ?\(-∞,∞\) ?)?[‖:](.*)\\\} ?$", r"\1"),
     (r"‖([^‖]*)‖", r"\\abs(\1)"),
-    (r"^ ?(?:\w ?)?≈| ?≈ ?-?\d[\d.]* ?(?=$|[,;)}])", ""),
+    (r"^ ?(?:\w ?)?≈| ?≈ ?-?[$€£¥]?\d[\d.]* ?[%¢°]? ?(?=$|[,;)}])", ""),
     # thousands (58,500); mixed numbers: 3\frac12 -> (3+1/2), but 3 5/2 -> ?3 5/2, which is refused
     (r"(?<![\d.,(\[{_])(?<!\d )[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d)\]}]|,\d|\\})",
      lambda m: re.sub(r"\D", "", m[0])),
     (r"(?<![\d.^_/])(\d+) ?(?:(\\frac ?\{) ?|(?<= ))(\d+) ?(?(2)\} ?\{ ?|/)(\d+)(?(2) ?\})",
      lambda m: f"({m[1]}+{m[3]}/{m[4]})" if 0 < int(m[3]) < int(m[4]) else f"?{m[0]}"),
-    # the end of a sentence, but no ellipsis; units behind a value (5 m/s, 0.99m^2, 15 "cm"^2)
+    # a list of words with repeats has an order: T, F, T -> (T, F, T)
+    (r'^(?=((?:"[^"]*"|\b[A-Z]\b|[ ,])+)$).*("[^"]*"|\b[A-Z]\b) ?,.*(?<!\w)\2(?!\w).*', r"(\1)"),
+    # the end of a sentence, but no ellipsis; units in single letters
     (r"[., :;]+$", lambda m: m[0] if ".." in m[0] else ""),
     (r"(?<=\d)( [mgshLJNWVK](?:/[smhL])?|m/s|(?:(?<=\.\d)|(?<=\.\d\d))m(?=\^))(\^?\{?\d\}?)? ?$",
      r' "\1\2"'),
-    (rf"{_VALUE_BEHIND} ?(?:{_UNIT})+(?! ?(?:[\w({{^]|\.\d|\\[a-z]))", _without_unit),
 )]
 
 def _normalise(text):
-    """Returns the answer in one notation; words that are no products of letters get quotes."""
+    """Returns the answer in one notation, with words in quotes, and its units, a list of words."""
     _require(len(text) <= _MAX_CHARS, _GivenUp)
     text = re.sub("[¼-¾⅐-⅞]", r" \g<0>", re.sub("[⁰¹²³⁴-⁹⁻ⁿ]+", r"^{\g<0>}", text))
     text = unicodedata.normalize("NFKC", text).translate(_CHARACTERS)
     for pattern, replacement in _TABLE:
         text = pattern.sub(replacement, text)
-    return " ".join(text.split())
+    units = [m[0] for m in _UNITS_BEHIND.finditer(text) if _is_unit(m)]
+    text = _UNITS_BEHIND.sub(lambda m: m[0] if m[0] == "°" or not _is_unit(m) else " ", text)
+    return " ".join(text.split()), sum(map(_unit_words, units), [])
 
 # --- values
 # The kinds, each with an example and its `form`: what two equal values share beside their parts
 _NUMBER = "number"      # 3/4: a Fraction or a number of mpmath, and no Composite
 _WORDS = "words"        # "no solution": the words
-_LIST = "list"          # 1, 2 or {1, 2}: its parts may stand in any order
+_LIST = "list"          # 1, 2 or {1, 2}: parts in any order; "set": equal ones count once
 _TUPLE = "tuple"        # (1, 2): the brackets
 _REALS = "reals"        # (1, 2]: ">>", it starts just after 1 and stops just after 2
 _RATIO = "ratio"        # 3:4
@@ -823,7 +862,7 @@ _QUANTITY = rf"(?:{_NAME}|[A-Z]+)"
 _LEFT_SIDE = re.compile("|".join((  # what may stand left of "=" or "∈" as a name of the value
     rf"(?:m(?=\\angle))?{_NAME}(?:\^\{{?-1\}}?)?(?:\([\w,∩∪‖'\"]*\))?",  # a_1, y', f(x), f^{-1}(x)
     r"(?:\\abs)?[(\[]?[A-Z]{1,4}[)\]]?|\"[^\"]*\"",  # AB, |AB|, "Area"
-    rf"(?:\(|\\\{{){_NAME}(?:,{_NAME})*(?:\)|\\\}})",  # (x,y), \{x,y\}
+    rf"(?:\(|\\\{{|⟦){_NAME}(?:(?:,|&|\\\\){_NAME})*(?:\)|\\\}}|⟧)",  # (x,y), \{x,y\}
     rf"\\frac\{{(?:d\w|[A-Z]+)\}}\{{(?:d\w|[A-Z]+)\}}|{_QUANTITY}(?::{_QUANTITY})+")))  # AB:CD
 _UNKNOWN = re.compile(r"(-?)(\\abs\()?(?![πei∞])[^\W\d_](?:_\{?\w\}?|\([^\W\d_]\))?\)?")  # x, -x
 _BRACKETS = {"{": (", ; ∨ ∪", "}"), "(": (", ;", ") ]"), "[": (", ;", ") ]"),
@@ -851,8 +890,13 @@ class _Reader:
         outer, sides, signs = self.letters, [], ""
         while len(sides) == len(signs):
             start, self.letters = self.at, set()
-            value = self.expression(_RATIOS)
-            sides.append((value, "".join(self.tokens[start:self.at]), self.letters))
+            value, text = self.expression(_RATIOS), "".join(self.tokens[start:self.at])
+            capitals = re.fullmatch(r"[({[]*([A-Z]{2,})[]})]*", text)
+            beside = {self.tokens[start - 1], self.tokens[self.at]}
+            if capitals and (not self.depth or beside & {",", ";", "∨"}):  # one name, no product
+                self.tokens[start:self.at], self.at = [capitals[1]], start
+                value = self.base()
+            sides.append((value, text, self.letters))
             signs += self.take(*"=∈≠<≤>≥")
         if signs[:1] in tuple(">≥"):
             sides, signs = sides[::-1], signs[::-1].translate(str.maketrans("<≤>≥", ">≥<≤"))
@@ -900,7 +944,7 @@ class _Reader:
             return _calculate(operator.mul, Fraction(token + "1"), self.expression(loosest))
         if token in "πei∞":
             return {"π": +mp.pi, "e": +mp.e, "i": mp.mpc(0, 1), "∞": mp.inf}[token]
-        if re.fullmatch(_NAME, token):
+        if re.fullmatch(_QUANTITY, token):
             name = re.sub(r"[{} ]", "", token)
             self.letters.add(name)  # it has the same random number wherever it stands
             random = zlib.crc32(f"{name} {self.point}".encode("utf-8", "replace"))
@@ -938,7 +982,7 @@ class _Reader:
         if opening in ("{", "\\{"):
             if "∪" in taken or any(_kind(item) == _REALS for item in items):
                 return _combine_sets(any, *map(_as_reals, items))
-            return Composite(_LIST, items)
+            return Composite(_LIST, items, "set" if opening == "\\{" else "")
         kind, form = (_MATRIX, taken) if opening == "⟦" else (_TUPLE, brackets)
         value, inf = Composite(kind, items, form), _local.mp.inf
         is_interval = len(items) == 2 and (form in ("(]", "[)") or inf in items or -inf in items)
@@ -1014,7 +1058,8 @@ def _relation(values, texts, signs):
     return mirrored if minus else reals, place
 
 # --- comparison
-_LABEL = re.compile(r"\(?([A-H])(?:\)|[.:] ) ?((?=.*\d)(?:(?!\b[A-H]\b)[^∪∨])*)")  # (B) 12, B. 12
+_LABEL = re.compile(r"\(?([A-H])(?:\)|[.:] ) ?((?=.*[\da-z])"  # (B) 12, B. 12, (B) "Plane"
+                    r"(?:(?!\b(?:[A-H]|is|not|wrong|maybe)\b)[^∪∨])*)")
 
 def _evaluate(text, point):
     """Returns the value of an answer at a sample point, and its letters; ± is a list of two."""
@@ -1026,7 +1071,7 @@ def _evaluate(text, point):
         if not re.search("[±∓]", text):
             return value, reader.letters
         parts += value.parts if _kind(value) == _LIST else [value]
-    return Composite(_LIST, parts), reader.letters
+    return Composite(_LIST, parts, "set"), reader.letters
 
 def _values_equal(x, y):
     """Returns whether two values are equal; so are x = 5 and 5, and f(x) = 5 and y = 5."""
@@ -1046,8 +1091,12 @@ def _values_equal(x, y):
     if a == b == _EQUATION and x.form and y.form and (alike or re.search('["(]', x.form + y.form)):
         return _values_equal(x.parts[-1], y.parts[-1])
     if a == b == _LIST:
-        return all(any(_values_equal(this, that) for that in there)
-                   for here, there in ((x.parts, y.parts), (y.parts, x.parts)) for this in here)
+        n, both = len(x.parts), x.parts + y.parts  # a part's number: the first one equal to it
+        numbers = [next((i for i, other in enumerate(both) if _values_equal(part, other)), -1)
+                   for part in both]
+        here, there = Counter(numbers[:n]), Counter(numbers[n:])
+        alike = here == there or "set" in (x.form, y.form) and here.keys() == there.keys()
+        return alike and -1 not in here
     if (a, b) == (_LIST, _TUPLE) and y.form == "()":  # x = 1, y = 2 is (1,2)
         names = {part.form for part in x.parts if _kind(part) == _EQUATION and part.form}
         alike = len(names) == len(y.parts)
@@ -1065,6 +1114,7 @@ def _proportional(pairs):
 def _text_key(text):
     """Returns the text without its spelling variants: case counts, but not in words and choices."""
     text = re.sub(r"([_^])\{(?:([^\W\d])\}|(\d)\}(?!\d))", r"\1\2\3", text)
+    text = re.sub(r"\b([A-Z]) ?, ?(?=[A-Z]\b)", r"\1", text)  # A, C, D is ACD
     words = re.fullmatch(r'["\[({\s]*([A-Za-z"\s]+?)["\])}\s.]*', text)
     key = re.sub(r'"|(?<!\d)\s+|\s+(?![\d.])', "", words[1] if words else text)  # 3 3 is not 33
     return key.lower() if words and ('"' in text or len(key) > 2 or key in "ABCD") else key
@@ -1077,7 +1127,10 @@ def _equal(given, gold):
     if not hasattr(_local, "mp"):
         _local.mp = MPContext()
         _local.mp.dps = _DIGITS
-    given, gold = _normalise(given), _normalise(gold)
+    (given, units), (gold, gold_units) = _normalise(given), _normalise(gold)
+    fewer, more = map(iter, sorted((units, gold_units), key=len))
+    if not all(word in more for word in fewer):  # 20% is 20% loss, but that is not 20% gain
+        return False
     for label, other in ((_LABEL.fullmatch(given), gold), (_LABEL.fullmatch(gold), given)):
         if label and not _LABEL.fullmatch(other):  # (B) 12 is B and 12
             given, gold = label[1 if re.fullmatch(r"\(?[A-Ha-h]\)?", other) else 2], other
@@ -1129,10 +1182,16 @@ def judge(pairs, verifier=""):
         _require(all(map(math.isfinite, values)), ValueError("a value is not finite"))
         return values
 
+def response_text(tokenizer, rollout):
+    """The text of a response for `judge`: it begins with the <think> that its prompt ends with."""
+    ends = tokenizer.decode(rollout.prompt[-8:], skip_special_tokens=False).rstrip()
+    text = tokenizer.decode(rollout.tokens, skip_special_tokens=True)
+    return f"<think>\n{text}" if ends.endswith("<think>") else text
+
 def reward_groups(lm, rows, answers, verifier=""):
     """Returns the rewards of K rollouts for each of P answers, (P, K), and what to log."""
     k = len(rows) // len(answers)
-    texts = [lm.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in rows]
+    texts = [response_text(lm.tokenizer, r) for r in rows]
     verdicts = judge([(text, answers[i // k]) for i, text in enumerate(texts)], verifier)
     rewards = torch.tensor([REWARD.get(v, v) for v in verdicts]).view(-1, k)  # (P, K)
     rewards = rewards.double() if verifier else rewards  # in fp32 the mean of 0.1s is not 0.1

@@ -25,7 +25,8 @@ import numpy as np
 from common import (DATA_ALIASES, REWARD, append_json_line, build_prompt, check, check_context,
                     describe_run, differences, fingerprint, json_line, judge, load_lm, lock,
                     on_rank_0, progress, rank, read_json, read_json_lines, read_record, read_rows,
-                    run_cli, sample_and_write, short_hash, to_problem, write_json, write_text)
+                    response_text, run_cli, sample_and_write, short_hash, to_problem, write_json,
+                    write_text)
 
 @dataclass
 class Config:
@@ -120,7 +121,7 @@ def answer_set(cfg, lm, problems, path):
 
     def write(j, rollouts):
         i, p = missing[j], problems[missing[j]]
-        texts = [lm.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in rollouts]
+        texts = [response_text(lm.tokenizer, r) for r in rollouts]
         lines[i] = {"index": i, "problem": p.problem, "answer": p.answer,
                     "verdicts": judge([(text, p.answer) for text in texts], cfg.verifier),
                     "lengths": [len(r.tokens) for r in rollouts],

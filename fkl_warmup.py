@@ -35,8 +35,8 @@ from common import (REWARD, Rollout, Run, StageConfig, all_reduce_sum, append_js
                     batch_indices, build_prompt, check, check_context, check_pair, count_steps,
                     describe_lm, differences, drawn, end_of_turn, find_question, fingerprint,
                     judge, load_lm, load_problems, lock, make_optimizer, on_rank_0, optimizer_step,
-                    over_chunks, pick, progress, read_json_lines, read_rows, run_cli,
-                    sample_and_write, shared_micro_batches, skip_long_prompts, tokenize_problems)
+                    over_chunks, pick, progress, read_json_lines, read_rows, response_text,
+                    run_cli, sample_and_write, shared_micro_batches, skip_long_prompts, tokenize_problems)
 
 @dataclass
 class Config(StageConfig):  # whose flags all three stages have
@@ -115,7 +115,7 @@ def fill_cache(cfg, teacher, path, cache, prompts):
 
 def correct_only(groups, problems, tokenizer, verifier=""):
     """The responses with a reward above 0, a list for each problem that has one."""
-    pairs = [(tokenizer.decode(r.tokens, skip_special_tokens=True), p.answer)
+    pairs = [(response_text(tokenizer, r), p.answer)
              for p, rows in zip(problems, groups) for r in rows]
     verdicts = iter(judge(pairs, verifier))  # a verdict a row, problem by problem
     groups = [[r for r, v in zip(rows, verdicts) if REWARD.get(v, v) > 0] for rows in groups]

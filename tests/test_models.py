@@ -11,6 +11,7 @@ import re
 import string
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -32,6 +33,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, BertConfig, BertL
                           T5Config, T5ForConditionalGeneration)
 
 import common
+import evaluate
 import fkl_warmup
 import grpo
 from common import LM, Rollout, StageConfig, UserError, build_prompt, check_pair
@@ -114,6 +116,40 @@ def test_prompt_is_the_chat_template_with_one_bos_and_a_pinned_date():
     off = build_prompt(tokenizer, "1+1=?", False)
     assert off == encode(want + "<think></think>") and all(type(i) is int for i in off)
     assert build_prompt(tokenizer, "1+1=?", True) == encode(want)
+
+OPENS = TEMPLATE.replace("</think>{% endif %}", "</think>{% else %}<think>{% endif %}")
+
+@pytest.mark.parametrize("template, thinking, response, verdict", [
+    (OPENS, True, r"so \boxed{2}", "no_answer"),  # cut while it thinks, or never done with it
+    (OPENS, True, r"so \boxed{1}</think>\boxed{2}", "correct"),
+    (OPENS, True, r"so \boxed{2}</think>\boxed{1}", "wrong"),
+    (OPENS.replace("else %}<think>", r"else %}<think>{{ '\n' }}"), True, r"\boxed{2}", "no_answer"),
+    (OPENS, False, r"so \boxed{2}", "correct"),
+    (TEMPLATE, True, r"so \boxed{2}", "correct"), (TEMPLATE, False, r"\boxed{2}", "correct"),
+    (TEMPLATE, True, r"<think>\boxed{2}", "no_answer"),
+    (TEMPLATE, True, r"<think>a</think>\boxed{2}", "correct")])
+def test_a_thought_that_the_template_opens_is_no_answer(template, thinking, response, verdict,
+                                                        tmp_path, monkeypatch):
+    """The reward, --only-correct, the evaluation and --regrade of its file agree on the verdict."""
+    tokenizer = make_tokenizer(template=template)
+    row = Rollout(build_prompt(tokenizer, "1+1=?", thinking), encode(response), [], False)
+    problem, lm = common.Problem("1+1=?", "2", row.prompt), SimpleNamespace(tokenizer=tokenizer)
+    rewards, logged = common.reward_groups(lm, [row, row], ["2"])
+    assert rewards.tolist() == [[verdict == "correct"] * 2]
+    assert logged["no_answer"] == (verdict == "no_answer")
+    if verdict == "correct":
+        assert fkl_warmup.correct_only([[row]], [problem], tokenizer) == [[row]]
+    else:
+        with pytest.raises(UserError, match="solves none"):
+            fkl_warmup.correct_only([[row]], [problem], tokenizer)
+    monkeypatch.setattr(evaluate, "sample_and_write",
+                        lambda lm, prompts, k, cfg, seed, write: write(0, [row]))
+    cfg = evaluate.Config(samples=1, out=str(tmp_path))
+    [line] = evaluate.answer_set(cfg, lm, [problem], tmp_path / "set.jsonl")
+    assert line["verdicts"] == [verdict]
+    stored = (tmp_path / "set.jsonl").read_bytes()
+    evaluate.regrade(cfg, tmp_path)
+    assert (tmp_path / "set.jsonl").read_bytes() == stored
 
 # --- pairs
 

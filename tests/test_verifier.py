@@ -37,7 +37,11 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         \frac43 == 4/3    \dfrac{4}{3} == \frac43    \tfrac43 == \frac{4}{3}    \cfrac{4}{3} == 4/3
         \frac 59 == \frac{5}{9}    \frac9{19} == \frac{9}{19}    \frac{270}7 == 270/7
         14/3 == \frac{14}{3}    -\frac{10}{9} == \frac{-10}{9}    \frac{-3}{8} == -\frac{3}{8}
-        \frac94\pi == \frac{9}{4}\pi    \frac{\pi}6 == \pi/6    ½ == 0.5    3½ == 7/2""",
+        \frac94\pi == \frac{9}{4}\pi    \frac{\pi}6 == \pi/6    ½ == 0.5    3½ == 7/2
+        {243 \over 625} == \frac{243}{625}    243 \over 625 == \frac{243}{625}
+        {1 \over {2 \over 3}} == \frac32    {{1 \over 2} \over 3} == \frac16    3{1 \over 2} == 3.5
+        {x^{2}+1 \over y_{1}} == \frac{x^2+1}{y_1}    ({1 \over 2}, 3) == (\frac12, 3)
+        x = {-1 \pm \sqrt{5} \over 2} == \frac{-1\pm\sqrt5}{2}""",
     "exact decimals": r"""
         1.25 == 5/4    5.0 == 5    .5 == \frac12    .35625 == 0.35625
         0.0000672 == 6.72 \times 10^{-5}    33. == 33    0.\overline{3} == \frac13
@@ -62,6 +66,23 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         28 pct == 28\%    98.6^\circ\text{F} == 98.6    33 ft/s == 33
         33\,\text{kg}\cdot\text{m/s}^2 == 33    33\ \mathrm{kg\,m^2\,s^{-2}} == 33
         33 \text{ N}\cdot\text{m} == 33    33¢ == 33""",
+    "units in other words": r"""
+        20\% == 20\% \text{ loss}    20 \text{ percent loss} == 20\% \text{ loss}
+        5 m == 5 \text{ metres}    5 \text{ cm} == 5 \text{ centimeters}    5 dollars == \$5
+        5 \text{ kilometers per hour} == 5 \text{ km/h}    60 km/h == 60 \text{ kph}
+        60 \text{ mph} == 60 \text{ miles per hour}    28 pct == 28\%    \$5.00 == \$5
+        5\text{ cm}^2 == 5 \text{ square cm}    5\text{ sq. cm} == 5 cm^2
+        5\text{ ft}^3 == 5 \text{ cubic feet}    5\text{ cm²} == 5\text{ cm}^{2}
+        864 \mbox{ inches}^2 == 864 \text{ in}^2    3 hours == 3 \text{ hrs}
+        1 \text{ hour} == 1 \text{ hours}    4 boxes == 4 \text{ Box}    30^\circ == 30 degrees
+        30^\circ C == 30 \text{ degrees Celsius}    30^\circ\text{C} == 30^\circ
+        6:00 AM == 6:00 \text{ a.m.}    \text{6:00 PM} == 6:00 pm    6:00 PM == 6:00
+        \$5 \text{ million} == 5 million    \$3\frac12 == 3.5    -\$5 == -5    £5 == 5
+        2\text{ m}, 3\text{ m} == 3\text{ m}, 2\text{ m}
+        4 \text{ students in total} == 4 students
+        33 \text{ kg m/s}^2 == 33\,\text{kg}\cdot\text{m/s}^2
+        9.8m/s^2 == 9.8 \text{ m}/\text{s}^2
+        10\%, 20\% == 20\%, 10\%    33\frac13\% \approx 33.3\% == 100/3    \$12x == 12x""",
     "lists and sets": r"""
         -2,1 == 1,-2    1, -2 == -2,1    1 \text{ and } -2 == -2,1    2, 3, and 5 == 5,3,2
         2 or 3 == 2,3    x=2 \text{ or } x=3 == 2,3    x = 2, 3 == 3,2    \{1,2\} == \{2,1\}
@@ -70,7 +91,14 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         12 and 13 == 12\text{ and }13    x=1, y=2 == x=1, y=2    (1,2), (3,4) == (3,4),(1,2)
         \{(1,2),(3,4)\} == (3,4),(1,2)    \emptyset == \varnothing    \{\} == \emptyset
         19, 46, \text{ and } 82 == 19, 46, and 82    \{1,2\}\cup\{3\} == 1,2,3
-        (1,2) or (3,4) == (3,4),(1,2)    x_1=2,\quadx_2=3 == 3,2""",
+        (1,2) or (3,4) == (3,4),(1,2)    x_1=2,\quadx_2=3 == 3,2    2,2,3 == 3, \sqrt4, 2
+        \{2,2,3\} == 2,3    x=2, x=2, x=3 == 2,3,2    \pm 1, 2 == 1, -1, 2""",
+    "runs of capitals": r"""
+        BDAC == \text{BDAC}    B D A C == bdac    TTFF == ttff    TF, FT == FT, TF
+        T, F, T, F == (T,F,T,F)    A, C, D == ACD    A,C,D == D, C and A    x = BDAC == BDAC
+        AB = 5 == 5    AB = CD == CD = AB    AB + CD == CD + BA    AB \cdot CD == CD\cdot AB
+        2AB == 2BA    \frac{GM}{R} == \frac{MG}{R}    \sqrt{LC} == \sqrt{CL}    PV = nRT == nRT = PV
+        A = LW == LW    {BDAC} == (BDAC)    xyz == zyx    \pi RH == \pi HR""",
     "tuples": r"""
         (1,2) == \left( 1, 2 \right)    (1,-16,-4,43) == (1,-16,-4,43)
         (0.5, \frac{9}{2}) == (\frac12, 4.5)    \left( 3, \frac{\pi}{2} \right) == (3,\pi/2)
@@ -107,11 +135,15 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         \frac15\begin{pmatrix} 1 \\ -18 \end{pmatrix} == \begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}
         \begin{pmatrix} 1 \\ 2 \\ \end{pmatrix} == \begin{matrix} 1 \\ 2 \end{matrix}
         \begin{array}1\\2\end{array}+\begin{array}5\\6\end{array} == \begin{array}6\\8\end{array}
+        \mathbf{v} = \begin{pmatrix}1\\2\end{pmatrix} == \begin{pmatrix}1\\2\end{pmatrix}
+        \mathbf{A}^{-1} = \begin{pmatrix}1&2\end{pmatrix} == \begin{pmatrix}1&2\end{pmatrix}
+        \begin{array}x&y\end{array} = \begin{array}1&2\end{array} == \begin{matrix}1&2\end{matrix}
         \begin{pmatrix}1\\-\sin x\\\end{pmatrix} == \begin{pmatrix}1\\-\sin x\end{pmatrix}""",
     "bases": r"""
         204_5 == 204_{5}    4210_{5} == 4210_5    204_{\text{base }5} == 204_5
         2516 \text{ base } 8 == 2516_8    204_{\text{five}} == 204_5    1010_{two} == 1010_2
-        2516 base eight == 2516_8    twelve == 12""",
+        2516 base eight == 2516_8    twelve == 12    (52)_8 == 52_8    (1011)_{2} == 1011_2
+        (52)_{\text{eight}} == 52_8    \left(52\right)_8 == 52_{8}    (A3)_{16} == A3_{16}""",
     "mixed numbers": r"""
         1\frac{4}{5} == 1.8    137 \frac{1}{2} == 137.5    3 1/2 == 3.5    -1\frac45 == -1.8
         2\frac58 == 2.625""",
@@ -129,6 +161,7 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         AB:CD = 3:4 == 3:4    \frac{NO}{BO}=\frac12 == \frac12    x=1, y=2 == (1,2)
         a = 2 \text{ and } b = 3 == (a,b)=(2,3)    \overline{AB} = 5 == 5
         m\angle A = 30^\circ == 30    (x,y) \in \{(1,2),(3,4)\} == (1,2),(3,4)
+        \boldsymbol{\theta} = 3 == 3    \mathbf{x}_1 = 5 == 5    \vec{v} = (1,2) == (1,2)
         n \in \{1,3\} == n=1 \text{ or } n=3    f(x)=x \text{ and } f(x)=-x == f(x)=\pm x""",
     "equations in several variables": r"""
         5x - 7y + 11z + 4 = 0 == -5x+7y-11z-4=0    10x - 14y + 22z + 8 = 0 == 5x - 7y + 11z + 4 = 0
@@ -172,7 +205,10 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         June 5 == \text{June 5}    12:00 == 12:00    3:4 == 3 : 4
         x + \sum_{k=1}^{n} k == x+\sum_{k=1}^{n}k    \text{(B) } 12 == B    \text{(B) } 12 == 12
         \textbf{(B)}\ 12 == \text{(B)}    \textbf{(C) }\frac{3}{4} == 0.75    B. 12 == B
-        C) 12 == 12    \text{The answer is } 33 == 33    the value of x is 33 == 33
+        C) 12 == 12    \text{(C) Plane} == \text{(C)}    (C) Plane == C    C. Plane == \text{(C)}
+        \text{C. Plane} == C    C: Plane == C    \textbf{(E)}\ \text{none of these} == E
+        \text{(C) Plane} == \text{plane}    (D) a circle with radius 5 == D    (C) x^2+1 == (C)
+        \text{The answer is } 33 == 33    the value of x is 33 == 33
         \textbf{(Evelyn)} == \text{Evelyn}    \text{no real solutions} == \text{No real solutions.}
         \sum_{k=1}^{n} k^2 == \sum_{k=1}^n k^2    \sum_{k=1}^{n}k^{2} == \sum_{k=1}^n k^2""",
     "markup around an answer": r"""
@@ -186,6 +222,7 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         34 == 33    336 == 33    33 == 336    4 == 4\sqrt{2}    4\sqrt2 == 4
         2 == \frac{1+\sqrt5}{2}    -5 == 5    \frac{3}{14} == \frac{14}{3}    2^{98} == 2^{99}
         \frac{1}{2^{99}} == \frac{1}{2^{98}}    \frac{1}{2006!} == \frac{1}{2004!}
+        {243 \over 625} == \frac{625}{243}    {1 \over 0} == 0
         4 == \frac{34}{16}+\frac{\sqrt{1358}}{16}    \frac651 == \frac65""",
     "no tolerance": r"""
         0.333 == 1/3    0.3333333333333333 == \frac13    3.14159 == \pi    1.414 == \sqrt2
@@ -203,6 +240,28 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         3 million == 3    2 dozen == 2    two thirds == 2    2 thirds == 2    twenty five == 5
         3 == 3m^2    5m == 5    33 wrong == 33    33 factorial == 33    33 thousandths == 33
         33 tenths == 33    3mg == 3    5\text{ m}\cdot x == 5""",
+    "two units": r"""
+        20\% \text{ loss} == 20\% \text{ gain}    5\text{ m} == 5\text{ cm}    5 m == 5 s
+        6:00 AM == 6:00 PM    6:00 a.m. == 6:00 p.m.    6\text{ AM} == 6\text{ PM}    \$5 == 5\%
+        5 cm^2 == 5 cm^3    5¢ == \$5    5\text{ cm} == 5\text{ cm}^2    5 km/h == 5 m/s
+        9.8\text{ m/s} == 9.8 \text{ m/s}^2    30^\circ C == 30^\circ F    30^\circ == 30 cm
+        30^\circ\text{C} == 30^\circ\text{F}    3 hours == 3 minutes    5\text{ m} == 5\text{ miles}
+        5\text{ m} == 5\text{ minutes}    5 mm == 5 \text{ m}    \$5 == 5 \text{ cents}
+        3 \text{ red marbles} == 3 \text{ blue marbles}    5 \text{ square feet} == 5 \text{ feet}
+        5 \text{ kg} == 5 \text{ g}    5 \text{ N} == 5 \text{ N}\cdot\text{m}
+        2\text{ m}, 3\text{ cm} == 2\text{ cm}, 3\text{ m}    5 miles == 5 \text{ miles per hour}
+        5 \text{ kg} == 5 \text{ kg}\cdot\text{m/s}^2    10 units == 10 \text{ square units}
+        \frac12\text{ hour} == \frac12\text{ minute}    7 \text{ sons} == 7 \text{ daughters}
+        x = 5 m == 5\text{ cm}    30° == 30\%    \$5 == €5""",
+    "runs of capitals have an order": r"""
+        ABCD == BDAC    TTFF == TFTF    T T F F == T F T F    TF == FT    ACGT == TGCA    IV == VI
+        AB == BA    \text{TTFF} == TFTF    TTFF, TFTF == FTFT, TTFF    T, T, F, F == T, F, T, F
+        True, False, True == True, True, False    x = BDAC == ABCD    (TF, FT) == (FT, TF)
+        {ABCD} == {BDAC}    A > B > C == A > C > B    A, B == ABC    C, A, B, A == A, C, A, B""",
+    "lists keep their counts": r"""
+        2,3 == 2,2,3    2,2,3 == 2,3    2,2,3 == 2,3,3    1 and 1 == 1    \sqrt4, 2, 3 == 2, 3
+        x = 1, x = 1, x = 2 == 1, 2    (1,2), (1,2) == (1,2)    x, x, y == x, y
+        2 \text{ and } 2 \text{ and } 3 == 2, 3""",
     "lists, sets and tuples": r"""
         1,2 == 1,3    1,2,3 == 1,2    1,2 == 1,2,3    1 == 1,2    (2,1) == (1,2)
         (1,2,3) == (1,3,2)    (1,2) == \{1,2\}    (3,1) == 1,3    1,2,3,... == 1,2,3
@@ -226,7 +285,8 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
     "bases need digits and base": r"""
         204 == 204_5    54 == 204_5    204_5 == 204    204_6 == 204_5    214_5 == 204_5
         1010_{\text{two}} == 1010_3    1010_{\text{two}} == 1010    1010_{\text{two}} == 10
-        2516 base seven == 2516 base eight    2516 base eight == 2516""",
+        2516 base seven == 2516 base eight    2516 base eight == 2516    (52)_8 == 52
+        (52)_8 == 52_7    (52)_8 == 25_8""",
     "mixed numbers are not products": r"""
         3\frac12 == \frac32    \frac{3}{2} == 3\frac{1}{2}    3 1/2 == 3/2    11 6/6 == 12
         2 3/2 == 4 5/3    2 3 == 6    4 4/0 == 4""",
@@ -236,6 +296,8 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         x^2+y^2=1 == x^2-y^2=1    x-x=y-y == x+y=2    2x = 10 == 5    34 = 33 == 33
         33 = 34 == 33    x^2 = 4 == x = 2    x = 5+5+1 = 12 == x = 11    7:32 == 32:7    7:32 == 7
         y=2, x=1 == (1,2)    x=1, x=2 == (1,2)    x^2+y^2=25\infty == x^2+y^2=25
+        \mathbf{v} = (1,2) == (1,3)    \mathbf{v} = (1,2) == \mathbf{w} = (1,2)
+        2\mathbf{v} = (1,2) == (1,2)
         \overline{AB} = 5 == 6    (x,y) \in \{(1,2),(4,3)\} == (1,2),(3,4)    mx = 5 == 5
         n!=120 == n \neq 120    x=1, y=3 == (1,2)""",
     "letters": r"""
@@ -251,7 +313,9 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         No real solution == No solution    A or B == B    A. or B == A    A: B == A    A, B == B
         (A)(B) == B    1:00 == 12:00    east == west    \textbf{(A)}\ 12 == \text{(B)}
         (B) 12 == (C) 12    (B) 12 or (C) 13 == B    (B) 12, 13 == 12    the answer is not 33 == 33
-        (A) 5, (B) 6 == A    (A), (B) 6 == A    A) 12 B == A""",
+        (A) 5, (B) 6 == A    (A), (B) 6 == A    A) 12 B == A    \text{(C) Plane} == \text{(B)}
+        \text{(C) Plane} == \text{Plate}    (C) Plane == (B) Plane    (B) is wrong == B
+        (B) maybe (C) == B    (C) not == C    \text{(A) is not correct} == A""",
     "several values, conditions, uncertain answers": r"""
         33, 34 == 33    33 or 34 == 33    34 \text{ or } 33 == 33    33 \text{ and } 34 == 33
         33; 34 == 33    [33, 34] == 33    (32, 34) == 33    32 < x < 34 == 33    33 + n == 33
@@ -312,7 +376,18 @@ RESPONSES = [(verdict, *case) for verdict, cases in {  # (response, gold)
         ("Answer: 33<|im_end|>", "33"), ("Answer：33", "33"),
         ("Answer: 33\nHere is why: 34.", "33"), ("Put it in \\boxed. Answer: 33", "33"),
         ("Answer: B", r"\text{(B)}"), (r"\boxed{" + "(" * 20 + "33" + ")" * 20 + "}", "33"),
-        (r"\boxed{33}, \boxed{33}", "33")],
+        (r"\boxed{33}, \boxed{33}", "33"), (r"\boxed{33}. I put it in \boxed{} as asked.", "33"),
+        (r"\boxed{33}, in the form \boxed{...}.", "33"), (r"\boxed{33}; \boxed{\ldots}", "33"),
+        (r"\boxed{33} is in \boxed{answer}.", "33"), (r"\boxed{33} \boxed{ } \boxed{?}", "33"),
+        (r"\boxed{33} for $\boxed{\text{your answer}}$", "33"), (r"\boxed{33} or \boxed{}", "33"),
+        (r"\boxed{33}: \boxed{[your\_final\_answer]}", "33"), ("\\boxed{}: Answer: 33", "33"),
+        (r"not \boxed{34} but \boxed{A}", "A"), (r"\boxed{34}. No: \boxed{\{\}}", r"\emptyset"),
+        (r"\boxed{34}. \boxed{\text{no solution}}", "no solution"),
+        (r"\boxed{34}. Wait, that is wrong. It is \boxed{33}", "33"),
+        (r"\boxed{34}. Wait, maybe that is wrong: \boxed{33}", "33"),
+        ("\\boxed{34}.\nMaybe I should check.\nSo \\boxed{33}", "33"),
+        (r"\boxed{\frac34} or equivalently \boxed{0.75}", "3/4"),
+        (r"\boxed{33}, maybe \boxed{33}", "33")],
     "wrong": [
         (r"\boxed{33}, so it is not \boxed{34}", "33"),
         (r"\boxed{34}. So $x=\boxed{35}$ and then \boxed{33}", "35, 33"),
@@ -321,7 +396,12 @@ RESPONSES = [(verdict, *case) for verdict, cases in {  # (response, gold)
         (r"\boxed{33, \ldots}", "33"), (r"\boxed{33 \pmod{34}}", "33"),
         (r"\boxed{(-2,1)}", "-2,1"), (r"\boxed{34}", "33"),
         (r"\boxed{33} no wait \boxed{34}", "33"), (r"\boxed{33}, \boxed{34}", "33"),
-        (r"\boxed{34}, \boxed{33}, \boxed{33}", "33"), (r"\boxed{33} or \boxed{}", "33"),
+        (r"\boxed{34}, \boxed{33}, \boxed{33}", "33"), (r"\boxed{34} / \boxed{33}", "33"),
+        (r"\boxed{34} \text{ or maybe } \boxed{33}", "33"), (r"\boxed{34}, Or \boxed{33}", "33"),
+        (r"$\boxed{34}$, possibly $\boxed{33}$", "33"), (r"\boxed{34} (or \boxed{33})", "33"),
+        (r"\boxed{34}. Or maybe it is \boxed{33}.", "33"),
+        (r"either \boxed{34} or \boxed{33}", "33"), (r"\boxed{33}. \boxed{\infty}", "33"),
+        (r"\boxed{34}, but it could also be \boxed{33}.", "33"),
         (r"\boxed{33} or \boxed{34}", "33"), ("Answer: 33 or 34", "33"),
         ("Answer: 33\nAnswer: 34", "33"), ("Answer: 33, no, 34", "33"),
         ("<think>\\boxed{33}</think>\\boxed{34}", "33")],
@@ -329,7 +409,7 @@ RESPONSES = [(verdict, *case) for verdict, cases in {  # (response, gold)
         ("The answer is 33.", "33"), ("<think> so \\boxed{33}", "33"),
         ("<think> Answer: 33", "33"), ("<think>\\boxed{33}</think> done", "33"),
         ("<think>a</think><think>\\boxed{33}", "33"), (r"\boxed{33", "33"), (r"\boxed{}", "33"),
-        ("So it is 33", "33"), ("33", "33"), ("", "33")],
+        (r"I put it in \boxed{answer}.", "33"), ("So it is 33", "33"), ("33", "33"), ("", "33")],
     "gave_up": [
         (r"\boxed{9^{9^{9^9}}}", "33"), (r"\boxed{3^{50000000}}", "33"), (r"\boxed{3000!}", "33"),
         (r"\boxed{" + "(" * 31 + "33" + ")" * 31 + "}", "33"),
@@ -345,8 +425,11 @@ NORMALISED = [  # an example for each row of the table of notations: (given, res
     (r"\text{more}", '"more"'), (r"\text{(B)}", "(B)"), (r"3, \text{ and } 5", "3∨ 5"),
     (r"\dfrac\pi2 <= x", r"\fracπ2 ≤ x"), ("x\n + 1", "x + 1"),
     (r"\mathbb{R} - \{3\}", r"(-∞,∞) ∖\{3\}"), (r"75^{\circ}; 9^\circ C", "75°; 9°"),
-    (r"y^{\prime\prime}", "y''"), ("6 base 7", "6_7"), (r"\frac4{x}", r"\frac{4}{x}"),
+    (r"\mathbf{v} = 6", "v = 6"), ("6:00 p.m.", "6:00"), (r"\text{(C) Plane}", '(C) "Plane"'),
+    ("T, F, T", "(T, F, T)"), (r"(52) _{8}", "52_{8}"), (r"y^{\prime\prime}", "y''"),
+    ("6 base 7", "6_7"), (r"\frac4{x}", r"\frac{4}{x}"),
     (r"\frac43", r"\frac{4}{3}"), (r"{5 \choose 3}", r"\binom{5 }{ 3}"),
+    (r"{5 \over x}", r"\frac{5 }{ x}"),
     ("2.5 x 10^3", "2.5*10^3"), (r"\{x \mid x > 5\}", "x > 5"), ("|x|", r"\abs(x)"),
     (r"x = 1/3 \approx 0.33", "x = 1/3"), ("58,500; 1 000; (58,500)", "58500; 1000; (58,500)"),
     (r"3\frac12; 3½; 3 5/2", "(3+1/2); (3+1/2); ?3 5/2"), ("33. ", "33"),
@@ -385,7 +468,7 @@ def test_where_the_answer_stands(verdict, response, gold):
 
 def test_each_notation_is_normalised():
     normalise = sys.modules[grade.__module__]._normalise
-    assert [(given, normalise(given)) for given, _ in NORMALISED] == NORMALISED
+    assert [(given, normalise(given)[0]) for given, _ in NORMALISED] == NORMALISED
 
 def golds_from(folder):
     """Returns the `answer` fields of a folder of jsonl files."""
