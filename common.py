@@ -8,6 +8,7 @@ of a micro-batch, n tokens of a vocabulary chunk, D hidden size, V vocabulary.
 """
 
 import argparse
+import ast
 import contextlib
 import copy
 import csv
@@ -15,6 +16,7 @@ import dataclasses
 import fcntl
 import functools
 import glob
+import gzip
 import hashlib
 import inspect
 import io
@@ -22,6 +24,7 @@ import itertools
 import json
 import logging
 import math
+import numbers
 import operator
 import os
 import re
@@ -430,9 +433,39 @@ DATA_ALIASES = {  # name: hub dataset:split
     "aime24": "HuggingFaceH4/aime_2024:train",
     "aime25": "math-ai/aime25:test",
 }
-# DAPO wraps every problem in these two; we have one prompt format of our own, so both are stripped.
-DAPO_PREFIX = re.compile(r"^Solve the following math problem step by step\..*?problem\.\s*", re.S)
-DAPO_SUFFIX = re.compile(r'\s*Remember to put your answer on its own line after "Answer:"\.\s*$')
+# Columns: parts of a question, as they are read; chats that ask it; answers, the surest first; what
+# no prompt shows. Capitals, spaces and dashes in a name do not matter.
+QUESTIONS = "context passage body background instruction input problem question query".split()
+CHATS = "prompt messages conversations conversation".split()
+ANSWERS = """final_answer answer expected_answer reward_model ground_truth gold gold_answer target
+    solution""".split()
+UNSEEN = "image images choices options".split()
+COLUMNS = {*QUESTIONS, *CHATS, *ANSWERS, *UNSEEN, "response"}
+# Preparers wrap problems in instructions; we have one of our own. Theirs consist of these words and
+# devices alone and name a form of response; "Express your answer as a fraction." does not.
+_DEVICE = (r"\$?\\+boxed(?: ?\{+(?:[a-z ]*answer)? ?\}+)?\$?|#{1,4}|\[answer\]|\$answer\b|"
+           r"step[ -]by[ -]step|/(?:no_)?think\b|</?(?:think\w*|reasoning|answer)>")
+_FORM = re.compile(rf"(?i)(?!#{{1,3}}(?!#)){_DEVICE}|[\"'“]answer:|latex format|"
+                   r"\b(?:problem|question|answer|solution|response|assistant):\s*\Z|<\||INST\]")
+_WORDS = """a about after all an and answer answering appropriately as asks assistant automatically
+    be
+    before below between box by carefully clearly completes conversation correct describes e
+    efficiently end enclose enclosed ensure explain expression extracted final first following form
+    format g give given here hope i in inside instruction internal is it its just last latex let
+    let's line logically make math mathematical mathematics mind monologue must need number of on
+    only or output own place please present problem process provide provides put question quotes
+    reason reasoning remember request respectively respond response result return should show
+    solution solve solves steps sure tag tags task that the then therefore think thinking thinks
+    this to us user where will with within without work wrap write you your""".split()
+_WORDS = rf"""(?:(?:{"|".join(_WORDS)})(?!\w|['’]\w)|[\s.,:;()*"'“”!-]|{_DEVICE}){{1,600}}"""
+_HEAD = re.compile(r"(?is)\A(?:.*(?:<\|im_start\|>user|user<\|end_header_id\|>|\[INST\])\s*|"
+                   rf"{_WORDS}(?<=[.:>\n])\s*)")
+_TAIL = re.compile(r"(?is)(?:<\|im_end\|>|<\|eot_id\|>|\[/INST\]).*\Z|(?:\A|(?<=[\n.?!:;>$)}\]])|"
+                   r"(?= (?-i:Let|Please|Put|You|Think|Remember|Return|Present|Make|Output)))"
+                   rf"{_WORDS}\Z")
+_NOTHING = re.compile(r"(?i)[\s$.?!–—_*\"'-]*(?:n/a|none|null|nan|not ?found|unknown|no answer)?"
+                      r"[\s$.?!–—_*\"'-]*")
+_PROOF = re.compile(r"(?i)\bproofs?\b|\bproved\b|\A\W*q\.?e\.?d\W*\Z|\bsee (?:the )?solution")
 
 @dataclass(frozen=True)
 class Problem:
@@ -442,13 +475,17 @@ class Problem:
 
 def read_rows(source):
     """Rows (dicts) of a data source; UserError if it cannot be found or read. A source is a .json,
-    .jsonl, .csv or .parquet file, a folder of them or of `save_to_disk`, an alias (see above) or
-    `owner/name[[:config]:split]` of the hub; without a split the only one, or train."""
-    path, kind, split = Path(source), Path(source).suffix, ""
+    .jsonl, .csv, .tsv (all also .gz) or .parquet file, a folder of them or of `save_to_disk`, an
+    alias (see above) or `owner/name[[:config]:split]` of the hub; with no split the only or train.
+    """
+    path, split = Path(source), ""
+    kind = re.search(r"(\.\w+)?(\.gz)?$", path.name.lower())[0]
     try:
-        if kind in (".json", ".jsonl", ".csv"):
-            data = read_text_rows(path)
+        if re.match(r"\.(jsonl?|ndjson|csv|tsv)\b", kind):
+            data = read_text_rows(path, kind)
         else:
+            check(not path.is_file() or kind == ".parquet",
+                  "a file must be .json, .jsonl, .csv, .tsv (all also .gz) or .parquet")
             import datasets  # takes a second
 
             datasets.utils.logging.disable_progress_bar()
@@ -473,60 +510,188 @@ def read_rows(source):
     check(len(data), f"data {source!r} is empty")
     return data
 
-def read_text_rows(path):
-    """Rows of a .json, .jsonl or .csv file. `datasets` would fit each column to one type, guessed
-    from the first 10 MB: it changes long integers and dates, and fails at types that come later."""
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".csv":
-        rows = list(csv.DictReader(io.StringIO(text)))
-        check(not any(None in row for row in rows), f"{path}: a row has more fields than the first")
+def read_text_rows(path, kind):
+    """Rows of a text file, or {split: rows}. `datasets` would fit each column to one type, guessed
+    from 10 MB: it changes long integers and dates, and fails at types that come later."""
+    data = gzip.decompress(path.read_bytes()) if kind.endswith(".gz") else path.read_bytes()
+    text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    text = io.StringIO(text, newline=None).read()  # as files are read: each line ends with \n
+    if "sv" in kind:
+        sign = max(",;\t", key=text.partition("\n")[0].count)
+        rows = list(csv.DictReader(io.StringIO(text), delimiter=sign))
+        check(not any(None in row for row in rows), "a row has more fields than the first")
         return rows
-    if path.suffix == ".jsonl":
-        text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
-    rows = json.loads(text)
+    lines = list(filter(str.strip, text.split("\n")))
+    in_lines = kind[:5] != ".json" or kind[5:6] == "l" or (lines and lines[0].rstrip()[-1] == "}")
+    rows = json.loads("[" + ",\n".join(lines) + "]" if in_lines and text.lstrip()[:1] != "["
+                      else text)
+    rows = [rows] if isinstance(rows, dict) else rows
     check(isinstance(rows, list) and all(isinstance(row, dict) for row in rows),
-          f"{path} is not a list of JSON objects")
+          "it is not a list of JSON objects")
+    if len(rows) == 1 and not COLUMNS & set(map(column_name, rows[0])):  # {"data": [...]}
+        tables = {name: v for name, v in rows[0].items() if isinstance(v, list) and v
+                  and all(isinstance(row, dict) for row in v)}
+        return tables or rows
     return rows
 
-def find_question(row):
-    """The question of a row: `problem`, `question` or `prompt` (text or chat), or None."""
-    fields = (row.get(name) for name in ("problem", "question", "prompt"))
-    question = next((text for text in fields if text is not None), None)
-    if isinstance(question, list):
-        question = next((m["content"] for m in reversed(question) if m["role"] == "user"), None)
-    return DAPO_SUFFIX.sub("", DAPO_PREFIX.sub("", str(question))).strip() if question else question
+def column_name(name):
+    return re.sub(r"[\s-]+", "_", name.strip().lower())
 
-def to_problem(row, source):
-    """One row of any schema that we know -> Problem; UserError without a question or an answer. Of
-    a worked solution the answer is what follows `####`, else what its last box holds."""
-    row = {name.lower(): value for name, value in row.items()}
-    question, answer = find_question(row), row.get("answer")
-    if answer is None and isinstance(row.get("reward_model"), dict):
-        answer = row["reward_model"].get("ground_truth")
-    if answer is None:
-        answer = row.get("solution")
-    check(question and answer not in (None, ""),
-          f"data {source!r}: a row has no question (problem, question or prompt) or no answer "
-          f"(answer, reward_model.ground_truth or solution); it has: {', '.join(row)}")
-    answer = str(answer)
-    if "####" in answer:
-        answer = answer.rsplit("####", 1)[1].replace(",", "")
-    elif "\\boxed" in answer:
-        answer = extract_answer(answer) or answer
-    return Problem(question, answer.strip())
+def known_cells(data):
+    """Each row of a list of dicts or a `Dataset` as {column name: what it holds}, COLUMNS only."""
+    names = {name: column_name(name) for name in getattr(data, "column_names", ())}
+    if names:  # rows of Arrow batches, which takes a tenth of the time and decodes no image
+        known = [name for name in names if names[name] in COLUMNS]
+        batches = data.select_columns(known).with_format("arrow").iter(1000)
+        data = (row for batch in batches for row in batch.to_pylist())
+    for row in data:
+        names |= {name: column_name(name) for name in row.keys() - names}
+        yield {names[name]: value for name, value in row.items()
+               if value is not None and names[name] in COLUMNS}
+
+def read_problems(source, parse):
+    """parse(row) of each row of a source, in order. What it refuses (UserError) is left out and
+    counted by reason; copies are parsed once. UserError if nothing is left."""
+    data, parsed, skipped, found = read_rows(source), {}, Counter(), []
+    for row in progress(known_cells(data), desc=f"reading {source}", leave=False, total=len(data),
+                        disable=len(data) < 50_000):
+        key = repr(row)
+        if key not in parsed:
+            try:
+                parsed[key] = parse(row)
+            except UserError as reason:
+                parsed[key] = reason
+        if isinstance(parsed[key], UserError):
+            skipped[str(parsed[key])] += 1
+        else:
+            found.append(parsed[key])
+    reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.most_common())
+    columns = getattr(data, "column_names", None) or data[0]
+    check(found, f"data {source!r} has no row to use: {reasons}; its columns: {', '.join(columns)}")
+    if reasons:
+        print(f"{source}: skipped {reasons}; {len(found)} of {len(data)} rows are left")
+    return found
+
+def show_problem(source, item):
+    """Print what was understood of a source's row, so that a user can see it."""
+    problem = re.sub(r"(?s)(.{150}).*(.{150})", r"\1 ... \2", item.problem)
+    print(f"{source}: for example {problem!r}, whose answer is {item.answer!r}")
+
+def unpack(cell):
+    """A list or dict that was written as text (JSON, Python) as itself; of a list of one that."""
+    cell = cell.tolist() if hasattr(cell, "tolist") else cell
+    if isinstance(cell, str) and re.match(r"""\s*(?:\[\s*["'{]|\{\s*["'])""", cell):
+        for loads in (json.loads, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                value = loads(cell)
+                cell = value if isinstance(value, (list, dict)) else cell
+                break
+    return cell[0] if isinstance(cell, list) and len(cell) == 1 else cell
+
+def find_text(cell, who=("user", "human")):
+    """The text of a cell: itself or, of a chat, its one message of `who`; "" if it has none."""
+    cell = unpack(cell)
+    if isinstance(cell, str):
+        return cell if "user" in who else ""
+    turns = [turn for turn in (cell if isinstance(cell, list) else [cell]) if isinstance(turn, dict)
+             and str(turn.get("role") or turn.get("from")).lower() in who]
+    check(len(turns) < 2, f"rows with several messages of the {who[0]}")
+    parts = [turn.get("content") or turn.get("value") or "" for turn in turns]
+    parts = parts[0] if parts and isinstance(parts[0], list) else parts
+    parts = [part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text"
+             else part for part in parts]
+    check(all(isinstance(part, str) for part in parts), "rows with a message that is not text")
+    return "\n".join(parts)
+
+def bare_problem(text):
+    """A text without the instructions that were put before and behind it."""
+    def cut(match):
+        return "" if _FORM.search(match[0]) else match[0]
+    before = None
+    while text != before:
+        before, text = text, _TAIL.sub(cut, _HEAD.sub(cut, text)).strip()
+    return text
+
+def find_question(row):
+    """The question of a row: all its columns of questions, without what one repeats of another. A
+    chat that is not the same is refused (UserError), as is a row without a question."""
+    texts = {name: bare_problem(find_text(row[name])) for name in [*QUESTIONS, *CHATS]
+             if name in row}
+    check(set(texts) - set(QUESTIONS[:4]), "rows without a question")
+    keys = {name: problem_key(text) for name, text in texts.items()}
+    if keys.get("problem"):  # a chat that holds it wraps it
+        texts = {name: texts[name] for name in texts
+                 if name not in CHATS or keys["problem"] not in keys[name]}
+    kept = [name for i, name in enumerate(texts) if not any(
+        keys[name] in keys[other] and (keys[name] != keys[other] or j < i)
+        for j, other in enumerate(texts) if j != i)]
+    check(len(kept) == 1 or not set(kept) & set(CHATS),
+          f"rows whose {' and '.join(kept)} are not the same")
+    return "\n".join(texts[name] for name in kept)
+
+def find_answer(row):
+    """The answer of a row, "" without one: text, a finite number, or a list of them, which is one
+    answer of several values. Of a worked text it is the line of `####` at its end or the last box;
+    a `solution` without them is none, unless it is a number."""
+    for name in ANSWERS:
+        cell = unpack(row.get(name))
+        if name == "reward_model":
+            cell = unpack(cell.get("ground_truth")) if isinstance(cell, dict) else None
+        values = [find_value(value, name == "solution")
+                  for value in (cell if isinstance(cell, list) else [cell])]
+        if values and all(values):
+            alike = all(answers_equal(values[0], value) for value in values)
+            return values[0] if alike else ", ".join(values)
+    return ""
+
+def find_value(cell, worked):
+    """One value of `find_answer` as text, or ""."""
+    if isinstance(cell, numbers.Number) and not isinstance(cell, bool):
+        return str(cell) if cell - cell == 0 else ""  # not NaN, not infinite
+    text = cell.strip() if isinstance(cell, str) else ""
+    if line := re.search(r"####([^\n]*)\Z", text):
+        text = line[1].strip()
+        text = text.replace(",", "") if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", text) else text
+    if re.search(r"\\f?box", text):
+        text = extract_answer(text) or ("" if worked else text)
+    elif worked and not line and not re.fullmatch(r"\$?-?[\d.,/]+\$?", text):
+        text = ""
+    return "" if _NOTHING.fullmatch(text) else text
+
+def to_problem(row):
+    """A row of `known_cells` as a Problem; UserError, which names a kind of rows, if no response to
+    it can be checked: then the reward would be for nothing, or never come."""
+    question, answer = find_question(row), find_answer(row)
+    for name in UNSEEN:
+        check(not row.get(name), f"rows with {name}")
+    check(question, "rows without a question")
+    check(answer, "rows without an answer")
+    asks = re.search(r"(?i)\?|\b(?:find|what|which|determine|compute|calculate|how)\b", question)
+    check(not _PROOF.search(answer) and (asks or not re.match(r"(?i)\W*(?:prove|show) (?!your)",
+                                                              question)), "proofs")
+    words = len(re.findall(r"(?<![A-Za-z\\{])[A-Za-z]{3,}", answer))
+    check(len(answer) <= _MAX_CHARS and (words < 6 or '"' not in _normalise(answer)),
+          "answers in prose")
+    return Problem(question, answer)
 
 def problem_key(text):
-    """Text reduced to what makes two problems the same: no case, space, dollar, \\left, \\right."""
+    """Text reduced to what makes two problems the same: no case, dollar, \\left, \\right, nor space
+    but between digits; x² is not x2, 1½ is not 11/2."""
+    text = re.sub(r"([¹²³⁰⁴-⁹⁻ⁿ]+)|([₀-₉]+)|(?=[¼-¾⅐-⅞])",
+                  lambda m: f"^{m[1]}" if m[1] else f"_{m[2]}" if m[2] else " ", text)
     text = unicodedata.normalize("NFKC", text).lower()
-    return re.sub(r"\\left|\\right|\\[,;!: ]|[\s$]", "", text)
+    text = re.sub(r"\\!|(?<=\d)\\,(?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"\\(?:left|right)(?![a-z])|\\[,;: ]|[\s$]", " ", text)
+    return re.sub(r"(?<!\d) +(?! )|(?<!\d\.) +(?!\.?\d)", "", text)
 
 def deduplicate(problems, counts):
-    """{key: Problem}, one per question, none with contradicting answers; adds to counts."""
+    """{key: Problem}, one per question, none with contradicting answers; adds to counts. problems:
+    {Problem: number of its rows}."""
     first, answers = {}, {}
-    for item in problems:
+    for item, n in problems.items():
         key = problem_key(item.problem)
-        counts["rows"] += 1
-        counts["duplicates"] += key in first
+        counts["rows"] += n
+        counts["duplicates"] += n - (key not in first)
         if key not in first or item.problem < first[key].problem:  # whatever the row order
             first[key] = item
         answers.setdefault(key, {})[item.answer] = None
@@ -538,12 +703,11 @@ def load_problems(cfg):
     """Problems of cfg.data: deduplicated, without contradictions, decontaminated, then halved.
     Their order, and so the halves, depend on the remaining problems' texts and cfg.split_seed alone
     (rank of a hash): keep data, exclude and split_seed over a recipe. UserError without any."""
-    counts, rows = Counter(), read_rows(cfg.data)
-    rows = progress(rows, desc=f"reading {cfg.data}", leave=False, disable=len(rows) < 50_000)
-    unique = deduplicate((to_problem(row, cfg.data) for row in rows), counts)
+    counts = Counter()
+    unique = deduplicate(Counter(read_problems(cfg.data, to_problem)), counts)
     for name in [] if cfg.exclude in ("", "none") else cfg.exclude.split(","):
         try:
-            banned = {problem_key(to_problem(row, name).problem) for row in read_rows(name)}
+            banned = set(map(problem_key, set(read_problems(name, find_question))))
         except UserError as error:
             raise UserError(f"--exclude {name}: {error} (--exclude none skips this)") from error
         counts["in an evaluation set"] += len(banned & unique.keys())
@@ -557,6 +721,7 @@ def load_problems(cfg):
     print(f"{cfg.data}: {counts['rows']} rows, dropped {', '.join(dropped) or 'none'}; "
           f"{len(order)} problems, using {len(chosen)} (half: {cfg.half})")
     check(chosen, f"data {cfg.data!r} (half {cfg.half}) holds no problem")
+    show_problem(cfg.data, unique[chosen[0]])
     return [unique[key] for key in chosen]
 
 def tokenize_problems(problems, cfg, *lms):
@@ -564,17 +729,19 @@ def tokenize_problems(problems, cfg, *lms):
     UserError if a response may leave the positions of an lm."""
     prompts = (tuple(build_prompt(lms[0].tokenizer, p.problem, cfg.thinking)) for p in problems)
     filled = [dataclasses.replace(p, prompt=ids) for p, ids in zip(problems, prompts)]
-    filled = skip_long_prompts(filled, cfg)
+    filled = skip_long(filled, "prompt", cfg.max_prompt_tokens)
     for lm in lms:
         check_context(lm, cfg, max(len(p.prompt) for p in filled) + cfg.max_new_tokens)
     return filled
 
-def skip_long_prompts(items, cfg):
-    """The items whose prompt has at most --max-prompt-tokens; UserError if none has."""
-    short = [item for item in items if len(item.prompt) <= cfg.max_prompt_tokens]
+def skip_long(items, part, limit):
+    """The items whose prompt or tokens (the part) are at most `limit`; UserError if none are."""
+    what, flag = (("prompt", "--max-prompt-tokens") if part == "prompt" else
+                  ("response", "--max-new-tokens"))
+    short = [item for item in items if len(getattr(item, part)) <= limit]
     if len(short) < len(items):
-        print(f"skipped {len(items) - len(short)} prompts over {cfg.max_prompt_tokens} tokens")
-    check(short, f"every prompt is longer than --max-prompt-tokens {cfg.max_prompt_tokens}")
+        print(f"skipped {len(items) - len(short)} {what}s over {limit} tokens")
+    check(short, f"every {what} is longer than {flag} {limit}")
     return short
 
 def batch_indices(n_items, per_step, step, seed):

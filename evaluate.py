@@ -22,10 +22,10 @@ from typing import Literal
 
 import numpy as np
 
-from common import (DATA_ALIASES, append_json_line, build_prompt, check, check_context,
-                    describe_run, differences, fingerprint, grade, json_line, load_lm, lock,
-                    on_rank_0, progress, rank, read_json, read_json_lines, read_record, read_rows,
-                    run_cli, sample_and_write, to_problem, write_json, write_text)
+from common import (append_json_line, build_prompt, check, check_context, describe_run,
+                    differences, fingerprint, grade, json_line, load_lm, lock, on_rank_0, progress,
+                    rank, read_json, read_json_lines, read_problems, read_record, run_cli,
+                    sample_and_write, show_problem, to_problem, write_json, write_text)
 
 @dataclass
 class Config:
@@ -93,14 +93,22 @@ def summarise(lines):
         "gave_up": float((verdicts == "gave_up").mean())}
 
 def read_sets(cfg):
-    """{set name: problems} of --data. Raises UserError for a set that is missing or empty."""
+    """{set name: problems} of --data. A set has its file's name, with folders where two have one.
+    Raises UserError for a set that is missing, empty or there twice."""
+    sources = list(filter(None, map(str.strip, cfg.data.split(","))))
+    parts = {source: Path(re.sub(r"\.(jsonl?|ndjson|csv|tsv|parquet)(\.gz)?$", "", source)).parts
+             for source in sources}
+    names = {source: parts[source][-1] for source in sources}
+    for depth in range(2, 40):
+        taken = Counter(names.values())
+        names = {source: name if taken[name] == 1 else "-".join(parts[source][-depth:])
+                 for source, name in names.items()}
+    check(0 < len(sources) == len(set(names.values())), f"--data {cfg.data}: no set, or one twice")
     sets = {}
-    for source in cfg.data.split(","):
-        problems = [to_problem(row, source) for row in read_rows(source)][: cfg.limit or None]
-        name = source if source in DATA_ALIASES else Path(source).stem.replace(":", "-")
-        check(problems, f"data {source!r} holds no problem")
-        check(name not in sets, f"--data {cfg.data}: two sets have one name")
-        sets[name] = problems
+    for source, name in names.items():
+        problems = read_problems(source, to_problem)
+        show_problem(source, problems[0])
+        sets[re.sub("[:/]", "-", name)] = problems[: cfg.limit or None]
     return sets
 
 def answer_set(cfg, lm, problems, path):
