@@ -23,6 +23,7 @@ import io
 import itertools
 import json
 import logging
+import marshal
 import math
 import numbers
 import operator
@@ -446,7 +447,7 @@ COLUMNS = {*QUESTIONS, *CHATS, *ANSWERS, *UNSEEN, "response"}
 _DEVICE = (r"\$?\\+boxed(?: ?\{+(?:[a-z ]*answer)? ?\}+)?\$?|#{1,4}|\[answer\]|\$answer\b|"
            r"step[ -]by[ -]step|/(?:no_)?think\b|</?(?:think\w*|reasoning|answer)>")
 _FORM = re.compile(rf"(?i)(?!#{{1,3}}(?!#)){_DEVICE}|[\"'“]answer:|latex format|"
-                   r"\b(?:problem|question|answer|solution|response|assistant):\s*\Z|<\||INST\]")
+                   r"\b(?:problem|question|answer|solution|response|assistant):|<\||INST\]")
 _WORDS = """a about after all an and answer answering appropriately as asks assistant automatically
     be
     before below between box by carefully clearly completes conversation correct describes e
@@ -457,7 +458,7 @@ _WORDS = """a about after all an and answer answering appropriately as asks assi
     reason reasoning remember request respectively respond response result return should show
     solution solve solves steps sure tag tags task that the then therefore think thinking thinks
     this to us user where will with within without work wrap write you your""".split()
-_WORDS = rf"""(?:(?:{"|".join(_WORDS)})(?!\w|['’]\w)|[\s.,:;()*"'“”!-]|{_DEVICE}){{1,600}}"""
+_WORDS = rf"""(?:[\s.,:;()*"'“”!-]|(?:{"|".join(_WORDS)})(?!\w|['’]\w)|{_DEVICE}){{1,600}}"""
 _HEAD = re.compile(r"(?is)\A(?:.*(?:<\|im_start\|>user|user<\|end_header_id\|>|\[INST\])\s*|"
                    rf"{_WORDS}(?<=[.:>\n])\s*)")
 _TAIL = re.compile(r"(?is)(?:<\|im_end\|>|<\|eot_id\|>|\[/INST\]).*\Z|(?:\A|(?<=[\n.?!:;>$)}\]])|"
@@ -534,42 +535,40 @@ def read_text_rows(path, kind):
         return tables or rows
     return rows
 
+@functools.cache
 def column_name(name):
     return re.sub(r"[\s-]+", "_", name.strip().lower())
 
-def known_cells(data):
-    """Each row of a list of dicts or a `Dataset` as {column name: what it holds}, COLUMNS only."""
-    names = {name: column_name(name) for name in getattr(data, "column_names", ())}
-    if names:  # rows of Arrow batches, which takes a tenth of the time and decodes no image
-        known = [name for name in names if names[name] in COLUMNS]
-        batches = data.select_columns(known).with_format("arrow").iter(1000)
-        data = (row for batch in batches for row in batch.to_pylist())
-    for row in data:
-        names |= {name: column_name(name) for name in row.keys() - names}
-        yield {names[name]: value for name, value in row.items()
-               if value is not None and names[name] in COLUMNS}
-
 def read_problems(source, parse):
-    """parse(row) of each row of a source, in order. What it refuses (UserError) is left out and
-    counted by reason; copies are parsed once. UserError if nothing is left."""
+    """parse({name: cell}) of each row of a source, in order; copies are parsed once. What it
+    refuses (UserError) is left out, and counted by reason. UserError if nothing is left."""
     data, parsed, skipped, found = read_rows(source), {}, Counter(), []
-    for row in progress(known_cells(data), desc=f"reading {source}", leave=False, total=len(data),
+    rows, columns = data, getattr(data, "column_names", None) or list(data[0])
+    if not isinstance(data, list):  # batches of Arrow take a tenth of the time, decode no image
+        known = data.select_columns([name for name in columns if column_name(name) in COLUMNS])
+        batches = known.with_format("arrow").iter(1000)
+        rows = (row for batch in batches for row in batch.to_pylist())
+    for row in progress(rows, desc=f"reading {source}", leave=False, total=len(data),
                         disable=len(data) < 50_000):
-        key = repr(row)
+        try:
+            key = marshal.dumps(row, 2)
+        except ValueError:  # a date, a decimal number
+            key = repr(row)
         if key not in parsed:
             try:
-                parsed[key] = parse(row)
+                parsed[key] = parse({column_name(name): cell for name, cell in row.items()
+                                     if cell is not None})
             except UserError as reason:
                 parsed[key] = reason
-        if isinstance(parsed[key], UserError):
-            skipped[str(parsed[key])] += 1
+        item = parsed[key]
+        if isinstance(item, UserError):
+            skipped[str(item)] += 1
         else:
-            found.append(parsed[key])
-    reasons = ", ".join(f"{n} {reason}" for reason, n in skipped.most_common())
-    columns = getattr(data, "column_names", None) or data[0]
+            found.append(item)
+    reasons = ", ".join(f"{n} with {reason}" for reason, n in skipped.most_common())
     check(found, f"data {source!r} has no row to use: {reasons}; its columns: {', '.join(columns)}")
     if reasons:
-        print(f"{source}: skipped {reasons}; {len(found)} of {len(data)} rows are left")
+        print(f"{source}: of {len(data)} rows skipped {reasons}")
     return found
 
 def show_problem(source, item):
@@ -595,20 +594,20 @@ def find_text(cell, who=("user", "human")):
         return cell if "user" in who else ""
     turns = [turn for turn in (cell if isinstance(cell, list) else [cell]) if isinstance(turn, dict)
              and str(turn.get("role") or turn.get("from")).lower() in who]
-    check(len(turns) < 2, f"rows with several messages of the {who[0]}")
+    check(len(turns) < 2, f"several messages of the {who[0]}")
     parts = [turn.get("content") or turn.get("value") or "" for turn in turns]
     parts = parts[0] if parts and isinstance(parts[0], list) else parts
     parts = [part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text"
              else part for part in parts]
-    check(all(isinstance(part, str) for part in parts), "rows with a message that is not text")
+    check(all(isinstance(part, str) for part in parts), "a message that is not text")
     return "\n".join(parts)
 
 def bare_problem(text):
     """A text without the instructions that were put before and behind it."""
     def cut(match):
         return "" if _FORM.search(match[0]) else match[0]
-    before = None
-    while text != before:
+    before, text = None, text.strip()
+    while text != before and _FORM.search(text):
         before, text = text, _TAIL.sub(cut, _HEAD.sub(cut, text)).strip()
     return text
 
@@ -617,7 +616,7 @@ def find_question(row):
     chat that is not the same is refused (UserError), as is a row without a question."""
     texts = {name: bare_problem(find_text(row[name])) for name in [*QUESTIONS, *CHATS]
              if name in row}
-    check(set(texts) - set(QUESTIONS[:4]), "rows without a question")
+    check(set(texts) - set(QUESTIONS[:4]), "no question")
     keys = {name: problem_key(text) for name, text in texts.items()}
     if keys.get("problem"):  # a chat that holds it wraps it
         texts = {name: texts[name] for name in texts
@@ -626,7 +625,7 @@ def find_question(row):
         keys[name] in keys[other] and (keys[name] != keys[other] or j < i)
         for j, other in enumerate(texts) if j != i)]
     check(len(kept) == 1 or not set(kept) & set(CHATS),
-          f"rows whose {' and '.join(kept)} are not the same")
+          f"{' and '.join(kept)} that differ")
     return "\n".join(texts[name] for name in kept)
 
 def find_answer(row):
@@ -663,15 +662,15 @@ def to_problem(row):
     it can be checked: then the reward would be for nothing, or never come."""
     question, answer = find_question(row), find_answer(row)
     for name in UNSEEN:
-        check(not row.get(name), f"rows with {name}")
-    check(question, "rows without a question")
-    check(answer, "rows without an answer")
+        check(not row.get(name), name)
+    check(question, "no question")
+    check(answer, "no answer")
     asks = re.search(r"(?i)\?|\b(?:find|what|which|determine|compute|calculate|how)\b", question)
     check(not _PROOF.search(answer) and (asks or not re.match(r"(?i)\W*(?:prove|show) (?!your)",
-                                                              question)), "proofs")
+                                                              question)), "a proof as answer")
     words = len(re.findall(r"(?<![A-Za-z\\{])[A-Za-z]{3,}", answer))
     check(len(answer) <= _MAX_CHARS and (words < 6 or '"' not in _normalise(answer)),
-          "answers in prose")
+          "prose as answer")
     return Problem(question, answer)
 
 def problem_key(text):
@@ -681,8 +680,8 @@ def problem_key(text):
                   lambda m: f"^{m[1]}" if m[1] else f"_{m[2]}" if m[2] else " ", text)
     text = unicodedata.normalize("NFKC", text).lower()
     text = re.sub(r"\\!|(?<=\d)\\,(?=\d{3}(?!\d))", "", text)
-    text = re.sub(r"\\(?:left|right)(?![a-z])|\\[,;: ]|[\s$]", " ", text)
-    return re.sub(r"(?<!\d) +(?! )|(?<!\d\.) +(?!\.?\d)", "", text)
+    text = re.sub(r"(?:\\(?:left|right)(?![a-z])|\\[,;: ]|[\s$])+", " ", text)
+    return re.sub(r"(?<!\d)(?<!\d\.) |(?! \.?\d) ", "", text)
 
 def deduplicate(problems, counts):
     """{key: Problem}, one per question, none with contradicting answers; adds to counts. problems:
@@ -717,11 +716,12 @@ def load_problems(cfg):
     used = order[: cfg.labels or None]
     middle = len(used) // 2
     chosen = {"all": used, "1": used[:middle], "2": used[middle:]}[cfg.half]
+    if chosen:
+        show_problem(cfg.data, unique[chosen[0]])
     dropped = [f"{counts[what]} {what}" for what in counts if what != "rows" and counts[what]]
     print(f"{cfg.data}: {counts['rows']} rows, dropped {', '.join(dropped) or 'none'}; "
           f"{len(order)} problems, using {len(chosen)} (half: {cfg.half})")
     check(chosen, f"data {cfg.data!r} (half {cfg.half}) holds no problem")
-    show_problem(cfg.data, unique[chosen[0]])
     return [unique[key] for key in chosen]
 
 def tokenize_problems(problems, cfg, *lms):

@@ -130,7 +130,7 @@ def worked_example(row):
     texts = [find_text(row.get(name)) for name in ("response", "solution")]
     texts += [find_text(row.get(name), ("assistant", "gpt", "model")) for name in CHATS]
     response = next(filter(None, texts), "")
-    check(response, "rows without a response (response, solution, or a chat's assistant)")
+    check(response, "no response")
     return find_question(row), response
 
 def worked_examples(cfg, lm):
