@@ -438,8 +438,8 @@ DATA_ALIASES = {  # name: hub dataset:split
 # no prompt shows. Capitals, spaces and dashes in a name do not matter.
 QUESTIONS = "context passage body background instruction input problem question query".split()
 CHATS = "prompt messages conversations conversation".split()
-ANSWERS = """final_answer answer expected_answer reward_model ground_truth gold gold_answer target
-    solution""".split()
+ANSWERS = ("final_answer answer expected_answer reward_model ground_truth gold gold_answer target "
+           "solution").split()
 UNSEEN = "image images choices options".split()
 COLUMNS = {*QUESTIONS, *CHATS, *ANSWERS, *UNSEEN, "response"}
 # Preparers wrap problems in instructions; we have one of our own. Theirs consist of these words and
@@ -448,24 +448,23 @@ _DEVICE = (r"\$?\\+boxed(?: ?\{+(?:[a-z ]*answer)? ?\}+)?\$?|#{1,4}|\[answer\]|\
            r"step[ -]by[ -]step|/(?:no_)?think\b|</?(?:think\w*|reasoning|answer)>")
 _FORM = re.compile(rf"(?i)(?!#{{1,3}}(?!#)){_DEVICE}|[\"'“]answer:|latex format|"
                    r"\b(?:problem|question|answer|solution|response|assistant):|<\||INST\]")
-_WORDS = """a about after all an and answer answering appropriately as asks assistant automatically
-    be
-    before below between box by carefully clearly completes conversation correct describes e
-    efficiently end enclose enclosed ensure explain expression extracted final first following form
-    format g give given here hope i in inside instruction internal is it its just last latex let
-    let's line logically make math mathematical mathematics mind monologue must need number of on
-    only or output own place please present problem process provide provides put question quotes
-    reason reasoning remember request respectively respond response result return should show
-    solution solve solves steps sure tag tags task that the then therefore think thinking thinks
-    this to us user where will with within without work wrap write you your""".split()
-_WORDS = rf"""(?:[\s.,:;()*"'“”!-]|(?:{"|".join(_WORDS)})(?!\w|['’]\w)|{_DEVICE}){{1,600}}"""
+_WORDS = """a about after all an and answer answering as asks assistant automatically be before
+    below between box by carefully clearly conversation correct e efficiently end enclose enclosed
+    ensure explain expression extracted final first following form format g give given here hope i
+    in inside instruction internal is it its just last latex let let's line logically make math
+    mind monologue must need number of on only or output own place please present problem process
+    provide provides put question quotes reason reasoning remember respectively respond response
+    result return should show solution solve solves steps sure tag tags that the then therefore
+    think thinking thinks this to us user where will with within without work wrap write you
+    your"""
+_WORDS = (rf"""(?:[\s.,:;()*"'“”!-]|(?:{"|".join(_WORDS.split())})(?!\w|['’]\w)|{_DEVICE})"""
+          "{1,600}")
 _HEAD = re.compile(r"(?is)\A(?:.*(?:<\|im_start\|>user|user<\|end_header_id\|>|\[INST\])\s*|"
                    rf"{_WORDS}(?<=[.:>\n])\s*)")
 _TAIL = re.compile(r"(?is)(?:<\|im_end\|>|<\|eot_id\|>|\[/INST\]).*\Z|(?:\A|(?<=[\n.?!:;>$)}\]])|"
                    r"(?= (?-i:Let|Please|Put|You|Think|Remember|Return|Present|Make|Output)))"
                    rf"{_WORDS}\Z")
-_NOTHING = re.compile(r"(?i)[\s$.?!–—_*\"'-]*(?:n/a|none|null|nan|not ?found|unknown|no answer)?"
-                      r"[\s$.?!–—_*\"'-]*")
+_NOTHING = re.compile(r"(?i)(?:[\s$.?!_*\"'–—-]|n/a|none|null|nan|not ?found|unknown|no answer)*")
 _PROOF = re.compile(r"(?i)\bproofs?\b|\bproved\b|\A\W*q\.?e\.?d\W*\Z|\bsee (?:the )?solution")
 
 @dataclass(frozen=True)
@@ -542,7 +541,7 @@ def column_name(name):
 def read_problems(source, parse):
     """parse({name: cell}) of each row of a source, in order; copies are parsed once. What it
     refuses (UserError) is left out, and counted by reason. UserError if nothing is left."""
-    data, parsed, skipped, found = read_rows(source), {}, Counter(), []
+    data, parsed, items = read_rows(source), {}, []
     rows, columns = data, getattr(data, "column_names", None) or list(data[0])
     if not isinstance(data, list):  # batches of Arrow take a tenth of the time, decode no image
         known = data.select_columns([name for name in columns if column_name(name) in COLUMNS])
@@ -560,31 +559,25 @@ def read_problems(source, parse):
                                      if cell is not None})
             except UserError as reason:
                 parsed[key] = reason
-        item = parsed[key]
-        if isinstance(item, UserError):
-            skipped[str(item)] += 1
-        else:
-            found.append(item)
+        items.append(parsed[key])
+    skipped = Counter(str(item) for item in items if isinstance(item, UserError))
+    found = [item for item in items if not isinstance(item, UserError)]
     reasons = ", ".join(f"{n} with {reason}" for reason, n in skipped.most_common())
     check(found, f"data {source!r} has no row to use: {reasons}; its columns: {', '.join(columns)}")
     if reasons:
         print(f"{source}: of {len(data)} rows skipped {reasons}")
+    if isinstance(found[0], Problem):  # what was understood
+        asked = re.sub(r"(?s)(.{150}).*(.{150})", r"\1 ... \2", found[0].problem)
+        print(f"{source}: for example {asked!r}, whose answer is {found[0].answer!r}")
     return found
-
-def show_problem(source, item):
-    """Print what was understood of a source's row, so that a user can see it."""
-    problem = re.sub(r"(?s)(.{150}).*(.{150})", r"\1 ... \2", item.problem)
-    print(f"{source}: for example {problem!r}, whose answer is {item.answer!r}")
 
 def unpack(cell):
     """A list or dict that was written as text (JSON, Python) as itself; of a list of one that."""
     cell = cell.tolist() if hasattr(cell, "tolist") else cell
     if isinstance(cell, str) and re.match(r"""\s*(?:\[\s*["'{]|\{\s*["'])""", cell):
-        for loads in (json.loads, ast.literal_eval):
-            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-                value = loads(cell)
-                cell = value if isinstance(value, (list, dict)) else cell
-                break
+        for loads in (json.loads, ast.literal_eval):  # the second finds no text after the first
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError):
+                cell = loads(cell)
     return cell[0] if isinstance(cell, list) and len(cell) == 1 else cell
 
 def find_text(cell, who=("user", "human")):
@@ -604,11 +597,11 @@ def find_text(cell, who=("user", "human")):
 
 def bare_problem(text):
     """A text without the instructions that were put before and behind it."""
-    def cut(match):
-        return "" if _FORM.search(match[0]) else match[0]
     before, text = None, text.strip()
     while text != before and _FORM.search(text):
-        before, text = text, _TAIL.sub(cut, _HEAD.sub(cut, text)).strip()
+        before = text
+        for wrapper in (_HEAD, _TAIL):
+            text = wrapper.sub(lambda m: "" if _FORM.search(m[0]) else m[0], text).strip()
     return text
 
 def find_question(row):
@@ -624,8 +617,7 @@ def find_question(row):
     kept = [name for i, name in enumerate(texts) if not any(
         keys[name] in keys[other] and (keys[name] != keys[other] or j < i)
         for j, other in enumerate(texts) if j != i)]
-    check(len(kept) == 1 or not set(kept) & set(CHATS),
-          f"{' and '.join(kept)} that differ")
+    check(len(kept) == 1 or not set(kept) & set(CHATS), f"{' and '.join(kept)} that differ")
     return "\n".join(texts[name] for name in kept)
 
 def find_answer(row):
@@ -658,16 +650,16 @@ def find_value(cell, worked):
     return "" if _NOTHING.fullmatch(text) else text
 
 def to_problem(row):
-    """A row of `known_cells` as a Problem; UserError, which names a kind of rows, if no response to
-    it can be checked: then the reward would be for nothing, or never come."""
+    """A row, {column name: cell}, as a Problem; UserError, which names a kind of rows, if responses
+    cannot be checked: then the reward would be for nothing, or never come."""
     question, answer = find_question(row), find_answer(row)
-    for name in UNSEEN:
-        check(not row.get(name), name)
     check(question, "no question")
     check(answer, "no answer")
+    for name in UNSEEN:
+        check(not row.get(name), name)
     asks = re.search(r"(?i)\?|\b(?:find|what|which|determine|compute|calculate|how)\b", question)
-    check(not _PROOF.search(answer) and (asks or not re.match(r"(?i)\W*(?:prove|show) (?!your)",
-                                                              question)), "a proof as answer")
+    proof = not asks and re.match(r"(?i)\W*(?:prove|show) (?!your)", question)
+    check(not proof and not _PROOF.search(answer), "a proof as answer")
     words = len(re.findall(r"(?<![A-Za-z\\{])[A-Za-z]{3,}", answer))
     check(len(answer) <= _MAX_CHARS and (words < 6 or '"' not in _normalise(answer)),
           "prose as answer")
@@ -716,8 +708,6 @@ def load_problems(cfg):
     used = order[: cfg.labels or None]
     middle = len(used) // 2
     chosen = {"all": used, "1": used[:middle], "2": used[middle:]}[cfg.half]
-    if chosen:
-        show_problem(cfg.data, unique[chosen[0]])
     dropped = [f"{counts[what]} {what}" for what in counts if what != "rows" and counts[what]]
     print(f"{cfg.data}: {counts['rows']} rows, dropped {', '.join(dropped) or 'none'}; "
           f"{len(order)} problems, using {len(chosen)} (half: {cfg.half})")
@@ -729,19 +719,17 @@ def tokenize_problems(problems, cfg, *lms):
     UserError if a response may leave the positions of an lm."""
     prompts = (tuple(build_prompt(lms[0].tokenizer, p.problem, cfg.thinking)) for p in problems)
     filled = [dataclasses.replace(p, prompt=ids) for p, ids in zip(problems, prompts)]
-    filled = skip_long(filled, "prompt", cfg.max_prompt_tokens)
+    filled = skip_long(filled, "prompt", "--max-prompt-tokens", cfg.max_prompt_tokens)
     for lm in lms:
         check_context(lm, cfg, max(len(p.prompt) for p in filled) + cfg.max_new_tokens)
     return filled
 
-def skip_long(items, part, limit):
-    """The items whose prompt or tokens (the part) are at most `limit`; UserError if none are."""
-    what, flag = (("prompt", "--max-prompt-tokens") if part == "prompt" else
-                  ("response", "--max-new-tokens"))
+def skip_long(items, part, flag, limit):
+    """The items whose part (prompt or tokens) has at most `limit`; UserError if none has."""
     short = [item for item in items if len(getattr(item, part)) <= limit]
     if len(short) < len(items):
-        print(f"skipped {len(items) - len(short)} {what}s over {limit} tokens")
-    check(short, f"every {what} is longer than {flag} {limit}")
+        print(f"skipped {len(items) - len(short)} over {flag} {limit}")
+    check(short, f"all {len(items)} are longer than {flag} {limit}")
     return short
 
 def batch_indices(n_items, per_step, step, seed):

@@ -25,7 +25,7 @@ import numpy as np
 from common import (append_json_line, build_prompt, check, check_context, describe_run,
                     differences, fingerprint, grade, json_line, load_lm, lock, on_rank_0, progress,
                     rank, read_json, read_json_lines, read_problems, read_record, run_cli,
-                    sample_and_write, show_problem, to_problem, write_json, write_text)
+                    sample_and_write, to_problem, write_json, write_text)
 
 @dataclass
 class Config:
@@ -106,9 +106,8 @@ def read_sets(cfg):
     check(0 < len(sources) == len(set(names.values())), f"--data {cfg.data}: no set, or one twice")
     sets = {}
     for source, name in names.items():
-        problems = read_problems(source, to_problem)
-        show_problem(source, problems[0])
-        sets[re.sub("[:/]", "-", name)] = problems[: cfg.limit or None]
+        problems = read_problems(source, to_problem)[: cfg.limit or None]
+        sets[re.sub("[:/]", "-", name)] = problems
     return sets
 
 def answer_set(cfg, lm, problems, path):

@@ -140,8 +140,8 @@ def worked_examples(cfg, lm):
         tokens = lm.tokenizer.encode(response, add_special_tokens=False)
         rows.append(Rollout(build_prompt(lm.tokenizer, question, cfg.thinking),
                             tokens + [lm.tokenizer.eos_token_id], [], True))
-    rows = skip_long(rows, "prompt", cfg.max_prompt_tokens)
-    rows = skip_long(rows, "tokens", cfg.max_new_tokens)
+    rows = skip_long(rows, "prompt", "--max-prompt-tokens", cfg.max_prompt_tokens)
+    rows = skip_long(rows, "tokens", "--max-new-tokens", cfg.max_new_tokens)
     check_context(lm, cfg, max(len(row.prompt + row.tokens) for row in rows))
     return [[row] for row in rows]
 

@@ -143,7 +143,8 @@ def test_a_file_rewritten_under_its_name_is_read_anew(kind, tmp_path):
     ("a.json", b'{"data": [\n{"problem": "a?", "answer": 1}]}'),
     ("a.json", b'{"version": 2, "problems": [{"problem": "a?", "answer": 1}]}'),
     ("a.json", b'{"prompt": [{"role": "user", "content": "a?"}], "answer": 1}'),
-    ("a.jsonl", b'[{"problem": "a?", "answer": 1}]'), ("a.ndjson", b'{"problem": "a?", "answer": 1}')])
+    ("a.jsonl", b'[{"problem": "a?", "answer": 1}]'),
+    ("a.ndjson", b'{"problem": "a?", "answer": 1}')])
 def test_files_as_people_write_them_are_read(name, content, tmp_path):
     """Byte-order marks, gzip, tabs, semicolons, JSON lines in a .json, a table inside an object."""
     (tmp_path / name).write_bytes(content)
@@ -204,13 +205,15 @@ def test_a_question_is_read_whole_or_refused_by_name(row, want):
     ({"solution": ["By symmetry ..."], "final_answer": ["$\\frac34$"]}, "$\\frac34$"),
     ({"answer": ["70"]}, "70"), ({"answer": "['70']"}, "70"), ({"answer": '["\\\\pi"]'}, "\\pi"),
     ({"answer": [7]}, "7"), ({"answer": ["2", "-1"]}, "2, -1"), ({"answer": ["1/2", "0.5"]}, "1/2"),
-    ({"answer": "[1, 2]"}, "[1, 2]"), ({"answer": 51.0}, "51.0"), ({"answer": 10**30}, "1" + "0" * 30),
+    ({"answer": "[1, 2]"}, "[1, 2]"), ({"answer": 51.0}, "51.0"),
+    ({"answer": 10**20}, "100000000000000000000"),
     ({"answer": np.float64(2.5)}, "2.5"), ({"answer": np.array(["70"])}, "70"),
     ({"answer": np.int64(7)}, "7"), ({"answer": np.bool_(True)}, None), ({"answer": True}, None),
     ({"answer": {"value": 3}}, None), ({"answer": b"3"}, None), ({"answer": []}, None),
     ({"answer": [["1"], ["2"]]}, None), ({"answer": ["1", None]}, None), ({"answer": "  "}, None),
-    ({"answer": math.nan}, None), ({"answer": math.inf}, None), ({"answer": np.float32("nan")}, None),
-    ({"answer": math.nan, "solution": "So \\boxed{3}."}, "3"), ({"answer": "-"}, None),
+    ({"answer": math.nan}, None), ({"answer": math.inf}, None),
+    ({"answer": np.float32("nan")}, None), ({"answer": "-"}, None),
+    ({"answer": math.nan, "solution": "So \\boxed{3}."}, "3"),
     ({"answer": "N/A"}, None), ({"answer": "None"}, None), ({"answer": "not found"}, None),
     ({"answer": "NA"}, "NA"), ({"answer": "no solution"}, "no solution"), ({"answer": "0"}, "0"),
     ({"answer": "\\{\\}"}, "\\{\\}"), ({"answer": "∞"}, "∞"), ({"answer": 0}, "0"),
@@ -221,7 +224,8 @@ def test_a_question_is_read_whole_or_refused_by_name(row, want):
     ({"solution": "First \\boxed{1}, then\n#### 1,234"}, "1234"),
     ({"solution": "#### Step 1\nWe get \\boxed{7}."}, "7"), ({"solution": "so \\boxed{7"}, None),
     ({"answer": "So it is.\n#### (1,200)"}, "(1,200)"),
-    ({"answer": "proof"}, None), ({"answer": "\\text{Proof.}"}, None), ({"answer": "See solution"}, None),
+    ({"answer": "proof"}, None), ({"answer": "\\text{Proof.}"}, None),
+    ({"answer": "See solution"}, None),
     ({"answer": "proof", "solution": "Thus \\boxed{x>0}."}, None), ({"answer": "Q.E.D."}, None),
     ({"answer": "By symmetry we see that the two areas are equal."}, None),
     ({"answer": "The area of the shaded region is 12"}, "The area of the shaded region is 12"),
@@ -241,14 +245,15 @@ def test_a_list_of_answers_needs_all_of_them(tmp_path):
     assert verdicts == ["correct", "correct", "wrong", "wrong"]
 
 def test_rows_that_cannot_be_checked_are_counted_by_reason(tmp_path, capsys):
-    """They refuse no set and pass none unseen, in evaluation too; without any other it is refused."""
+    """They refuse no set and pass none unseen, in evaluation too; a set of them is refused."""
     rows = [*numbered(3), {"problem": "Prove it.", "answer": "proof"}, {"problem": "a"},
             {"problem": "b", "solution": "Clear."}, {"text": "c"}]
     path = write_lines(tmp_path / "d.jsonl", rows)
     assert len(load_problems(path)) == 3
     assert len(evaluate.read_sets(evaluate.Config(data=path))["d"]) == 3
     said = capsys.readouterr().out
-    assert said.count("of 7 rows skipped 2 with no answer, 1 with a proof as answer, 1 with no qu") == 2
+    skipped = "of 7 rows skipped 2 with no answer, 1 with a proof as answer, 1 with no question\n"
+    assert said.count(skipped) == 2
     assert said.count("for example 'Problem ") == 2
     with pytest.raises(UserError, match="no row to use: 2 with no answer"):
         load_problems(write_lines(tmp_path / "e.jsonl", rows[4:6]))
@@ -266,29 +271,30 @@ def test_a_saved_format_and_columns_of_any_type_are_read(tmp_path):
 
 # --- instructions of preparers
 
-HEADS = [PREFIX, "Question: ", "Solve the following math problem. Make sure to put the answer (and only "
-         "answer) inside \\boxed{}.\n\n", "Solve the following math problem efficiently and clearly. The"
-         " last line of your response should be of the following format: 'Therefore, the final answer "
-         "is: $\\boxed{ANSWER}$. I hope it is correct' (without quotes) where ANSWER is just the final "
-         "number or expression that solves the problem. Think step by step before answering.\n\n",
-         "A conversation between User and Assistant. The User asks a question, and the Assistant solves"
-         " it. User: You must put your answer inside <answer> </answer> tags. This is the problem:\n",
-         "<|im_start|>system\nYou are Qwen.<|im_end|>\n<|im_start|>user\n"]
-TAILS = [SUFFIX, VERL, "\nPlease reason step by step, and put your final answer within \\boxed{}.",
+HEADS = ["", PREFIX, "Question: ", "<|im_start|>system\nYou are Qwen.<|im_end|>\n<|im_start|>user\n",
+         """Solve the following math problem. Make sure to put the answer (and only answer) inside \
+\\boxed{}.\n\n""", """Solve the following math problem efficiently and clearly. The last line of your \
+response should be of the following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I \
+hope it is correct' (without quotes) where ANSWER is just the final number or expression that \
+solves the problem. Think step by step before answering.\n\n""", """A conversation between User \
+and Assistant. The User asks a question, and the Assistant solves it. User: You must put your \
+answer inside <answer> </answer> tags. This is the problem:\n"""]
+TAILS = ["", SUFFIX, VERL, "\nLet's think step by step.", " /no_think", "\nAnswer:",
+         "\nPlease reason step by step, and put your final answer within \\boxed{}.",
          ' Let\'s think step by step and output the final answer after "####".',
-         "\n\nPresent the answer in LaTex format: \\boxed{Your answer}", "\nLet's think step by step.",
-         " You must put your answer inside <answer> </answer> tags, i.e., <answer> answer here "
-         "</answer>. And your final answer will be extracted automatically by the \\boxed{} tag.",
-         "\nYou FIRST think about the reasoning process as an internal monologue and then provide the "
-         "final answer. The reasoning process MUST BE enclosed within <think> </think> tags. The final "
-         "answer MUST BE put in \\boxed{}.", "\nReturn your final response within \\boxed{}.",
-         " /no_think", "\nAnswer:", "<|im_end|>\n<|im_start|>assistant\n"]
+         "\n\nPresent the answer in LaTex format: \\boxed{Your answer}",
+         "\nReturn your final response within \\boxed{}.", "<|im_end|>\n<|im_start|>assistant\n",
+         """ You must put your answer inside <answer> </answer> tags, i.e., <answer> answer here \
+</answer>. And your final answer will be extracted automatically by the \\boxed{} tag.""", """
+You FIRST think about the reasoning process as an internal monologue and then provide the final \
+answer. The reasoning process MUST BE enclosed within <think> </think> tags. The final answer \
+MUST BE put in \\boxed{}."""]
 
 @pytest.mark.parametrize("problem", ["How many primes are below 10?", "Find $x$, where $x^2=4$",
                                      "What is 3+4? Express your answer as a common fraction."])
 def test_instructions_of_preparers_are_no_part_of_a_problem(problem):
-    for head in ["", *HEADS]:
-        for tail in ["", *TAILS]:
+    for head in HEADS:
+        for tail in TAILS:
             assert find_question({"prompt": head + problem + tail}) == problem, (head, tail)
 
 @pytest.mark.parametrize("text", [
@@ -307,13 +313,15 @@ def test_a_wrapped_evaluation_problem_leaves_the_training_set(tmp_path):
     assert load_problems(path, exclude=bare) == [("Problem 0", "0")]
 
 @pytest.mark.parametrize("a, b, same", [
-    ("1 1/2 + 1", "11/2 + 1", 0), ("x² = 4", "x2 = 4", 0), ("x₂ = 4", "x2 = 4", 0), ("1½", "11/2", 0),
-    ("Ann has 5. 3 more", "Ann has 5.3 more", 0), ("$1$ $2$", "12", 0), ("f\\leftarrow", "f\\rightarrow", 0),
-    ("1\\ 1/2", "11/2", 0), ("x² = 4", "x^2 = 4", 1), ("2 + 3", "2+3", 1), ("10\\,000", "10{}000", 0),
-    ("10\\,000", "10000", 1), ("\\left( 0, 1\\right)", "(0,\\;1)", 1), ("a\\! b", "A b", 1),
-    ("1  1/2\n", "1 1/2", 1), ("Find $x$ .", "find x.", 1)])
+    ("1 1/2 + 1", "11/2 + 1", False), ("x² = 4", "x2 = 4", False), ("x₂ = 4", "x2 = 4", False),
+    ("1½", "11/2", False), ("Ann has 5. 3 more", "Ann has 5.3 more", False),
+    ("$1$ $2$", "12", False),
+    ("1\\ 1/2", "11/2", False), ("f\\leftarrow", "f\\rightarrow", False), ("2³", "23", False),
+    ("10\\,000", "10000", True), ("\\left( 0, 1\\right)", "(0,\\;1)", True), ("2 + 3", "2+3", True),
+    ("a\\! b", "A b", True), ("1  1/2\n", "1 1/2", True), ("Find $x$ .", "find x.", True),
+    ("x² = 4", "x^2 = 4", True)])
 def test_only_typesetting_is_lost_in_the_key(a, b, same):
-    assert (common.problem_key(a) == common.problem_key(b)) == bool(same)
+    assert (common.problem_key(a) == common.problem_key(b)) == same
 
 # --- splits and hub names
 
@@ -433,21 +441,31 @@ def test_too_long_prompts_are_counted_and_skipped(student_lm, capsys):
     problems = [common.Problem(t, "1") for t in ("5a+3", "5a+3b", "5a+3b-1")]  # 6, 7, 9 tokens
     kept = tokenize_problems(problems, settings(max_prompt_tokens=7, max_new_tokens=8), student_lm)
     assert [(p.problem, len(p.prompt)) for p in kept] == [("5a+3", 6), ("5a+3b", 7)]
-    assert "skipped 1 " in capsys.readouterr().out
+    assert "skipped 1 over --max-prompt-tokens 7" in capsys.readouterr().out
     with pytest.raises(UserError, match="--max-prompt-tokens 5"):
         tokenize_problems(problems, settings(max_prompt_tokens=5), student_lm)
 
 def test_sft_examples_end_with_eos_and_keep_the_text(tmp_path, student_lm, capsys):
-    """A `response` (else `solution`) becomes response ids that end with eos; long prompts are
-    counted and skipped."""
+    """A `response`, else `solution`, else what the assistant says, becomes response ids that end
+    with eos; prompts and responses over their limits, rows without one are counted and skipped."""
+    said = chat(("user", "1a+3"), ("assistant", "\\boxed{(4)}"))
     rows = [{"problem": "1a+1", "response": "a1+1=2,\\boxed{(2)}"}, {"problem": "1a+1b+1",
-            "response": "2"}, {"problem": "1a+2", "solution": "\\boxed{(3)}"}]
+            "response": "2"}, {"problem": "1a+2", "solution": "\\boxed{(3)}"}, {"messages": said},
+            {"problem": "1a+1", "response": "a1+1=2,a1+1=2,\\boxed{(2)}"}, {"problem": "1a+1"},
+            {"problem": "1a+1", "response": 5}, {"prompt": "1a+1"}]
     path = write_lines(tmp_path / "d.jsonl", rows)
-    groups = worked_examples(settings(data=path, max_prompt_tokens=6), student_lm)
+    limits = {"max_prompt_tokens": 6, "max_new_tokens": 13}  # the first response has 13 tokens
+    groups = worked_examples(settings(data=path, **limits), student_lm)
     got = [(student_lm.tokenizer.decode(g.prompt), student_lm.tokenizer.decode(g.tokens))
            for (g,) in groups]
-    assert got == [("Q1a+1?", "a1+1=2,\\boxed{(2)}<eos>"), ("Q1a+2?", "\\boxed{(3)}<eos>")]
-    assert all(g.finished for (g,) in groups) and "skipped 1" in capsys.readouterr().out
+    assert got == [("Q1a+1?", "a1+1=2,\\boxed{(2)}<eos>"), ("Q1a+2?", "\\boxed{(3)}<eos>"),
+                   ("Q1a+3?", "\\boxed{(4)}<eos>")]
+    assert all(g.finished for (g,) in groups)
+    out = capsys.readouterr().out
+    for part in ("3 with no response", "1 over --max-prompt-tokens 6", "1 over --max-new-tokens"):
+        assert f"skipped {part}" in out
+    with pytest.raises(UserError, match="--max-new-tokens 1"):
+        worked_examples(settings(data=path, max_new_tokens=1), student_lm)
 
 def test_batches_are_a_pure_function_of_seed_and_step():
     """The same step gives the same batch in any order of calls and for any global random state;
