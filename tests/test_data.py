@@ -271,10 +271,10 @@ def test_a_saved_format_and_columns_of_any_type_are_read(tmp_path):
 
 # --- instructions of preparers
 
-HEADS = ["", PREFIX, "Question: ", "<|im_start|>system\nYou are Qwen.<|im_end|>\n<|im_start|>user\n",
+HEADS = ["", PREFIX, "Question: ", "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n",
          """Solve the following math problem. Make sure to put the answer (and only answer) inside \
-\\boxed{}.\n\n""", """Solve the following math problem efficiently and clearly. The last line of your \
-response should be of the following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I \
+\\boxed{}.\n\n""", """Solve the following math problem efficiently and clearly. The last line of \
+your response should be of the following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I \
 hope it is correct' (without quotes) where ANSWER is just the final number or expression that \
 solves the problem. Think step by step before answering.\n\n""", """A conversation between User \
 and Assistant. The User asks a question, and the Assistant solves it. User: You must put your \
