@@ -542,24 +542,25 @@ def read_problems(source, parse):
     """parse({name: cell}) of each row of a source, in order; copies are parsed once. What it
     refuses (UserError) is left out, and counted by reason. UserError if nothing is left."""
     data, parsed, items = read_rows(source), {}, []
-    rows, columns = data, getattr(data, "column_names", None) or list(data[0])
+    batches, columns = [data], getattr(data, "column_names", None) or list(data[0])
     if not isinstance(data, list):  # batches of Arrow take a tenth of the time, decode no image
         known = data.select_columns([name for name in columns if column_name(name) in COLUMNS])
         batches = known.with_format("arrow").iter(1000)
-        rows = (row for batch in batches for row in batch.to_pylist())
-    for row in progress(rows, desc=f"reading {source}", leave=False, total=len(data),
-                        disable=len(data) < 50_000):
+    for rows in progress(batches, desc=f"reading {source}", leave=False,
+                         total=len(data) // 1000, disable=len(data) < 50_000):
+        rows = rows if rows is data else rows.to_pylist()
         try:
-            key = marshal.dumps(row, 2)
+            keys = [marshal.dumps(row, 2) for row in rows]
         except ValueError:  # a date, a decimal number
-            key = repr(row)
-        if key not in parsed:
-            try:
-                parsed[key] = parse({column_name(name): cell for name, cell in row.items()
-                                     if cell is not None})
-            except UserError as reason:
-                parsed[key] = reason
-        items.append(parsed[key])
+            keys = list(map(repr, rows))
+        for key, row in zip(keys, rows):
+            if key not in parsed:
+                try:
+                    parsed[key] = parse({column_name(name): cell for name, cell in row.items()
+                                         if cell is not None})
+                except UserError as reason:
+                    parsed[key] = reason
+        items += map(parsed.get, keys)
     skipped = Counter(str(item) for item in items if isinstance(item, UserError))
     found = [item for item in items if not isinstance(item, UserError)]
     reasons = ", ".join(f"{n} with {reason}" for reason, n in skipped.most_common())
@@ -676,11 +677,10 @@ def problem_key(text):
     return re.sub(r"(?<!\d)(?<!\d\.) |(?! \.?\d) ", "", text)
 
 def deduplicate(problems, counts):
-    """{key: Problem}, one per question, none with contradicting answers; adds to counts. problems:
-    {Problem: number of its rows}."""
-    first, answers = {}, {}
-    for item, n in problems.items():
-        key = problem_key(item.problem)
+    """{key: Problem}, one per question, none with contradicting answers; adds to counts."""
+    first, answers, rows = {}, {}, Counter(map(id, problems))  # exact copies are one object
+    for item in {id(item): item for item in problems}.values():
+        key, n = problem_key(item.problem), rows[id(item)]
         counts["rows"] += n
         counts["duplicates"] += n - (key not in first)
         if key not in first or item.problem < first[key].problem:  # whatever the row order
@@ -695,7 +695,7 @@ def load_problems(cfg):
     Their order, and so the halves, depend on the remaining problems' texts and cfg.split_seed alone
     (rank of a hash): keep data, exclude and split_seed over a recipe. UserError without any."""
     counts = Counter()
-    unique = deduplicate(Counter(read_problems(cfg.data, to_problem)), counts)
+    unique = deduplicate(read_problems(cfg.data, to_problem), counts)
     for name in [] if cfg.exclude in ("", "none") else cfg.exclude.split(","):
         try:
             banned = set(map(problem_key, set(read_problems(name, find_question))))

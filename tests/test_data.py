@@ -273,11 +273,11 @@ def test_a_saved_format_and_columns_of_any_type_are_read(tmp_path):
 
 HEADS = ["", PREFIX, "Question: ", "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n",
          """Solve the following math problem. Make sure to put the answer (and only answer) inside \
-\\boxed{}.\n\n""", """Solve the following math problem efficiently and clearly. The last line of \
-your response should be of the following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I \
-hope it is correct' (without quotes) where ANSWER is just the final number or expression that \
-solves the problem. Think step by step before answering.\n\n""", """A conversation between User \
-and Assistant. The User asks a question, and the Assistant solves it. User: You must put your \
+\\boxed{}.\n\n""", """Solve the following math problem efficiently and clearly. The last line \
+of your response should be of the following format: 'Therefore, the final answer is: \
+$\\boxed{ANSWER}$. I hope it is correct' (without quotes) where ANSWER is just the final number or \
+expression that solves the problem. Think step by step before answering.\n\n""", """A conversation \
+between User and Assistant. The User asks a question, and the Assistant solves it. User: You must put your \
 answer inside <answer> </answer> tags. This is the problem:\n"""]
 TAILS = ["", SUFFIX, VERL, "\nLet's think step by step.", " /no_think", "\nAnswer:",
          "\nPlease reason step by step, and put your final answer within \\boxed{}.",
