@@ -277,8 +277,8 @@ HEADS = ["", PREFIX, "Question: ", "<|im_start|>system\nBe brief.<|im_end|>\n<|i
 of your response should be of the following format: 'Therefore, the final answer is: \
 $\\boxed{ANSWER}$. I hope it is correct' (without quotes) where ANSWER is just the final number or \
 expression that solves the problem. Think step by step before answering.\n\n""", """A conversation \
-between User and Assistant. The User asks a question, and the Assistant solves it. User: You must put your \
-answer inside <answer> </answer> tags. This is the problem:\n"""]
+between User and Assistant. The User asks a question, and the Assistant solves it. User: You must \
+put your answer inside <answer> </answer> tags. This is the problem:\n"""]
 TAILS = ["", SUFFIX, VERL, "\nLet's think step by step.", " /no_think", "\nAnswer:",
          "\nPlease reason step by step, and put your final answer within \\boxed{}.",
          ' Let\'s think step by step and output the final answer after "####".',
