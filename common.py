@@ -8,7 +8,6 @@ of a micro-batch, n tokens of a vocabulary chunk, D hidden size, V vocabulary.
 """
 
 import argparse
-import ast
 import contextlib
 import copy
 import csv
@@ -23,9 +22,7 @@ import io
 import itertools
 import json
 import logging
-import marshal
 import math
-import numbers
 import operator
 import os
 import re
@@ -434,38 +431,18 @@ DATA_ALIASES = {  # name: hub dataset:split
     "aime24": "HuggingFaceH4/aime_2024:train",
     "aime25": "math-ai/aime25:test",
 }
-# Columns: parts of a question, as they are read; chats that ask it; answers, the surest first; what
-# no prompt shows. Capitals, spaces and dashes in a name do not matter.
-QUESTIONS = "context passage body background instruction input problem question query".split()
-CHATS = "prompt messages conversations conversation".split()
-ANSWERS = ("final_answer answer expected_answer reward_model ground_truth gold gold_answer target "
-           "solution").split()
-UNSEEN = "image images choices options".split()
-COLUMNS = {*QUESTIONS, *CHATS, *ANSWERS, *UNSEEN, "response"}
-# Preparers wrap problems in instructions; we have one of our own. Theirs consist of these words and
-# devices alone and name a form of response; "Express your answer as a fraction." does not.
-_DEVICE = (r"\$?\\+boxed(?: ?\{+(?:[a-z ]*answer)? ?\}+)?\$?|#{1,4}|\[answer\]|\$answer\b|"
-           r"step[ -]by[ -]step|/(?:no_)?think\b|</?(?:think\w*|reasoning|answer)>")
-_FORM = re.compile(rf"(?i)(?!#{{1,3}}(?!#)){_DEVICE}|[\"'“]answer:|latex format|"
-                   r"\b(?:problem|question|answer|solution|response|assistant):|<\||INST\]")
-_WORDS = """a about after all an and answer answering as asks assistant automatically be before
-    below between box by carefully clearly conversation correct e efficiently end enclose enclosed
-    ensure explain expression extracted final first following form format g give given here hope i
-    in inside instruction internal is it its just last latex let let's line logically make math
-    mind monologue must need number of on only or output own place please present problem process
-    provide provides put question quotes reason reasoning remember respectively respond response
-    result return should show solution solve solves steps sure tag tags that the then therefore
-    think thinking thinks this to us user where will with within without work wrap write you
-    your"""
-_WORDS = (rf"""(?:[\s.,:;()*"'“”!-]|(?:{"|".join(_WORDS.split())})(?!\w|['’]\w)|{_DEVICE})"""
-          "{1,600}")
-_HEAD = re.compile(r"(?is)\A(?:.*(?:<\|im_start\|>user|user<\|end_header_id\|>|\[INST\])\s*|"
-                   rf"{_WORDS}(?<=[.:>\n])\s*)")
-_TAIL = re.compile(r"(?is)(?:<\|im_end\|>|<\|eot_id\|>|\[/INST\]).*\Z|(?:\A|(?<=[\n.?!:;>$)}\]])|"
-                   r"(?= (?-i:Let|Please|Put|You|Think|Remember|Return|Present|Make|Output)))"
-                   rf"{_WORDS}\Z")
-_NOTHING = re.compile(r"(?i)(?:[\s$.?!_*\"'–—-]|n/a|none|null|nan|not ?found|unknown|no answer)*")
-_PROOF = re.compile(r"(?i)\bproofs?\b|\bproved\b|\A\W*q\.?e\.?d\W*\Z|\bsee (?:the )?solution")
+CONTEXTS, CHATS = ("context", "passage", "body"), ("prompt", "messages", "conversations")
+ANSWERS = ("final_answer", "answer", "ground_truth", "solution")  # the surest first
+# Preparers put instructions around a problem; we have one of our own. A sentence of theirs says how
+# to respond and names a form of response; "Express your answer as a common fraction." does not.
+_SAYS = (r"(please |let's |remember to |you must |make sure to )?((think|reason) step by step|"
+         r"(put|output|return|present|write) (your|the) (final )?(answer|response))|(and )?your "
+         r"(final )?answer|the last line of your response|solve the following math problem")
+_FORM = r"\\boxed|Answer:|####|<answer>|step by step|following math problem"
+_WORDS = r"(?:(?:answer|format): |(?![.?!:]\s)[^\n])*"
+_SENTENCE = (rf"(?-i:(?=[A-Z]))(?={_WORDS}({_FORM}))(?!{_WORDS} (as a|find|compute|what|how) )"
+             rf"({_SAYS})\b{_WORDS}([.:](?!\S)|$)\s*")
+_WRAPPER = re.compile(rf"(?im)\A({_SENTENCE})+|\s+({_SENTENCE})+\Z")
 
 @dataclass(frozen=True)
 class Problem:
@@ -475,17 +452,15 @@ class Problem:
 
 def read_rows(source):
     """Rows (dicts) of a data source; UserError if it cannot be found or read. A source is a .json,
-    .jsonl, .csv, .tsv (all also .gz) or .parquet file, a folder of them or of `save_to_disk`, an
-    alias (see above) or `owner/name[[:config]:split]` of the hub; with no split the only or train.
-    """
-    path, split = Path(source), ""
-    kind = re.search(r"(\.\w+)?(\.gz)?$", path.name.lower())[0]
+    .jsonl, .csv or .tsv file (or .gz of these) or .parquet, a folder of them or of `save_to_disk`,
+    an alias (see above) or `owner/name[[:config]:split]` of the hub; the only split, else train."""
+    path, kind, split = Path(source), Path(source.removesuffix(".gz")).suffix.lower(), ""
     try:
-        if re.match(r"\.(jsonl?|ndjson|csv|tsv)\b", kind):
+        if kind in (".json", ".jsonl", ".csv", ".tsv"):
             data = read_text_rows(path, kind)
         else:
-            check(not path.is_file() or kind == ".parquet",
-                  "a file must be .json, .jsonl, .csv, .tsv (all also .gz) or .parquet")
+            check(kind == ".parquet" or not path.is_file(), "it is not .json, .jsonl, .csv, .tsv, "
+                  "one of these and .gz, or .parquet")
             import datasets  # takes a second
 
             datasets.utils.logging.disable_progress_bar()
@@ -511,159 +486,90 @@ def read_rows(source):
     return data
 
 def read_text_rows(path, kind):
-    """Rows of a text file, or {split: rows}. `datasets` would fit each column to one type, guessed
-    from 10 MB: it changes long integers and dates, and fails at types that come later."""
-    data = gzip.decompress(path.read_bytes()) if kind.endswith(".gz") else path.read_bytes()
-    text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    text = io.StringIO(text, newline=None).read()  # as files are read: each line ends with \n
-    if "sv" in kind:
-        sign = max(",;\t", key=text.partition("\n")[0].count)
-        rows = list(csv.DictReader(io.StringIO(text), delimiter=sign))
+    """Rows of a text file. `datasets` would fit each column to one type, guessed from the first
+    10 MB: it changes long integers and dates, and fails at types that come later."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
+        text = file.read()
+    if dialect := {".csv": "excel", ".tsv": "excel-tab"}.get(kind):
+        rows = list(csv.DictReader(io.StringIO(text), dialect=dialect))
         check(not any(None in row for row in rows), "a row has more fields than the first")
         return rows
-    lines = list(filter(str.strip, text.split("\n")))
-    in_lines = kind[:5] != ".json" or kind[5:6] == "l" or (lines and lines[0].rstrip()[-1] == "}")
-    rows = json.loads("[" + ",\n".join(lines) + "]" if in_lines and text.lstrip()[:1] != "["
-                      else text)
-    rows = [rows] if isinstance(rows, dict) else rows
-    check(isinstance(rows, list) and all(isinstance(row, dict) for row in rows),
-          "it is not a list of JSON objects")
-    if len(rows) == 1 and not COLUMNS & set(map(column_name, rows[0])):  # {"data": [...]}
-        tables = {name: v for name, v in rows[0].items() if isinstance(v, list) and v
-                  and all(isinstance(row, dict) for row in v)}
-        return tables or rows
+    if not text.lstrip().startswith("["):  # JSON lines
+        text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
+    rows = json.loads(text)
+    check(all(isinstance(row, dict) for row in rows), "it is not a list of JSON objects")
     return rows
 
-@functools.cache
-def column_name(name):
-    return re.sub(r"[\s-]+", "_", name.strip().lower())
-
 def read_problems(source, parse):
-    """parse({name: cell}) of each row of a source, in order; copies are parsed once. What it
+    """parse({column in lower case: cell}) of each row of a source; copies are parsed once. What it
     refuses (UserError) is left out, and counted by reason. UserError if nothing is left."""
-    data, parsed, items = read_rows(source), {}, []
-    batches, columns = [data], getattr(data, "column_names", None) or list(data[0])
-    if not isinstance(data, list):  # batches of Arrow take a tenth of the time, decode no image
-        known = data.select_columns([name for name in columns if column_name(name) in COLUMNS])
-        batches = known.with_format("arrow").iter(1000)
-    for rows in progress(batches, desc=f"reading {source}", leave=False,
-                         total=len(data) // 1000, disable=len(data) < 50_000):
-        rows = rows if rows is data else rows.to_pylist()
-        try:
-            keys = [marshal.dumps(row, 2) for row in rows]
-        except ValueError:  # a date, a decimal number
-            keys = list(map(repr, rows))
-        for key, row in zip(keys, rows):
-            if key not in parsed:
-                try:
-                    parsed[key] = parse({column_name(name): cell for name, cell in row.items()
-                                         if cell is not None})
-                except UserError as reason:
-                    parsed[key] = reason
-        items += map(parsed.get, keys)
-    skipped = Counter(str(item) for item in items if isinstance(item, UserError))
+    rows = data = read_rows(source)
+    if not isinstance(data, list):  # as batches of Arrow they take a tenth of the time
+        rows = itertools.chain.from_iterable(
+            batch.to_pylist() for batch in data.with_format("arrow").iter(1000))
+    parsed, items = {}, []
+    for row in progress(rows, desc=f"reading {source}", leave=False, total=len(data),
+                        disable=len(data) < 50_000):
+        key = repr(row)
+        if key not in parsed:
+            try:
+                parsed[key] = parse({name.lower(): cell for name, cell in row.items()})
+            except UserError as reason:
+                parsed[key] = reason
+        items.append(parsed[key])
     found = [item for item in items if not isinstance(item, UserError)]
-    reasons = ", ".join(f"{n} with {reason}" for reason, n in skipped.most_common())
-    check(found, f"data {source!r} has no row to use: {reasons}; its columns: {', '.join(columns)}")
-    if reasons:
-        print(f"{source}: of {len(data)} rows skipped {reasons}")
-    if isinstance(found[0], Problem):  # what was understood
-        asked = re.sub(r"(?s)(.{150}).*(.{150})", r"\1 ... \2", found[0].problem)
-        print(f"{source}: for example {asked!r}, whose answer is {found[0].answer!r}")
+    skipped = Counter(str(item) for item in items if isinstance(item, UserError)).most_common()
+    skipped = ", ".join(f"{n} with {reason}" for reason, n in skipped) or "none"
+    check(found, f"data {source!r} has no row to use: {skipped}; its columns: {', '.join(data[0])}")
+    example = re.sub(r"(?s)(.{300}).*(.{100})", r"\1 ... \2", str(found[0]))
+    print(f"{source}: {len(data)} rows, skipped {skipped}; for example {example}")
     return found
 
-def unpack(cell):
-    """A list or dict that was written as text (JSON, Python) as itself; of a list of one that."""
-    cell = cell.tolist() if hasattr(cell, "tolist") else cell
-    if isinstance(cell, str) and re.match(r"""\s*(?:\[\s*["'{]|\{\s*["'])""", cell):
-        for loads in (json.loads, ast.literal_eval):  # the second finds no text after the first
-            with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError):
-                cell = loads(cell)
-    return cell[0] if isinstance(cell, list) and len(cell) == 1 else cell
-
 def find_text(cell, who=("user", "human")):
-    """The text of a cell: itself or, of a chat, its one message of `who`; "" if it has none."""
-    cell = unpack(cell)
-    if isinstance(cell, str):
-        return cell if "user" in who else ""
-    turns = [turn for turn in (cell if isinstance(cell, list) else [cell]) if isinstance(turn, dict)
-             and str(turn.get("role") or turn.get("from")).lower() in who]
-    check(len(turns) < 2, f"several messages of the {who[0]}")
-    parts = [turn.get("content") or turn.get("value") or "" for turn in turns]
-    parts = parts[0] if parts and isinstance(parts[0], list) else parts
-    parts = [part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text"
-             else part for part in parts]
-    check(all(isinstance(part, str) for part in parts), "a message that is not text")
-    return "\n".join(parts)
-
-def bare_problem(text):
-    """A text without the instructions that were put before and behind it."""
-    before, text = None, text.strip()
-    while text != before and _FORM.search(text):
-        before = text
-        for wrapper in (_HEAD, _TAIL):
-            text = wrapper.sub(lambda m: "" if _FORM.search(m[0]) else m[0], text).strip()
-    return text
-
-def find_question(row):
-    """The question of a row: all its columns of questions, without what one repeats of another. A
-    chat that is not the same is refused (UserError), as is a row without a question."""
-    texts = {name: bare_problem(find_text(row[name])) for name in [*QUESTIONS, *CHATS]
-             if name in row}
-    check(set(texts) - set(QUESTIONS[:4]), "no question")
-    keys = {name: problem_key(text) for name, text in texts.items()}
-    if keys.get("problem"):  # a chat that holds it wraps it
-        texts = {name: texts[name] for name in texts
-                 if name not in CHATS or keys["problem"] not in keys[name]}
-    kept = [name for i, name in enumerate(texts) if not any(
-        keys[name] in keys[other] and (keys[name] != keys[other] or j < i)
-        for j, other in enumerate(texts) if j != i)]
-    check(len(kept) == 1 or not set(kept) & set(CHATS), f"{' and '.join(kept)} that differ")
-    return "\n".join(texts[name] for name in kept)
-
-def find_answer(row):
-    """The answer of a row, "" without one: text, a finite number, or a list of them, which is one
-    answer of several values. Of a worked text it is the line of `####` at its end or the last box;
-    a `solution` without them is none, unless it is a number."""
-    for name in ANSWERS:
-        cell = unpack(row.get(name))
-        if name == "reward_model":
-            cell = unpack(cell.get("ground_truth")) if isinstance(cell, dict) else None
-        values = [find_value(value, name == "solution")
-                  for value in (cell if isinstance(cell, list) else [cell])]
-        if values and all(values):
-            alike = all(answers_equal(values[0], value) for value in values)
-            return values[0] if alike else ", ".join(values)
+    """The text of a cell or, of a chat, the one message of `who`; "" if that is not just text."""
+    match cell:
+        case str():
+            return cell
+        case {"role": name, "content": [{"text": said}] | said} | {"from": name, "value": said}:
+            return find_text(said) if name in who else ""
+        case list():
+            texts = list(filter(None, (find_text(item, who) for item in cell)))
+            check(len(texts) < 2, "several messages")
+            return "".join(texts)
     return ""
 
-def find_value(cell, worked):
-    """One value of `find_answer` as text, or ""."""
-    if isinstance(cell, numbers.Number) and not isinstance(cell, bool):
-        return str(cell) if cell - cell == 0 else ""  # not NaN, not infinite
-    text = cell.strip() if isinstance(cell, str) else ""
-    if line := re.search(r"####([^\n]*)\Z", text):
-        text = line[1].strip()
-        text = text.replace(",", "") if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", text) else text
-    if re.search(r"\\f?box", text):
-        text = extract_answer(text) or ("" if worked else text)
-    elif worked and not line and not re.fullmatch(r"\$?-?[\d.,/]+\$?", text):
-        text = ""
-    return "" if _NOTHING.fullmatch(text) else text
+def find_question(row):
+    """The question of a row: its texts, else its chat, without instructions. UserError without."""
+    asks = [name for name in ("problem", "question", *CHATS) if row.get(name)]
+    asks = [name for name in asks if name not in CHATS] or asks[:1]
+    texts = {name: _WRAPPER.sub("", find_text(row.get(name)).strip())
+             for name in [*CONTEXTS, *asks]}
+    check(any(texts[name] for name in asks), "no question")
+    return "\n".join(filter(None, dict.fromkeys(texts.values())))
+
+def find_answer(cell, worked):
+    """The answer in a cell, "" without: text, an int, a finite float or a list of these. Of a text
+    with a last line `####` or boxes it is these; of another worked one only if it is a number."""
+    values = []
+    for value in cell if isinstance(cell, list) else [cell]:
+        text = str(value).strip() if type(value) in (str, int, float) else ""
+        line = re.search(r"####(.*)\Z", text)
+        text = line[1].strip() if line else text
+        if "\\boxed" in text:
+            text = extract_answer(text) or ""
+        elif worked and not line and not re.fullmatch(r"[\d.,/$-]+", text):
+            text = ""
+        values.append("" if re.fullmatch(r"(?i)none|null|n/a|nan|-?inf|-", text) else text)
+    return ", ".join(values) if all(values) else ""
 
 def to_problem(row):
-    """A row, {column name: cell}, as a Problem; UserError, which names a kind of rows, if responses
-    cannot be checked: then the reward would be for nothing, or never come."""
-    question, answer = find_question(row), find_answer(row)
-    check(question, "no question")
+    """A row, {column: cell}, as a Problem; UserError if no response could be checked."""
+    question, reward = find_question(row), row.get("reward_model")
+    row = {**row, **reward} if isinstance(reward, dict) else row
+    answers = (find_answer(row.get(name), name == "solution") for name in ANSWERS)
+    answer = next(filter(None, answers), "")
     check(answer, "no answer")
-    for name in UNSEEN:
-        check(not row.get(name), name)
-    asks = re.search(r"(?i)\?|\b(?:find|what|which|determine|compute|calculate|how)\b", question)
-    proof = not asks and re.match(r"(?i)\W*(?:prove|show) (?!your)", question)
-    check(not proof and not _PROOF.search(answer), "a proof as answer")
-    words = len(re.findall(r"(?<![A-Za-z\\{])[A-Za-z]{3,}", answer))
-    check(len(answer) <= _MAX_CHARS and (words < 6 or '"' not in _normalise(answer)),
-          "prose as answer")
+    check(not re.search(r"(?i)\bproof\b", answer), "a proof as answer")
     return Problem(question, answer)
 
 def problem_key(text):
@@ -678,11 +584,11 @@ def problem_key(text):
 
 def deduplicate(problems, counts):
     """{key: Problem}, one per question, none with contradicting answers; adds to counts."""
-    first, answers, rows = {}, {}, Counter(map(id, problems))  # exact copies are one object
-    for item in {id(item): item for item in problems}.values():
-        key, n = problem_key(item.problem), rows[id(item)]
-        counts["rows"] += n
-        counts["duplicates"] += n - (key not in first)
+    first, answers = {}, {}
+    for item, copies in Counter(problems).items():
+        key = problem_key(item.problem)
+        counts["rows"] += copies
+        counts["duplicates"] += copies - (key not in first)
         if key not in first or item.problem < first[key].problem:  # whatever the row order
             first[key] = item
         answers.setdefault(key, {})[item.answer] = None
