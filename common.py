@@ -431,17 +431,17 @@ DATA_ALIASES = {  # name: hub dataset:split
     "aime24": "HuggingFaceH4/aime_2024:train",
     "aime25": "math-ai/aime25:test",
 }
-CONTEXTS, CHATS = ("context", "passage", "body"), ("prompt", "messages", "conversations")
-ANSWERS = ("final_answer", "answer", "ground_truth", "solution")  # the surest first
+CONTEXTS = ("context", "passage", "body", "choices", "options")  # joined with the question
+CHATS = ("prompt", "messages", "conversations")  # read where no text is a question
+ANSWERS = ("final_answer", "expected_answer", "answer", "ground_truth", "solution")  # surest first
 # Preparers put instructions around a problem; we have one of our own. A sentence of theirs says how
 # to respond and names a form of response; "Express your answer as a common fraction." does not.
 _SAYS = (r"(please |let's |remember to |you must |make sure to )?((think|reason) step by step|"
          r"(put|output|return|present|write) (your|the) (final )?(answer|response))|(and )?your "
          r"(final )?answer|the last line of your response|solve the following math problem")
 _FORM = r"\\boxed|Answer:|####|<answer>|step by step|following math problem"
-_WORDS = r"(?:(?:answer|format): |(?![.?!:]\s)[^\n])*"
-_SENTENCE = (rf"(?-i:(?=[A-Z]))(?={_WORDS}({_FORM}))(?!{_WORDS} (as a|find|compute|what|how) )"
-             rf"({_SAYS})\b{_WORDS}([.:](?!\S)|$)\s*")
+_WORDS = r"(?:(?:answer|format): |(?![.?!:]\s| (?:as a|find|compute|what|how)\b)[^\n])*"
+_SENTENCE = rf"(?-i:(?=[A-Z]))(?={_WORDS}({_FORM}))({_SAYS})\b{_WORDS}([.:](?!\S)|$)\s*"
 _WRAPPER = re.compile(rf"(?im)\A({_SENTENCE})+|\s+({_SENTENCE})+\Z")
 
 @dataclass(frozen=True)
@@ -459,8 +459,7 @@ def read_rows(source):
         if kind in (".json", ".jsonl", ".csv", ".tsv"):
             data = read_text_rows(path, kind)
         else:
-            check(kind == ".parquet" or not path.is_file(), "it is not .json, .jsonl, .csv, .tsv, "
-                  "one of these and .gz, or .parquet")
+            check(kind == ".parquet" or not path.is_file(), "not json, jsonl, csv, tsv or parquet")
             import datasets  # takes a second
 
             datasets.utils.logging.disable_progress_bar()
@@ -508,8 +507,7 @@ def read_problems(source, parse):
         rows = itertools.chain.from_iterable(
             batch.to_pylist() for batch in data.with_format("arrow").iter(1000))
     parsed, items = {}, []
-    for row in progress(rows, desc=f"reading {source}", leave=False, total=len(data),
-                        disable=len(data) < 50_000):
+    for row in progress(rows, desc=f"reading {source}", leave=False, disable=len(data) < 50_000):
         key = repr(row)
         if key not in parsed:
             try:
@@ -521,90 +519,82 @@ def read_problems(source, parse):
     skipped = Counter(str(item) for item in items if isinstance(item, UserError)).most_common()
     skipped = ", ".join(f"{n} with {reason}" for reason, n in skipped) or "none"
     check(found, f"data {source!r} has no row to use: {skipped}; its columns: {', '.join(data[0])}")
-    example = re.sub(r"(?s)(.{300}).*(.{100})", r"\1 ... \2", str(found[0]))
-    print(f"{source}: {len(data)} rows, skipped {skipped}; for example {example}")
+    print(f"{source}: {len(data)} rows, skipped {skipped}; for example {str(found[0])[-500:]}")
     return found
 
 def find_text(cell, who=("user", "human")):
     """The text of a cell or, of a chat, the one message of `who`; "" if that is not just text."""
     match cell:
         case str():
-            return cell
+            return cell if "user" in who and not cell.startswith("[{") else ""
         case {"role": name, "content": [{"text": said}] | said} | {"from": name, "value": said}:
             return find_text(said) if name in who else ""
         case list():
             texts = list(filter(None, (find_text(item, who) for item in cell)))
-            check(len(texts) < 2, "several messages")
+            check(len(texts) < 2, "several texts in one cell")
             return "".join(texts)
     return ""
 
 def find_question(row):
     """The question of a row: its texts, else its chat, without instructions. UserError without."""
-    asks = [name for name in ("problem", "question", *CHATS) if row.get(name)]
-    asks = [name for name in asks if name not in CHATS] or asks[:1]
-    texts = {name: _WRAPPER.sub("", find_text(row.get(name)).strip())
-             for name in [*CONTEXTS, *asks]}
-    check(any(texts[name] for name in asks), "no question")
-    return "\n".join(filter(None, dict.fromkeys(texts.values())))
+    asks = ("problem", "question") if row.get("problem") or row.get("question") else CHATS
+    texts = [_WRAPPER.sub("", find_text(row.get(name)).strip()) for name in (*CONTEXTS, *asks)]
+    check(any(texts[len(CONTEXTS):]), "no question")
+    return "\n".join(filter(None, dict.fromkeys(texts)))
 
-def find_answer(cell, worked):
-    """The answer in a cell, "" without: text, an int, a finite float or a list of these. Of a text
-    with a last line `####` or boxes it is these; of another worked one only if it is a number."""
-    values = []
+def find_answer(row, name):
+    """The answer in a column, or "": text, an int, a finite float or a list of these. Of a text the
+    last line if it has `####`, else the last box; a `solution` without both must be a number."""
+    values, cell = [], row.get(name)
     for value in cell if isinstance(cell, list) else [cell]:
         text = str(value).strip() if type(value) in (str, int, float) else ""
         line = re.search(r"####(.*)\Z", text)
         text = line[1].strip() if line else text
         if "\\boxed" in text:
             text = extract_answer(text) or ""
-        elif worked and not line and not re.fullmatch(r"[\d.,/$-]+", text):
+        elif name == "solution" and not line and not re.fullmatch(r"[\d.,/$-]+", text):
             text = ""
-        values.append("" if re.fullmatch(r"(?i)none|null|n/a|nan|-?inf|-", text) else text)
+        values.append("" if re.fullmatch(r"(?is)none|n/a|nan|-?(inf)?|\[['\"].*", text) else text)
     return ", ".join(values) if all(values) else ""
 
 def to_problem(row):
     """A row, {column: cell}, as a Problem; UserError if no response could be checked."""
     question, reward = find_question(row), row.get("reward_model")
     row = {**row, **reward} if isinstance(reward, dict) else row
-    answers = (find_answer(row.get(name), name == "solution") for name in ANSWERS)
-    answer = next(filter(None, answers), "")
+    answer = next(filter(None, (find_answer(row, name) for name in ANSWERS)), "")
     check(answer, "no answer")
     check(not re.search(r"(?i)\bproof\b", answer), "a proof as answer")
     return Problem(question, answer)
 
 def problem_key(text):
-    """Text reduced to what makes two problems the same: no case, dollar, \\left, \\right, nor space
-    but between digits; x² is not x2, 1½ is not 11/2."""
-    text = re.sub(r"([¹²³⁰⁴-⁹⁻ⁿ]+)|([₀-₉]+)|(?=[¼-¾⅐-⅞])",
-                  lambda m: f"^{m[1]}" if m[1] else f"_{m[2]}" if m[2] else " ", text)
+    """What makes two problems the same: the text without case, typesetting, spaces but `1 1`."""
+    text = re.sub("[⁰¹²³⁴-⁹⁻ⁿ]+", r"^\g<0>", re.sub("[₀-₉]+", r"_\g<0>", text))  # x² is not x2
     text = unicodedata.normalize("NFKC", text).lower()
     text = re.sub(r"\\!|(?<=\d)\\,(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"(?:\\(?:left|right)(?![a-z])|\\[,;: ]|[\s$])+", " ", text)
     return re.sub(r"(?<!\d)(?<!\d\.) |(?! \.?\d) ", "", text)
 
-def deduplicate(problems, counts):
-    """{key: Problem}, one per question, none with contradicting answers; adds to counts."""
-    first, answers = {}, {}
+def deduplicate(problems):
+    """{key: Problem}, one per question, none with contradicting answers; and what was dropped."""
+    first, answers, counts = {}, {}, Counter()
     for item, copies in Counter(problems).items():
         key = problem_key(item.problem)
-        counts["rows"] += copies
         counts["duplicates"] += copies - (key not in first)
         if key not in first or item.problem < first[key].problem:  # whatever the row order
             first[key] = item
         answers.setdefault(key, {})[item.answer] = None
     bad = {key for key, (a, *more) in answers.items() if not all(answers_equal(a, b) for b in more)}
     counts["with contradicting answers"] += len(bad)
-    return {key: item for key, item in first.items() if key not in bad}
+    return {key: item for key, item in first.items() if key not in bad}, counts
 
 def load_problems(cfg):
     """Problems of cfg.data: deduplicated, without contradictions, decontaminated, then halved.
     Their order, and so the halves, depend on the remaining problems' texts and cfg.split_seed alone
     (rank of a hash): keep data, exclude and split_seed over a recipe. UserError without any."""
-    counts = Counter()
-    unique = deduplicate(read_problems(cfg.data, to_problem), counts)
+    unique, counts = deduplicate(read_problems(cfg.data, to_problem))
     for name in [] if cfg.exclude in ("", "none") else cfg.exclude.split(","):
         try:
-            banned = set(map(problem_key, set(read_problems(name, find_question))))
+            banned = set(map(problem_key, read_problems(name, find_question)))
         except UserError as error:
             raise UserError(f"--exclude {name}: {error} (--exclude none skips this)") from error
         counts["in an evaluation set"] += len(banned & unique.keys())
@@ -614,9 +604,8 @@ def load_problems(cfg):
     used = order[: cfg.labels or None]
     middle = len(used) // 2
     chosen = {"all": used, "1": used[:middle], "2": used[middle:]}[cfg.half]
-    dropped = [f"{counts[what]} {what}" for what in counts if what != "rows" and counts[what]]
-    print(f"{cfg.data}: {counts['rows']} rows, dropped {', '.join(dropped) or 'none'}; "
-          f"{len(order)} problems, using {len(chosen)} (half: {cfg.half})")
+    dropped = ", ".join(f"{n} {what}" for what, n in counts.items() if n) or "none"
+    print(f"{cfg.data}: dropped {dropped}; {len(order)} problems, using {len(chosen)} ({cfg.half})")
     check(chosen, f"data {cfg.data!r} (half {cfg.half}) holds no problem")
     return [unique[key] for key in chosen]
 

@@ -96,7 +96,7 @@ def read_sets(cfg):
     """{set name: problems} of --data. A set has its file's name, with folders where two have one.
     Raises UserError for a set that is missing, empty or there twice."""
     sources = list(filter(None, map(str.strip, cfg.data.split(","))))
-    parts = {source: Path(re.sub(r"\.(jsonl?|ndjson|csv|tsv|parquet)(\.gz)?$", "", source)).parts
+    parts = {source: Path(re.sub(r"\.(jsonl?|csv|tsv|parquet)(\.gz)?$", "", source)).parts
              for source in sources}
     names = {source: parts[source][-1] for source in sources}
     for depth in range(2, 40):

@@ -15,7 +15,6 @@ import re
 from collections import Counter
 
 import datasets
-import numpy as np
 import pytest
 
 import common
@@ -55,7 +54,7 @@ SCHEMAS = {  # name: (row, its question, its answer)
     "gsm8k": (
         {"question": "Ann sells 1,000 pens and 234 more. How many?",
          "answer": "She sells 1000+234 = <<1000+234=1234>>1,234 pens.\n#### 1,234"},
-        "Ann sells 1,000 pens and 234 more. How many?", "1234"),
+        "Ann sells 1,000 pens and 234 more. How many?", "1,234"),
     "MATH, boxed solution only": (
         {"problem": "Add halves.", "level": "Level 1",
          "solution": "First \\boxed{1} is wrong; the sum is $\\boxed{\\frac{3}{2}}$."},
@@ -134,19 +133,14 @@ def test_a_file_rewritten_under_its_name_is_read_anew(kind, tmp_path):
 @pytest.mark.parametrize("name, content", [
     ("a.jsonl", b'\xef\xbb\xbf{"problem": "a?", "answer": 1}\n'),
     ("a.csv", b"\xef\xbb\xbfproblem,answer\r\na?,1\r\n"),
-    ("a.jsonl", '{"problem": "a?", "answer": 1}\n'.encode("utf-16")),
-    ("a.csv", b"problem;answer\na?;1\n"), ("a.tsv", b"problem\tanswer\na?\t1\n"),
-    ("a.CSV", b"Problem,Final Answer\na?,1\n"),
+    ("a.tsv", b"problem\tanswer\na?\t1\n"), ("a.CSV", b"Problem,Final_Answer\na?,1\n"),
     ("a.jsonl.gz", gzip.compress(b'{"problem": "a?", "answer": 1}\n')),
     ("a.csv.gz", gzip.compress(b"problem,answer\na?,1\n")),
     ("a.json", b'{"problem": "a?", "answer": 1}\n{"problem": "a?", "answer": 1}\n'),
-    ("a.json", b'{"data": [\n{"problem": "a?", "answer": 1}]}'),
-    ("a.json", b'{"version": 2, "problems": [{"problem": "a?", "answer": 1}]}'),
     ("a.json", b'{"prompt": [{"role": "user", "content": "a?"}], "answer": 1}'),
-    ("a.jsonl", b'[{"problem": "a?", "answer": 1}]'),
-    ("a.ndjson", b'{"problem": "a?", "answer": 1}')])
+    ("a.jsonl", b'[{"problem": "a?", "answer": 1}]')])
 def test_files_as_people_write_them_are_read(name, content, tmp_path):
-    """Byte-order marks, gzip, tabs, semicolons, JSON lines in a .json, a table inside an object."""
+    """Byte-order marks, gzip, tabs, capitals, JSON lines in a .json."""
     (tmp_path / name).write_bytes(content)
     assert load_problems(tmp_path / name) == [("a?", "1")]
 
@@ -170,29 +164,27 @@ def chat(*turns, role="role", content="content"):
 @pytest.mark.parametrize("row, want", [
     ({"Body": PACKS[0], "Question": PACKS[1]}, "\n".join(PACKS)),
     ({"question": PACKS[1], "context": PACKS[0]}, "\n".join(PACKS)),
-    ({"passage": PACKS[0] + "  " + PACKS[1], "question": PACKS[1]}, PACKS[0] + "  " + PACKS[1]),
-    ({"instruction": "Find x.", "input": "2x = 4"}, "Find x.\n2x = 4"),
-    ({"instruction": "Find x.", "input": ""}, "Find x."),
-    ({"instruction": "Please reason step by step.", "input": "2x = 4. x?"}, "2x = 4. x?"),
+    ({"Passage": PACKS[0], "Problem": PACKS[1]}, "\n".join(PACKS)),
+    ({"context": PACKS[0], "prompt": chat(("user", PACKS[1] + VERL))}, "\n".join(PACKS)),
     ({"problem": "2x = 4.", "question": "Find x."}, "2x = 4.\nFind x."),
-    ({"problem": "2x = 4. Find x.", "question": "find $x$."}, "2x = 4. Find x."),
+    ({"problem": "Find x.", "question": "Find x."}, "Find x."),
     ({"problem": "P?", "prompt": chat(("user", "P?" + VERL))}, "P?"),
     ({"problem": "P?", "prompt": chat(("user", PREFIX + "P?" + SUFFIX))}, "P?"),
     ({"problem": "P?", "prompt": chat(("user", "A wrapper that nobody knows: P?"))}, "P?"),
-    ({"question": PACKS[1], "prompt": " ".join(PACKS)}, " ".join(PACKS)),
-    ({"problem": "P?", "prompt": chat(("user", "Q?"))}, "problem and prompt that differ"),
-    ({"problem": "P?", "image": {"bytes": "x"}}, "image"), ({"problem": "P?", "image": None}, "P?"),
-    ({"question": "Which?", "choices": ["1", "2"]}, "choices"),
+    ({"problem": "P?", "image": None, "choices": []}, "P?"),
+    ({"question": "Which?", "choices": ["1", "2"]}, "several texts"),
     ({"context": "Only that."}, "no question"), ({"problem": 5}, "no question"),
+    ({"instruction": "Find x.", "input": "2x = 4"}, "no question"),
     ({"prompt": chat(("user", [{"type": "text", "text": "P?"}]))}, "P?"),
     ({"prompt": chat(("human", "P?"), role="from", content="value")}, "P?"),
-    ({"prompt": json.dumps(chat(("system", "Be brief."), ("user", "P?")))}, "P?"),
-    ({"prompt": str(chat(("user", "P?")))}, "P?"), ({"prompt": chat(("user", "P?"))[0]}, "P?"),
+    ({"prompt": json.dumps(chat(("user", "P?")))}, "no question"),
+    ({"prompt": str(chat(("user", "P?")))}, "no question"),
+    ({"prompt": chat(("user", "P?"))[0]}, "P?"),
     ({"messages": chat(("system", "Be brief."), ("user", "P?"), ("assistant", "A."))}, "P?"),
     ({"conversations": chat(("human", "P?"), ("gpt", "A."), role="from", content="value")}, "P?"),
-    ({"prompt": chat(("user", "P?"), ("assistant", "A."), ("user", "And Q?"))}, "several messages"),
+    ({"prompt": chat(("user", "P?"), ("assistant", "A."), ("user", "And Q?"))}, "several texts"),
     ({"prompt": chat(("user", [{"type": "image", "image": "x"}, {"type": "text", "text": "P?"}]))},
-     "not text"),
+     "no question"),
     ({"prompt": [{"text": "P?"}]}, "no question"), ({"prompt": []}, "no question"),
     ({"prompt": [{"role": "user"}]}, "no question"), ({"prompt": {"a": 1}}, "no question"),
     ({"problem": "In [1, 2] and {3}, what?"}, "In [1, 2] and {3}, what?")])
@@ -203,36 +195,31 @@ def test_a_question_is_read_whole_or_refused_by_name(row, want):
 
 @pytest.mark.parametrize("row, want", [
     ({"solution": ["By symmetry ..."], "final_answer": ["$\\frac34$"]}, "$\\frac34$"),
-    ({"answer": ["70"]}, "70"), ({"answer": "['70']"}, "70"), ({"answer": '["\\\\pi"]'}, "\\pi"),
-    ({"answer": [7]}, "7"), ({"answer": ["2", "-1"]}, "2, -1"), ({"answer": ["1/2", "0.5"]}, "1/2"),
+    ({"answer": ["70"]}, "70"), ({"answer": "['70']"}, None), ({"answer": '["\\\\pi"]'}, None),
+    ({"answer": [7]}, "7"), ({"answer": ["2", -1]}, "2, -1"),
     ({"answer": "[1, 2]"}, "[1, 2]"), ({"answer": 51.0}, "51.0"),
     ({"answer": 10**20}, "100000000000000000000"),
-    ({"answer": np.float64(2.5)}, "2.5"), ({"answer": np.array(["70"])}, "70"),
-    ({"answer": np.int64(7)}, "7"), ({"answer": np.bool_(True)}, None), ({"answer": True}, None),
+    ({"answer": 0}, "0"), ({"answer": True}, None), ({"answer": [True]}, None),
+    ({"answer": datetime.date(2024, 1, 2)}, None), ({"answer": decimal.Decimal(2)}, None),
     ({"answer": {"value": 3}}, None), ({"answer": b"3"}, None), ({"answer": []}, None),
     ({"answer": [["1"], ["2"]]}, None), ({"answer": ["1", None]}, None), ({"answer": "  "}, None),
     ({"answer": math.nan}, None), ({"answer": math.inf}, None),
-    ({"answer": np.float32("nan")}, None), ({"answer": "-"}, None),
+    ({"answer": [1.5, -math.inf]}, None), ({"answer": "-"}, None),
     ({"answer": math.nan, "solution": "So \\boxed{3}."}, "3"),
-    ({"answer": "N/A"}, None), ({"answer": "None"}, None), ({"answer": "not found"}, None),
+    ({"answer": "N/A"}, None), ({"answer": "None"}, None),
     ({"answer": "NA"}, "NA"), ({"answer": "no solution"}, "no solution"), ({"answer": "0"}, "0"),
-    ({"answer": "\\{\\}"}, "\\{\\}"), ({"answer": "∞"}, "∞"), ({"answer": 0}, "0"),
+    ({"answer": "\\{\\}"}, "\\{\\}"), ({"answer": "∞"}, "∞"),
     ({"reward_model": {"ground_truth": ["72"]}}, "72"), ({"reward_model": "rule"}, None),
-    ({"reward_model": {"ground_truth": '["-3"]'}}, "-3"), ({"ground_truth": "5"}, "5"),
-    ({"target": 5}, "5"), ({"gold": "5"}, "5"), ({"Expected Answer": "5"}, "5"),
+    ({"reward_model": {"ground_truth": '["-3"]'}}, None), ({"ground_truth": "5"}, "5"),
+    ({"Expected_Answer": 5}, "5"), ({"gold": "5"}, None),
     ({"solution": "By symmetry it is so."}, None), ({"solution": "4"}, "4"), ({"solution": 4}, "4"),
-    ({"solution": "First \\boxed{1}, then\n#### 1,234"}, "1234"),
+    ({"solution": "First \\boxed{1}, then\n#### 1,234"}, "1,234"),
     ({"solution": "#### Step 1\nWe get \\boxed{7}."}, "7"), ({"solution": "so \\boxed{7"}, None),
     ({"answer": "So it is.\n#### (1,200)"}, "(1,200)"),
     ({"answer": "proof"}, None), ({"answer": "\\text{Proof.}"}, None),
-    ({"answer": "See solution"}, None),
-    ({"answer": "proof", "solution": "Thus \\boxed{x>0}."}, None), ({"answer": "Q.E.D."}, None),
-    ({"answer": "By symmetry we see that the two areas are equal."}, None),
-    ({"answer": "The area of the shaded region is 12"}, "The area of the shaded region is 12"),
-    ({"answer": "waterproof"}, "waterproof"), ({"answer": "\\text{even}"}, "\\text{even}"),
-    ({"problem": "Prove that 1+1=2.", "answer": "1+1=2"}, None),
-    ({"problem": "Show your work. What is 1+1?", "answer": "2"}, "2"),
-    ({"problem": "Prove that n is even and find n.", "answer": "2"}, "2")])
+    ({"answer": "proof", "solution": "Thus \\boxed{x>0}."}, None),
+    ({"answer": "so \\boxed{7", "solution": "7"}, "7"),
+    ({"answer": "waterproof"}, "waterproof"), ({"answer": "\\text{even}"}, "\\text{even}")])
 def test_an_answer_is_a_value_that_a_response_can_be_checked_by(row, want):
     """Text, a finite number, or a list of them; of a worked text `####` or the last box."""
     got = read({"problem": "P?", **row})
@@ -252,43 +239,33 @@ def test_rows_that_cannot_be_checked_are_counted_by_reason(tmp_path, capsys):
     assert len(load_problems(path)) == 3
     assert len(evaluate.read_sets(evaluate.Config(data=path))["d"]) == 3
     said = capsys.readouterr().out
-    skipped = "of 7 rows skipped 2 with no answer, 1 with a proof as answer, 1 with no question\n"
-    assert said.count(skipped) == 2
-    assert said.count("for example 'Problem ") == 2
+    skipped = "7 rows, skipped 2 with no answer, 1 with a proof as answer, 1 with no question; "
+    example = "for example Problem(problem='Problem 0', answer='0'"
+    assert said.count(skipped + example) == 2
     with pytest.raises(UserError, match="no row to use: 2 with no answer"):
         load_problems(write_lines(tmp_path / "e.jsonl", rows[4:6]))
     # an evaluation problem needs no answer to be kept out of training
     assert len(load_problems(path, exclude=write_lines(tmp_path / "f.jsonl", [
         {"problem": "Problem 1"}, {"problem": "Problem 2", "answer": "proof"}]))) == 1
 
-def test_a_saved_format_and_columns_of_any_type_are_read(tmp_path):
-    """Numbers in numpy's format, decimal numbers, dates, lists: as plain values."""
-    table = datasets.Dataset.from_dict({
-        "problem": ["a?", "b?"], "answer": [[decimal.Decimal("1.50")], [decimal.Decimal(2)]],
-        "gold": [datetime.date(2024, 1, 2)] * 2})
+def test_a_saved_format_is_read_as_plain_values(tmp_path):
+    table = datasets.Dataset.from_dict({"problem": ["a?", "b?"], "answer": [[1.5], [2.0]],
+                                        "date": [datetime.date(2024, 1, 2)] * 2})
     table.with_format("numpy").save_to_disk(str(tmp_path / "d"))
-    assert sorted(load_problems(tmp_path / "d")) == [("a?", "1.50"), ("b?", "2.00")]
+    assert sorted(load_problems(tmp_path / "d")) == [("a?", "1.5"), ("b?", "2.0")]
 
 # --- instructions of preparers
 
-HEADS = ["", PREFIX, "Question: ", "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n",
-         """Solve the following math problem. Make sure to put the answer (and only answer) inside \
-\\boxed{}.\n\n""", """Solve the following math problem efficiently and clearly. The last line \
-of your response should be of the following format: 'Therefore, the final answer is: \
-$\\boxed{ANSWER}$. I hope it is correct' (without quotes) where ANSWER is just the final number or \
-expression that solves the problem. Think step by step before answering.\n\n""", """A conversation \
-between User and Assistant. The User asks a question, and the Assistant solves it. User: You must \
-put your answer inside <answer> </answer> tags. This is the problem:\n"""]
-TAILS = ["", SUFFIX, VERL, "\nLet's think step by step.", " /no_think", "\nAnswer:",
+HEADS = ["", PREFIX, "Please reason step by step, and put your final answer within \\boxed{}.\n",
+         "Solve the following math problem step by step:\n", """Solve the following math problem. \
+Make sure to put the answer (and only answer) inside \\boxed{}.\n\n"""]
+TAILS = ["", SUFFIX, VERL, "\nLet's think step by step.", " Think step by step before answering",
          "\nPlease reason step by step, and put your final answer within \\boxed{}.",
          ' Let\'s think step by step and output the final answer after "####".',
          "\n\nPresent the answer in LaTex format: \\boxed{Your answer}",
-         "\nReturn your final response within \\boxed{}.", "<|im_end|>\n<|im_start|>assistant\n",
-         """ You must put your answer inside <answer> </answer> tags, i.e., <answer> answer here \
-</answer>. And your final answer will be extracted automatically by the \\boxed{} tag.""", """
-You FIRST think about the reasoning process as an internal monologue and then provide the final \
-answer. The reasoning process MUST BE enclosed within <think> </think> tags. The final answer \
-MUST BE put in \\boxed{}."""]
+         "\nReturn your final response within \\boxed{}.", """ You must put your answer inside \
+<answer> </answer> tags, i.e., <answer> answer here </answer>. And your final answer will be \
+extracted automatically by the \\boxed{} tag."""]
 
 @pytest.mark.parametrize("problem", ["How many primes are below 10?", "Find $x$, where $x^2=4$",
                                      "What is 3+4? Express your answer as a common fraction."])
@@ -301,7 +278,10 @@ def test_instructions_of_preparers_are_no_part_of_a_problem(problem):
     "Find x. Put your answer in simplest form.", "Enter your answer as a fraction.", "What is x?",
     "Consider primes. Give the number of primes below ten within \\boxed{}.", "Solve: 2x = 4",
     "A child climbs the stairs step by step", "Let x = 5. Solve 2x = y step by step.",
-    "What goes into the \\boxed{}?", "Find x and put your final answer within \\boxed{}.",
+    "What goes into the \\boxed{}?", "Please find x and put your final answer within \\boxed{}.",
+    "Let's think step by step and find x.", "Put 3 balls into the \\boxed{} urn.",
+    "Put your answer as a fraction into \\boxed{}.", "Solve this equation step by step: x = 4",
+    "Find x and put your final answer within \\boxed{}.",
     "Write your answer.", "How many steps? Give your answer in the form (a,b)."])
 def test_what_asks_for_something_stays_in_the_problem(text):
     assert find_question({"problem": text}) == text
@@ -502,11 +482,13 @@ def test_incomplete_batches_never_repeat_an_item_nor_starve_one():
     ("noquestion.jsonl", '{"text": "a", "answer": "1"}\n', "no question.*text, answer"),
     ("noanswer.jsonl", '{"problem": "a", "level": 3}\n', "no answer.*problem, level"),
     ("number.jsonl", "5\n", "number.jsonl"),
-    ("words.txt", "a", "must be .json, .jsonl, .csv"),
-    ("book.xlsx", b"PK", "book.xlsx.*must be .json"),
+    ("words.txt", "a", "words.txt.*not json, jsonl, csv"),
+    ("book.xlsx", b"PK", "book.xlsx.*not json, jsonl, csv"),
+    ("two.csv", "problem;answer\na?;1\n", "no question.*problem;answer"),
+    ("wide.jsonl", '{"problem": "a"}'.encode("utf-16"), "wide.jsonl.*utf-8"),
     ("bad.jsonl.gz", "no gzip", "bad.jsonl.gz.*gzip"),
-    ("two.json", '{"test": [{"problem": "a"}], "dev": [{"problem": "b"}]}', "no split.*test, dev"),
-    ("columns.json", '{"problem": ["a", "b"], "answer": ["1", "2"]}', "no question"),
+    ("table.json", '{"data": [{"problem": "a", "answer": 1}]}', "no question.*data"),
+    ("columns.json", '{"problem": ["a", "b"], "answer": ["1", "2"]}', "several texts in one cell"),
     ("bad.parquet", "no parquet", "bad.parquet"),
 ])
 def test_data_mistake_is_one_readable_line(name, content, message, tmp_path):
