@@ -12,6 +12,7 @@ import math
 import os
 import random
 import re
+import time
 from collections import Counter
 
 import datasets
@@ -279,12 +280,20 @@ def test_instructions_of_preparers_are_no_part_of_a_problem(problem):
     "Consider primes. Give the number of primes below ten within \\boxed{}.", "Solve: 2x = 4",
     "A child climbs the stairs step by step", "Let x = 5. Solve 2x = y step by step.",
     "What goes into the \\boxed{}?", "Please find x and put your final answer within \\boxed{}.",
+    "Find x. Put your answer in \\boxed{}, rounded to two decimals.", "If it is \\boxed{a}, what?",
+    "Solve x. Write your answer in the form \\boxed{a}+b.", "Let x be 2.5. Is the answer \\boxed{x}?",
     "Let's think step by step and find x.", "Put 3 balls into the \\boxed{} urn.",
     "Put your answer as a fraction into \\boxed{}.", "Solve this equation step by step: x = 4",
     "Find x and put your final answer within \\boxed{}.",
     "Write your answer.", "How many steps? Give your answer in the form (a,b)."])
 def test_what_asks_for_something_stays_in_the_problem(text):
     assert find_question({"problem": text}) == text
+
+@pytest.mark.parametrize("text", ["Put the answer " * 3000, " " * 15_000 + "x", "Answer: " * 5000])
+def test_a_long_text_is_searched_in_linear_time(text):
+    started = time.process_time()
+    find_question({"problem": "x" + text + "?"})
+    assert time.process_time() - started < 2  # quadratic would be 6 or more
 
 def test_a_wrapped_evaluation_problem_leaves_the_training_set(tmp_path):
     path = write_lines(tmp_path / "d.jsonl", [
