@@ -440,7 +440,7 @@ _SAYS = (r"(please |let's |remember to |you must |make sure to )?((think|reason)
          r"(put|output|return|present|write) (your|the) (final )?(answer|response))|(and )?your "
          r"(final )?answer|the last line of your response|solve the following math problem")
 _FORM = r"\\boxed|Answer:|####|<answer>|step by step|following math problem"
-_REST = r"(?:(?:answer|format): |(?![.?!:]\s| (?:as a|in the form|find|what|rounded)\b)[^\n]){0,400}"
+_REST = r"(?:(?:answer|format): |(?![.?!:]\s| (?:as a|in the form|find|rounded)\b)[^\n]){0,400}"
 _SENTENCE = rf"(?-i:(?=[A-Z]))(?={_REST}({_FORM}))({_SAYS})\b{_REST}([.:](?!\S)|$)\s*"
 _WRAPPER = re.compile(rf"(?im)\A({_SENTENCE})+|(?<!\s)\s+({_SENTENCE})+\Z")
 

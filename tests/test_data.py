@@ -281,7 +281,7 @@ def test_instructions_of_preparers_are_no_part_of_a_problem(problem):
     "A child climbs the stairs step by step", "Let x = 5. Solve 2x = y step by step.",
     "What goes into the \\boxed{}?", "Please find x and put your final answer within \\boxed{}.",
     "Find x. Put your answer in \\boxed{}, rounded to two decimals.", "If it is \\boxed{a}, what?",
-    "Solve x. Write your answer in the form \\boxed{a}+b.", "Let x be 2.5. Is the answer \\boxed{x}?",
+    "Solve x. Write your answer in the form \\boxed{a}+b.", "Let x be 2. Is the answer \\boxed{x}?",
     "Let's think step by step and find x.", "Put 3 balls into the \\boxed{} urn.",
     "Put your answer as a fraction into \\boxed{}.", "Solve this equation step by step: x = 4",
     "Find x and put your final answer within \\boxed{}.",
