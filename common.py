@@ -7,9 +7,9 @@ Axes, everywhere: P prompts, K rollouts per prompt, B = P*K rows, T padded time,
 of a micro-batch, n tokens of a vocabulary chunk, D hidden size, V vocabulary.
 """
 
-import argparse, contextlib, copy, csv, dataclasses, datetime, fcntl, functools, glob, hashlib
-import inspect, io, itertools, json, logging, math, operator, os, re, runpy, shlex, shutil
-import signal, subprocess, sys, threading, time, unicodedata, warnings, zlib
+import argparse, contextlib, copy, csv, dataclasses, datetime, fcntl, functools, glob, gzip
+import hashlib, inspect, io, itertools, json, logging, math, operator, os, pickle, re, runpy
+import shlex, shutil, signal, subprocess, sys, threading, time, unicodedata, warnings, zlib
 from collections import Counter, deque
 from dataclasses import dataclass
 from fractions import Fraction
@@ -412,9 +412,19 @@ DATA_ALIASES = {  # name: hub dataset:split
     "aime24": "HuggingFaceH4/aime_2024:train",
     "aime25": "math-ai/aime25:test",
 }
-# DAPO wraps every problem in these two; we have one prompt format of our own, so both are stripped.
-DAPO_PREFIX = re.compile(r"^Solve the following math problem step by step\..*?problem\.\s*", re.S)
-DAPO_SUFFIX = re.compile(r'\s*Remember to put your answer on its own line after "Answer:"\.\s*$')
+CONTEXTS = ("context", "passage", "body", "choices", "options")  # joined with the question
+CHATS = ("prompt", "messages", "conversations")  # read where no text is a question
+ANSWERS = ("final_answer", "expected_answer", "answer", "ground_truth", "solution")  # surest first
+# Preparers put instructions around a problem; we have one of our own. A sentence of theirs says how
+# to respond and names a form of response; "Express your answer as a common fraction." does not.
+_SAYS = (r"(please |let's |remember to |you (must|should) |make sure to )?((think|reason) step by "
+         r"step|(put|output|return|present|write|give|provide|enclose|box) (your|the) (final )?"
+         r"(answer|response))|(and )?(your|the) (final )?answer (must|should|will)|the last line of "
+         r"your response|you first think|the reasoning process|solve the following math problem")
+_FORM = r"\\boxed|Answer:|####|<answer>|</?think>|final answer\.|step by step|math problem"
+_REST = r"(?:(?:answer|format): |(?![.?!:]\s| (?:as a|in the form|find|rounded)\b)[^\n]){0,400}"
+_SENTENCE = rf"(?-i:(?=[A-Z]))(?={_REST}({_FORM}))({_SAYS})\b{_REST}([.:](?!\S)|$)\s*"
+_WRAPPER = re.compile(rf"(?im)\A({_SENTENCE})+|(?<!\s)\s+({_SENTENCE})+\Z")
 
 @dataclass(frozen=True)
 class Problem:
@@ -424,13 +434,14 @@ class Problem:
 
 def read_rows(source):
     """Rows (dicts) of a data source; UserError if it cannot be found or read. A source is a .json,
-    .jsonl, .csv or .parquet file, a folder of them or of `save_to_disk`, an alias (see above) or
-    `owner/name[[:config]:split]` of the hub; without a split the only one, or train."""
-    path, kind, split = Path(source), Path(source).suffix, ""
+    .jsonl, .csv or .tsv file (or .gz of these) or .parquet, a folder of them or of `save_to_disk`,
+    an alias (see above) or `owner/name[[:config]:split]` of the hub; the only split, else train."""
+    path, kind, split = Path(source), Path(source.removesuffix(".gz")).suffix.lower(), ""
     try:
-        if kind in (".json", ".jsonl", ".csv"):
-            data = read_text_rows(path)
+        if kind in (".json", ".jsonl", ".csv", ".tsv"):
+            data = read_text_rows(path, kind)
         else:
+            check(kind == ".parquet" or not path.is_file(), "not json, jsonl, csv, tsv or parquet")
             import datasets  # takes a second
 
             datasets.utils.logging.disable_progress_bar()
@@ -455,77 +466,122 @@ def read_rows(source):
     check(len(data), f"data {source!r} is empty")
     return data
 
-def read_text_rows(path):
-    """Rows of a .json, .jsonl or .csv file. `datasets` would fit each column to one type, guessed
-    from the first 10 MB: it changes long integers and dates, and fails at types that come later."""
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".csv":
-        rows = list(csv.DictReader(io.StringIO(text)))
-        check(not any(None in row for row in rows), f"{path}: a row has more fields than the first")
+def read_text_rows(path, kind):
+    """Rows of a text file. `datasets` would fit each column to one type, guessed from the first
+    10 MB: it changes long integers and dates, and fails at types that come later."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
+        text = file.read()
+    if dialect := {".csv": "excel", ".tsv": "excel-tab"}.get(kind):
+        rows = list(csv.DictReader(io.StringIO(text), dialect=dialect))
+        check(not any(None in row for row in rows), "a row has more fields than the first")
         return rows
-    if path.suffix == ".jsonl":
+    if not text.lstrip().startswith("["):  # JSON lines
         text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
     rows = json.loads(text)
-    check(isinstance(rows, list) and all(isinstance(row, dict) for row in rows),
-          f"{path} is not a list of JSON objects")
+    check(all(isinstance(row, dict) for row in rows), "it is not a list of JSON objects")
     return rows
 
-def find_question(row):
-    """The question of a row: `problem`, `question` or `prompt` (text or chat), or None."""
-    fields = (row.get(name) for name in ("problem", "question", "prompt"))
-    question = next((text for text in fields if text is not None), None)
-    if isinstance(question, list):
-        question = next((m["content"] for m in reversed(question) if m["role"] == "user"), None)
-    return DAPO_SUFFIX.sub("", DAPO_PREFIX.sub("", str(question))).strip() if question else question
+def read_problems(source, parse):
+    """parse({column in lower case: cell}) of each row of a source; copies are parsed once. What it
+    refuses (UserError) is left out, and counted by reason. UserError if nothing is left."""
+    rows = data = read_rows(source)
+    if not isinstance(data, list):  # as batches of Arrow they take a tenth of the time
+        rows = (row for batch in data.with_format("arrow").iter(1000) for row in batch.to_pylist())
+    parsed, found, skipped = {}, [], Counter()
+    for row in progress(rows, desc=f"reading {source}", total=len(data), leave=False,
+                        disable=len(data) < 50_000):
+        key = pickle.dumps(row)  # what is fast to make and to look up
+        if key not in parsed:
+            try:
+                parsed[key] = parse({name.lower(): cell for name, cell in row.items()})
+            except UserError as reason:
+                parsed[key] = reason
+        if isinstance(parsed[key], UserError):
+            skipped[str(parsed[key])] += 1
+        else:
+            found.append(parsed[key])
+    reasons = ", ".join(f"{n} with {reason}" for reason, n in skipped.most_common()) or "none"
+    check(found, f"data {source!r} has no row to use: {reasons}; its columns: {', '.join(data[0])}")
+    print(f"{source}: {len(data)} rows, skipped {reasons}; for example {str(found[0])[-500:]}")
+    return found
 
-def to_problem(row, source):
-    """One row of any schema that we know -> Problem; UserError without a question or an answer. Of
-    a worked solution the answer is what follows `####`, else what its last box holds."""
-    row = {name.lower(): value for name, value in row.items()}
-    question, answer = find_question(row), row.get("answer")
-    if answer is None and isinstance(row.get("reward_model"), dict):
-        answer = row["reward_model"].get("ground_truth")
-    if answer is None:
-        answer = row.get("solution")
-    check(question and answer not in (None, ""),
-          f"data {source!r}: a row has no question (problem, question or prompt) or no answer "
-          f"(answer, reward_model.ground_truth or solution); it has: {', '.join(row)}")
-    answer = str(answer)
-    if "####" in answer:
-        answer = answer.rsplit("####", 1)[1].replace(",", "")
-    elif "\\boxed" in answer:
-        answer = extract_answer(answer) or answer
-    return Problem(question, answer.strip())
+def find_text(cell, who=("user", "human")):
+    """The text of a cell or, of a chat, the one message of `who`; "" if that is not just text."""
+    match cell:
+        case str():
+            return cell if "user" in who and not cell.startswith("[{") else ""
+        case {"role": name, "content": [{"text": said}] | said} | {"from": name, "value": said}:
+            return find_text(said) if name in who else ""
+        case list():
+            texts = list(filter(None, (find_text(item, who) for item in cell)))
+            check(len(texts) < 2, "several texts in one cell")
+            return "".join(texts)
+    return ""
+
+def find_question(row):
+    """The question of a row: its texts, else its chat, without instructions. UserError without."""
+    asks = ("problem", "question") if row.get("problem") or row.get("question") else CHATS
+    texts = [_WRAPPER.sub("", find_text(row.get(name)).strip()) for name in (*CONTEXTS, *asks)]
+    check(any(texts[len(CONTEXTS):]), "no question")
+    check(not (row.get("image") or row.get("images")), "an image")
+    return "\n".join(filter(None, dict.fromkeys(texts)))
+
+def find_answer(row, name):
+    """The answer in a column, or "": text, an int, a finite float or a list of these. Of a text the
+    last line if it has `####`, else the last box; a `solution` without both must be a number."""
+    values, cell = [], row.get(name)
+    for value in cell if isinstance(cell, list) else [cell]:
+        text = str(value).strip() if type(value) in (str, int, float) else ""
+        line = re.search(r"####(.*)\Z", text)
+        text = line[1].strip() if line else text
+        if "\\boxed" in text:
+            text = extract_answer(text) or ""
+        elif name == "solution" and not line and not re.fullmatch(r"[\d.,/$-]+", text):
+            text = ""
+        values.append("" if re.fullmatch(r"(?is)none|null|n/a|nan|unknown|not ?found|-?(inf)?|\[['\"].*", text) else text)
+    return ", ".join(values) if all(values) else ""
+
+def to_problem(row):
+    """A row, {column: cell}, as a Problem; UserError if no response could be checked."""
+    question, reward = find_question(row), row.get("reward_model")
+    row = {**row, **reward} if isinstance(reward, dict) else row
+    answer = next(filter(None, (find_answer(row, name) for name in ANSWERS)), "")
+    check(answer, "no answer")
+    prose = r"(?i)\bproof\b|q\.?e\.?d|\\blacksquare|((?<![\\a-z])[a-z]{2,}\b[\s,.'-]+){12}"
+    check(not re.search(prose, answer), "a proof as answer")
+    return Problem(question, answer)
 
 def problem_key(text, exact=False):
-    """What makes problems the same: no case, space, dollar, \\left, \\right; or the exact text."""
-    plain = unicodedata.normalize("NFKC", text).lower()
-    return text if exact else re.sub(r"\\left|\\right|\\[,;!: ]|[\s$]", "", plain)
+    """What makes problems the same: text without case, typesetting, spaces but `1 1`; or exact."""
+    if exact:
+        return text
+    text = re.sub("[⁰¹²³⁴-⁹⁻ⁿ]+", r"^\g<0>", re.sub("[₀-₉]+", r"_\g<0>", text))  # x² is not x2
+    text = unicodedata.normalize("NFKC", text).lower()
+    text = re.sub(r"\\!|(?<=\d)\\,(?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"(?:\\(?:left|right)(?![a-z])|\\[,;: ]|[\s$])+", " ", text)
+    return re.sub(r"(?<!\d)(?<!\d\.) |(?! \.?\d) ", "", text)
 
-def deduplicate(problems, counts, exact=False):
-    """{key: Problem}, one per question, none with contradicting answers; adds to counts."""
-    first, answers = {}, {}
-    for item in problems:
+def deduplicate(problems, exact=False):
+    """{key: Problem}, one per question, none with contradicting answers; and what was dropped."""
+    first, answers, counts = {}, {}, Counter()
+    for item, copies in Counter(problems).items():
         key = problem_key(item.problem, exact)
-        counts["rows"] += 1
-        counts["duplicates"] += key in first
+        counts["duplicates"] += copies - (key not in first)
         if key not in first or item.problem < first[key].problem:  # whatever the row order
             first[key] = item
         answers.setdefault(key, {})[item.answer] = None
     bad = {key for key, (a, *more) in answers.items() if not all(answers_equal(a, b) for b in more)}
     counts["with contradicting answers"] += len(bad)
-    return {key: item for key, item in first.items() if key not in bad}
+    return {key: item for key, item in first.items() if key not in bad}, counts
 
 def load_problems(cfg):
     """Problems of cfg.data: deduplicated, without contradictions, decontaminated, then halved.
     Their order, and so the halves, depend on the remaining problems' texts and cfg.split_seed alone
     (rank of a hash): keep data, exclude and split_seed over a recipe. UserError without any."""
-    counts, rows, exact = Counter(), read_rows(cfg.data), cfg.verifier
-    rows = progress(rows, desc=f"reading {cfg.data}", leave=False, disable=len(rows) < 50_000)
-    unique = deduplicate((to_problem(row, cfg.data) for row in rows), counts, exact)
+    unique, counts = deduplicate(read_problems(cfg.data, to_problem), cfg.verifier)
     for name in [] if cfg.exclude in ("", "none") else cfg.exclude.split(","):
         try:
-            banned = {problem_key(to_problem(row, name).problem, exact) for row in read_rows(name)}
+            banned = {problem_key(text, cfg.verifier) for text in read_problems(name, find_question)}
         except UserError as error:
             raise UserError(f"--exclude {name}: {error} (--exclude none skips this)") from error
         counts["in an evaluation set"] += len(banned & unique.keys())
@@ -535,9 +591,8 @@ def load_problems(cfg):
     used = order[: cfg.labels or None]
     middle = len(used) // 2
     chosen = {"all": used, "1": used[:middle], "2": used[middle:]}[cfg.half]
-    dropped = [f"{counts[what]} {what}" for what in counts if what != "rows" and counts[what]]
-    print(f"{cfg.data}: {counts['rows']} rows, dropped {', '.join(dropped) or 'none'}; "
-          f"{len(order)} problems, using {len(chosen)} (half: {cfg.half})")
+    dropped = ", ".join(f"{n} {what}" for what, n in counts.items() if n) or "none"
+    print(f"{cfg.data}: dropped {dropped}; {len(order)} problems, using {len(chosen)} ({cfg.half})")
     check(chosen, f"data {cfg.data!r} (half {cfg.half}) holds no problem")
     return [unique[key] for key in chosen]
 
@@ -546,17 +601,17 @@ def tokenize_problems(problems, cfg, *lms):
     UserError if a response may leave the positions of an lm."""
     prompts = (tuple(build_prompt(lms[0].tokenizer, p.problem, cfg.thinking)) for p in problems)
     filled = [dataclasses.replace(p, prompt=ids) for p, ids in zip(problems, prompts)]
-    filled = skip_long_prompts(filled, cfg)
+    filled = skip_long(filled, "prompt", "--max-prompt-tokens", cfg.max_prompt_tokens)
     for lm in lms:
         check_context(lm, cfg, max(len(p.prompt) for p in filled) + cfg.max_new_tokens)
     return filled
 
-def skip_long_prompts(items, cfg):
-    """The items whose prompt has at most --max-prompt-tokens; UserError if none has."""
-    short = [item for item in items if len(item.prompt) <= cfg.max_prompt_tokens]
+def skip_long(items, part, flag, limit):
+    """The items whose part (prompt or tokens) has at most `limit`; UserError if none has."""
+    short = [item for item in items if len(getattr(item, part)) <= limit]
     if len(short) < len(items):
-        print(f"skipped {len(items) - len(short)} prompts over {cfg.max_prompt_tokens} tokens")
-    check(short, f"every prompt is longer than --max-prompt-tokens {cfg.max_prompt_tokens}")
+        print(f"skipped {len(items) - len(short)} over {flag} {limit}")
+    check(short, f"all {len(items)} are longer than {flag} {limit}")
     return short
 
 def batch_indices(n_items, per_step, step, seed):
@@ -581,18 +636,16 @@ def count_steps(cfg, n_items):
 # _Reader computes it, _values_equal compares. A value is a number or a Composite, such as a list or
 # a matrix; a number is a Fraction or, if not exact, has 400 digits. Letters get random numbers: two
 # expressions are equal if they are at three points. Nothing is solved, expanded or executed.
-# Units and words behind a value may be missing on one side, but must not differ. A bare list keeps
-# its counts, a set \{1,2\} does not. Capitals alone (BDAC) are text. Empty boxes are skipped.
+# A unit behind a value may be missing on one side, but not differ. A bare list keeps its counts.
 # Refused are answers outside the grammar, because their meaning would be a guess: words that are no
-# unit (33 or more), `2 3`, improper mixed numbers, ellipses, sums, integrals. They equal only the
-# same text. Given up are answers beyond a limit: 2,000 characters, 400 tokens, 30 levels, 25,000
-# bits of an exact number, 10^±200 of others. Several values, ranges, extra letters equal no number.
+# unit (33 or more), `2 3`, improper mixed numbers, ellipses, sums. They equal only the same text.
+# Given up are answers beyond a limit in characters, tokens, levels, bits of an exact number or
+# magnitude (10^±200). Several values, ranges and extra letters equal no number.
 _MAX_RESPONSE, _MAX_CHARS, _MAX_TOKENS, _MAX_DEPTH = 200_000, 2_000, 400, 30
 _MAX_BITS, _MAX_LOG2, _DIGITS, _TOLERANCE = 25_000, 690, 400, 375  # 2^690 = 10^207
 _Refused, _GivenUp = SyntaxError, RecursionError
 
-def _require(condition, error=_Refused):
-    """Returns the condition; raises the error if it does not hold."""
+def _require(condition, error=_Refused):  # returns the condition, raises the error if it is not met
     if not condition:
         raise error
     return condition
@@ -652,8 +705,7 @@ _FUNCTIONS = dict(ln="log", lg="log10", arcsin="asin", arccos="acos", arctan="at
 _SPACES = r"""left right displaystyle mathbf mathbb mathcal mathit boldsymbol bm boxed fbox pounds
     euro big Big bigg Bigg bigl bigr Bigl Bigr rm bf it large Large underline text textbf mbox
     mathrm"""
-_SPELLINGS = r"""* \times \cdot \ast | / \div | ± \pm | ∓ \mp | ^ ** | : \colon | ∖ \setminus
-    \smallsetminus \backslash | < \lt | > \gt | ≤ \le \leq \leqslant <= | ≥ \ge \geq \geqslant >= |
+_SPELLINGS = r"""* \times \cdot \ast | / \div | ± \pm | ∓ \mp | ^ ** | : \colon | < \lt | > \gt | ≤ \le \leq \leqslant <= | ≥ \ge \geq \geqslant >= |
     ≠ \ne \neq != | ≈ \approx | ∈ \in | ∪ \cup | ∞ \infty inf infty infinity | \{\} \emptyset
     \varnothing | ' \prime | ° \circ \degree | \{ \lbrace | \} \rbrace | ( \langle | ) \rangle
     \rfloor \rceil | \floor( \lfloor | \ceil( \lceil | ‖ \lvert \rvert \vert \mid | \frac \dfrac
@@ -678,21 +730,18 @@ _QUALIFIER = r"\b(?:" + "|".join(r"""not? never none if when for mod\w* more les
     over under above below either wrong incorrect false
     \w*(?:ten|hundred|thousand|illion|dozen)(?:th)?""".split()) + r")s?\b"  # changes a value
 
-def _symbol(m):
-    """Returns the symbol for a command or a run of letters; quotes a run that is no product."""
+def _symbol(m):  # the symbol of a command or a run of letters; a run that is no product gets quotes
     word = m[0]
     is_word = len(word) > 3 and word.isalpha() and not word.isupper() or _UNITS.fullmatch(word)
     return _SYMBOLS.get(word.strip('"')) or (f'"{word}"' if is_word else word)
 
-def _is_unit(m):
-    """Returns whether a match of _UNITS_BEHIND is a unit, no letter and no qualifier."""
+def _is_unit(m):  # is a match of _UNITS_BEHIND a unit, no letter and no qualifier?
     unit = m[0].strip(' "').lower()
     before = re.sub('.*=|"[^"]*"', "", m.string[:m.start()])
     letter = re.fullmatch("[a-z]", unit) and re.search(r"(?i)(?<![\\a-z])[a-z](?![a-z])", before)
     return not (letter or re.search(_QUALIFIER + "|[=<>∪∨]", unit))
 
-def _unit_words(unit):
-    """Returns the words of a unit in one spelling, as far as _UNIT_NAMES knows them."""
+def _unit_words(unit):  # the words of a unit in one spelling, as far as _UNIT_NAMES knows them
     def name(m):
         singular = re.sub(r"(?<=[hx])es$|(?<=\w[^\Wu])s$", "", m[2])
         return (m[1] or "")[:1] + _UNIT_NAMES.get(singular, singular)
@@ -714,15 +763,14 @@ _UNIT = rf'[/*]? ?"[^"]*"{_EXPONENT} ?(?:[/*] ?[mgshNJK](?![A-Za-z]){_EXPONENT} 
 _UNITS_BEHIND = re.compile(  # 5 m/s, 0.99m^2, 15 "cm"^2; and the signs
     rf"[$€£¥¢%°]|{_VALUE_BEHIND} ?(?:{_UNIT})+(?! ?(?:[\w({{^]|\.\d|\\[a-z]))")
 _TABLE = [(re.compile(pattern), replacement) for pattern, replacement in (
-    # \\frac, the set of the reals, names in bold, thousands (10{,}080, 32,\!348),
-    # 0.1\overline{6} -> (0.1+6/9/10)
+    # \\frac, the reals, bold names, thousands (10{,}080), 0.1\overline{6} -> (0.1+6/9/10)
     (r"(?s)(?<!\\)\\\\(?=[A-Za-z\\])(?!.*\\end)", r"\\"),
     (r"\\mathbb\s*\{?R\}?", r"(-∞,∞)"),
     (r"(?:\\(?:math(?:bf|cal|it)|boldsymbol|bm)\s*\{|\{\s*\\bf\s)\s*(\\?[A-Za-z]+)\s*\}", r"\1 "),
     (r"(\d)\s*(?:\{\s*,\s*\}|,\\!)\s*(?=\d{3})", r"\1"),
     (r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{(\d+)\}",
      lambda m: f"({m[1] or 0}.{m[2]}+{m[3]}/{10 ** len(m[3]) - 1}/{10 ** len(m[2])})"),
-    # formula signs \( \), colours, spaces, currencies, percent
+    # formula signs \( \), colours, spaces
     (r"\\!|(?<!\\)\\[()\[\]]|\\(?:text)?color ?\{\w+\}|\\hspace\*? ?\{[^{}]*\}", ""),
     (r"(?<!\\)\$|~|\\q?quad|(?<!\\)\\(?:[,;:> ]|$)", " "),
     (r"\\([$%])", r"\1"),
@@ -738,12 +786,10 @@ _TABLE = [(re.compile(pattern), replacement) for pattern, replacement in (
     (rf"{_TEXT}(?!(?:{'|'.join(_FUNCTIONS)})\b)({_NO_DIGIT}[A-Za-z]{{2}}{_NO_DIGIT})\}}", r'"\1"'),
     (_TEXT + r"([^{}]*)\}", r" \1 "),
     (r"[,;]\s*∨", "∨"),
-    # a choice before its text; symbols (\le -> ≤), one space, differences (R - \{3\}), degrees
-    # (^{\circ}), primes, (12)_8, 6 base 7
+    # a choice before its text; symbols (\le -> ≤), one space, degrees, primes, (12)_8, 6 base 7
     (r'"(\([A-H]\)|[A-H][).:](?= )) ?(?=[^"])', r'\1 "'),
     (r'"[^"]*"|\\?[^\W\d_]+|[<>]=|\*\*|(?<=[x-z ])!=', _symbol),
     (r"\s+", " "),
-    (r"- ?(?=\\\{)", "∖"),
     (r" ?(?:\^ ?\{ ?° ?\}|\^? ?°)(?: ?([CF])(?!\w))?", lambda m: f'°"{m[1]}"' if m[1] else "°"),
     (r"\^ ?\{ ?('[' ]*)\}|\^ ?('+)", r"\1\2"),
     (r"(?:(?<![\w^}])[({] ?([\dA-F]+) ?[)}])? ?_ ?(?:\{ ?\((\d+)\) ?\})?", r"\1_\2"),
@@ -799,15 +845,13 @@ _local = threading.local()  # its mp: mpmath (the numbers of sympy) at 400 digit
 def _kind(value):
     return value.kind if isinstance(value, Composite) else _NUMBER
 
-def _approximate(x):
-    """Returns a number with 400 digits; gives up if it is too small or too large for them."""
+def _approximate(x):  # with 400 digits; given up if it is too small or too large for them
     _require(_kind(x) == _NUMBER)
     value = _local.mp.convert(x)
     in_range = not isinstance(x, Fraction) or x == 0 or abs(_local.mp.mag(value)) <= _MAX_LOG2
     return _require(in_range, _GivenUp) and value
 
-def _calculate(operation, x, y):
-    """Returns x + y or x * y, exact if both are; a matrix is computed entry by entry."""
+def _calculate(operation, x, y):  # x + y or x * y, exact if both are; of a matrix each entry
     if _kind(y) == _MATRIX and (operation is operator.mul or getattr(x, "form", "") == y.form):
         others = [x] * len(y.parts) if operation is operator.mul else x.parts
         entries = [_calculate(operation, *pair) for pair in zip(others, y.parts)]
@@ -818,20 +862,18 @@ def _calculate(operation, x, y):
     _require(max(map(int.bit_length, value.as_integer_ratio())) <= _MAX_BITS, _GivenUp)
     return value
 
-def _as_reals(x):
-    """Returns a number, a list, an interval or a set of reals as a set of reals."""
+def _as_reals(x):  # a number, a list, an interval or a set of reals as a set of reals
     kind = _kind(x)
     if kind == _REALS:
         return x
     if kind == _LIST:
-        return _combine_sets(any, *(_as_reals(_approximate(part)) for part in x.parts))
+        return _unite(*(_as_reals(_approximate(part)) for part in x.parts))
     if kind == _TUPLE and len(x.parts) == 2:
         return Composite(_REALS, x.parts, x.form.translate(str.maketrans("([])", "><><")))
     _require(kind in (_NUMBER, _EQUATION))
     return Composite(_REALS, [x.parts[-1] if kind == _EQUATION else x] * 2, "<>")
 
-def _combine_sets(is_member, *sets):
-    """Returns the union (any), the intersection (all) or another combination of sets of reals."""
+def _unite(*sets):  # the union of sets of reals
     with _local.mp.workdps(_TOLERANCE):
         steps = [((+_approximate(number), side), which, place % 2, number)
                  for which, reals in enumerate(sets)
@@ -839,8 +881,8 @@ def _combine_sets(is_member, *sets):
     inside, result = [False] * len(sets), {}  # inside: which sets hold the present number
     for position, which, stops, number in sorted(steps, key=lambda step: step[:3]):
         _require(inside[which] == stops, ValueError)  # (2,1) is no interval
-        was_member, inside[which] = is_member(inside), not stops
-        if is_member(inside) != was_member:
+        was_member, inside[which] = any(inside), not stops
+        if any(inside) != was_member:
             if result.pop(position, None) is None:  # else one set stops where another starts
                 result[position] = number
     return Composite(_REALS, [*result.values()], "".join(side for _, side in result))
@@ -849,7 +891,7 @@ def _combine_sets(is_member, *sets):
 #   answer := "{" items "}"
 #   items  := item (separator item)*        a comma, ";" or, in bare answers, "∨" ("and", "or"), "∪"
 #   item   := expr (("=" | "∈" | "≠" | "<" | "≤" | ">" | "≥") expr)*
-#   expr   := base, then from loose to tight: ":" "∖" | + - | * / and no sign | ^ ! °
+#   expr   := base, then from loose to tight: ":" | + - | * / and no sign | ^ ! °
 #   base   := number | name | sign expr | "words" | \frac base base | \binom base base
 #           | ( items ) and its kin [ ] { } \{ \} and matrices, ⟦ items ⟧ with "&" and "\\"
 #           | \sqrt [expr] base | \sin^base expr and its kin (\abs, \floor)
@@ -864,7 +906,7 @@ _LEFT_SIDE = re.compile("|".join((  # what may stand left of "=" or "∈" as a n
     r"(?:\\abs)?[(\[]?[A-Z]{1,4}[)\]]?|\"[^\"]*\"",  # AB, |AB|, "Area"
     rf"(?:\(|\\\{{|⟦){_NAME}(?:(?:,|&|\\\\){_NAME})*(?:\)|\\\}}|⟧)",  # (x,y), \{x,y\}
     rf"\\frac\{{(?:d\w|[A-Z]+)\}}\{{(?:d\w|[A-Z]+)\}}|{_QUANTITY}(?::{_QUANTITY})+")))  # AB:CD
-_UNKNOWN = re.compile(r"(-?)(\\abs\()?(?![πei∞])[^\W\d_](?:_\{?\w\}?|\([^\W\d_]\))?\)?")  # x, -x
+_UNKNOWN = re.compile(r"(?![πei∞])[^\W\d_](?:_\{?\w\}?|\([^\W\d_]\))?")  # x, x_1, f(x)
 _BRACKETS = {"{": (", ; ∨ ∪", "}"), "(": (", ;", ") ]"), "[": (", ;", ") ]"),
              "\\{": (", ;", "\\}"), "⟦": (r"& \\", "⟧")}  # opening: separators, closings
 _RATIOS, _SUMS, _PRODUCTS, _POWERS = range(4)  # what an expression may hold outside brackets
@@ -879,14 +921,12 @@ class _Reader:
         self.depth = self.functions = 0  # how many expressions and functions are not yet complete
         _require(len(self.tokens) <= _MAX_TOKENS, _GivenUp)
 
-    def take(self, *wanted):
-        """Moves behind the next token if it is one of those wanted; returns it, else ""."""
+    def take(self, *wanted):  # the next token, and moves on, if it is one of those wanted; else ""
         token = self.tokens[self.at] if self.tokens[self.at] in wanted else ""
         self.at += token != ""
         return token
 
-    def item(self):
-        """Reads an expression, or several with signs of comparison between them."""
+    def item(self):  # an expression, or several with signs of comparison between them
         outer, sides, signs = self.letters, [], ""
         while len(sides) == len(signs):
             start, self.letters = self.at, set()
@@ -916,10 +956,6 @@ class _Reader:
                 _require(self.at > start + 1 and (before not in ")}" or after == "^"))
             if loosest <= _RATIOS and self.take(":"):
                 left = Composite(_RATIO, [left, self.expression()])
-            elif loosest <= _RATIOS and self.take("∖"):
-                _require(_kind(left) != _NUMBER)
-                left, right = _as_reals(left), _as_reals(self.expression())
-                left = _combine_sets(lambda inside: inside == [True, False], left, right)
             elif loosest <= _SUMS and token in "+-":
                 left = _calculate(operator.add, left, self.expression(_PRODUCTS))
             elif loosest <= _PRODUCTS and (token in "*/" or _FACTOR.match(token)):
@@ -937,8 +973,7 @@ class _Reader:
         self.depth -= 1
         return left
 
-    def base(self, loosest=_PRODUCTS):
-        """Reads what a power may be taken of; behind a sign, an expression as of `loosest`."""
+    def base(self, loosest=_PRODUCTS):  # what has a power; behind a sign, a whole expression
         mp, token = _local.mp, _require(self.take(self.tokens[self.at]))
         if token in "+-":
             return _calculate(operator.mul, Fraction(token + "1"), self.expression(loosest))
@@ -969,8 +1004,7 @@ class _Reader:
             return Composite(_WORDS, [], token)
         return self.function(_require(_FUNCTIONS.get(token[1:])))
 
-    def bracket(self, opening):
-        """Reads what stands in brackets: an item, a list, a tuple, an interval or a matrix."""
+    def bracket(self, opening):  # an item, a list, a tuple, an interval or a matrix
         separators, closings = map(str.split, _BRACKETS[opening])
         taken, items = "", [] if self.tokens[self.at] == "\\}" else [self.item()]
         while separator := self.take(*separators):
@@ -981,15 +1015,14 @@ class _Reader:
             return items[0]
         if opening in ("{", "\\{"):
             if "∪" in taken or any(_kind(item) == _REALS for item in items):
-                return _combine_sets(any, *map(_as_reals, items))
+                return _unite(*map(_as_reals, items))
             return Composite(_LIST, items, "set" if opening == "\\{" else "")
         kind, form = (_MATRIX, taken) if opening == "⟦" else (_TUPLE, brackets)
         value, inf = Composite(kind, items, form), _local.mp.inf
         is_interval = len(items) == 2 and (form in ("(]", "[)") or inf in items or -inf in items)
         return _as_reals(value) if is_interval else value
 
-    def function(self, name):
-        """Reads on in sin^2 x, log_2 8, sin b cos a: x ends before a function or a bracket."""
+    def function(self, name):  # sin^2 x, log_2 8, sin b cos a: x ends before a function or bracket
         base = self.base() if self.take("_") else +_local.mp.e
         power = self.base() if self.take("^") else Fraction(1)
         self.functions += 1
@@ -1000,13 +1033,10 @@ class _Reader:
         self.functions -= 1
         if power == -1 and name in ("sin", "cos", "tan"):
             name, power = "a" + name, Fraction(1)
-        exact = {"floor": math.floor, "ceil": math.ceil, "fabs": abs}.get(name)
-        value = Fraction(exact(x)) if exact and isinstance(x, Fraction) else self.call(name, x)
-        value = value / _local.mp.log(_approximate(base)) if name == "log" else value
+        value = self.call(name, x) / (_local.mp.log(_approximate(base)) if name == "log" else 1)
         return self.power(value, power)
 
-    def power(self, x, y):
-        """Returns x^y; gives up before a large result is computed; odd roots are real."""
+    def power(self, x, y):  # x^y; given up before a large result is computed; odd roots are real
         if isinstance(x, Fraction) and isinstance(y, Fraction) and y.denominator == 1:
             size = max(map(int.bit_length, x.as_integer_ratio()))
             if size * abs(y) <= _MAX_BITS or abs(x) in (0, 1):
@@ -1017,15 +1047,13 @@ class _Reader:
             return (-1) ** y.numerator * self.call("power", -base, exponent)
         return self.call("power", base, exponent)
 
-    def count(self, function, *args):
-        """Returns a factorial or binomial of natural numbers; it is undefined for others."""
+    def count(self, function, *args):  # a factorial or binomial, undefined but of natural numbers
         _require(all(isinstance(x, Fraction) and x.denominator == 1 for x in args), ValueError)
         _require(0 <= args[-1] <= args[0], ValueError)
         _require(args[0] <= 2_500, _GivenUp)
         return Fraction(function(*map(int, args)))
 
-    def call(self, name, *args):
-        """Returns the value of a function of mpmath; gives up if it is too large."""
+    def call(self, name, *args):  # a function of mpmath; given up if its value is too large
         mp, args = _local.mp, [_approximate(x) for x in args]
         value = getattr(mp, name)(*args)
         _require(not value or not mp.mag(value) > _MAX_LOG2, _GivenUp)
@@ -1041,28 +1069,19 @@ def _relation(values, texts, signs):
     if signs == "∈" and name:
         interval = _kind(values[1]) == _TUPLE and values[1].form in ("()", "[]")
         return _as_reals(values[1]) if interval else values[1], 0
-    unknowns = [(place, m) for place, m in enumerate(map(_UNKNOWN.fullmatch, texts)) if m]
-    pattern = [place for place, _ in unknowns], signs.replace("≤", "<")
-    if pattern not in (([0], "<"), ([1], "<"), ([0], "≠"), ([1], "≠"), ([1], "<<")):
+    places = [place for place, text in enumerate(texts) if _UNKNOWN.fullmatch(text)]
+    if (places, signs.replace("≤", "<")) not in (([0], "<"), ([1], "<"), ([1], "<<")):
         return Composite(_CHAIN, values, signs), None
-    place, (minus, absolute), inf = unknowns[0][0], unknowns[0][1].groups(), _local.mp.inf
+    place, inf = places[0], _local.mp.inf
     numbers = [values[0] if place else -inf, values[-1] if place < len(signs) else inf]
     form = ("<" if signs[:place] == "≤" else ">") + (">" if signs[place:] == "≤" else "<")
-    if signs == "≠":
-        numbers, form = [-inf, values[1 - place], values[1 - place], inf], "><><"
-    reals = Composite(_REALS, numbers, form)
-    mirrored = [_calculate(operator.mul, Fraction(-1), number) for number in reversed(numbers)]
-    mirrored = Composite(_REALS, mirrored, form[::-1].translate(str.maketrans("<>", "><")))
-    if absolute:  # |x| < a is -a < x < a, |x| > a is x < -a or x > a
-        return _combine_sets(all if numbers[0] == -inf else any, reals, mirrored), place
-    return mirrored if minus else reals, place
+    return Composite(_REALS, numbers, form), place
 
 # --- comparison
 _LABEL = re.compile(r"\(?([A-H])(?:\)|[.:] ) ?((?=.*[\da-z])"  # (B) 12, B. 12, (B) "Plane"
                     r"(?:(?!\b(?:[A-H]|is|not|wrong|maybe)\b)[^∪∨])*)")
 
-def _evaluate(text, point):
-    """Returns the value of an answer at a sample point, and its letters; ± is a list of two."""
+def _evaluate(text, point):  # the value of an answer at a sample point, its letters; ± is a list
     parts = []
     for signs in ("+-", "-+"):
         reader = _Reader(text.translate(str.maketrans("±∓", signs)), point)
@@ -1092,18 +1111,16 @@ def _values_equal(x, y):
         return _values_equal(x.parts[-1], y.parts[-1])
     if a == b == _LIST:
         n, both = len(x.parts), x.parts + y.parts  # a part's number: the first one equal to it
-        numbers = [next((i for i, other in enumerate(both) if _values_equal(part, other)), -1)
+        numbers = [next((i for i, other in enumerate(both) if _values_equal(part, other)), id(part))
                    for part in both]
         here, there = Counter(numbers[:n]), Counter(numbers[n:])
-        alike = here == there or "set" in (x.form, y.form) and here.keys() == there.keys()
-        return alike and -1 not in here
+        return here == there or "set" in (x.form, y.form) and here.keys() == there.keys()
     if (a, b) == (_LIST, _TUPLE) and y.form == "()":  # x = 1, y = 2 is (1,2)
         names = {part.form for part in x.parts if _kind(part) == _EQUATION and part.form}
         alike = len(names) == len(y.parts)
     return alike and len(x.parts) == len(y.parts) and all(map(_values_equal, x.parts, y.parts))
 
-def _proportional(pairs):
-    """Returns whether two equations are multiples of each other at all sample points."""
+def _proportional(pairs):  # are two equations multiples of each other at all sample points?
     if any(_kind(x) != _EQUATION or len(x.parts) != 2 for pair in pairs for x in pair):
         return False
     gaps = [[_approximate(x.parts[0]) - _approximate(x.parts[1]) for x in pair] for pair in pairs]

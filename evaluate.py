@@ -22,11 +22,10 @@ from typing import Literal
 
 import numpy as np
 
-from common import (DATA_ALIASES, REWARD, append_json_line, build_prompt, check, check_context,
-                    describe_run, differences, fingerprint, json_line, judge, load_lm, lock,
-                    on_rank_0, progress, rank, read_json, read_json_lines, read_record, read_rows,
-                    response_text, run_cli, sample_and_write, short_hash, to_problem, write_json,
-                    write_text)
+from common import (REWARD, append_json_line, build_prompt, check, check_context, describe_run,
+                    differences, fingerprint, json_line, judge, load_lm, lock, on_rank_0, progress,
+                    rank, read_json, read_json_lines, read_problems, read_record, response_text,
+                    run_cli, sample_and_write, short_hash, to_problem, write_json, write_text)
 
 @dataclass
 class Config:
@@ -96,14 +95,16 @@ def summarise(lines):
         "gave_up": float((verdicts == "gave_up").mean())}
 
 def read_sets(cfg):
-    """{set name: problems} of --data. Raises UserError for a set that is missing or empty."""
-    sets = {}
-    for source in cfg.data.split(","):
-        problems = [to_problem(row, source) for row in read_rows(source)]
-        name = source if source in DATA_ALIASES else Path(source).stem.replace(":", "-")
-        check(problems, f"data {source!r} holds no problem")
-        check(name not in sets, f"--data {cfg.data}: two sets have one name")
-        sets[name] = problems
+    """{set name: problems} of --data. A set has its file's name, with folders where two have one.
+    Raises UserError for a set that is missing, empty or there twice."""
+    sources, sets = list(filter(None, map(str.strip, cfg.data.split(",")))), {}
+    paths = [Path(re.sub(r"\.(jsonl?|csv|tsv|parquet)(\.gz)?$", "", s)).parts for s in sources]
+    for source, path in zip(sources, paths):
+        tails = (path[-n:] for n in range(1, 1 + len(path)))
+        own = next((x for x in tails if sum(x == p[-len(x):] for p in paths) == 1), None)
+        check(own, f"--data {cfg.data}: two sets have one name")
+        sets[re.sub("[:/]", "-", "-".join(own))] = read_problems(source, to_problem)
+    check(sets, f"--data {cfg.data!r} names no set")
     return sets
 
 def answer_set(cfg, lm, problems, path):

@@ -11,7 +11,7 @@ states. `--targets` offers
     hard  only the token that the teacher sampled: teacher-sample SFT (route R2); --only-correct
           keeps the responses with a reward above 0 (with one model as --teacher and --student:
           the SFT'd teacher of R6; ours, the paper does not say how that one was trained)
-    data  the `response` (or `solution`) field of all of --data, without a teacher: plain SFT
+    data  the `response` (or `solution`) of all rows of --data, without a teacher: plain SFT
 
 Left out: mixing in labels or the student's own states. `diff fkl_warmup.py opd.py` shows where the
 states come from and which way the KL points. Axes: P prompts, K rollouts each, N response tokens of
@@ -31,12 +31,13 @@ from typing import Literal
 
 import torch
 
-from common import (REWARD, Rollout, Run, StageConfig, all_reduce_sum, append_json_line,
+from common import (CHATS, REWARD, Rollout, Run, StageConfig, all_reduce_sum, append_json_line,
                     batch_indices, build_prompt, check, check_context, check_pair, count_steps,
-                    describe_lm, differences, drawn, end_of_turn, find_question, fingerprint,
-                    judge, load_lm, load_problems, lock, make_optimizer, on_rank_0, optimizer_step,
-                    over_chunks, pick, progress, read_json_lines, read_rows, response_text,
-                    run_cli, sample_and_write, shared_micro_batches, skip_long_prompts, tokenize_problems)
+                    describe_lm, differences, drawn, end_of_turn, find_question, find_text,
+                    fingerprint, judge, load_lm, load_problems, lock, make_optimizer, on_rank_0,
+                    optimizer_step, over_chunks, pick, progress, read_json_lines, read_problems,
+                    response_text, run_cli, sample_and_write, shared_micro_batches, skip_long,
+                    tokenize_problems)
 
 @dataclass
 class Config(StageConfig):  # whose flags all three stages have
@@ -125,19 +126,23 @@ def correct_only(groups, problems, tokenizer, verifier=""):
     check(correct, "--only-correct: the teacher solves none of these problems")
     return correct
 
+def worked_example(row):
+    """A question and its `response`, else `solution`, else what the assistant says in a chat."""
+    texts = [find_text(row.get(name)) for name in ("response", "solution")]
+    texts += [find_text(row.get(name), ("assistant", "gpt", "model")) for name in CHATS]
+    response = next(filter(None, texts), "")
+    check(response, "no response")
+    return find_question(row), response
+
 def worked_examples(cfg, lm):
-    """All rows of --data, a question, a `response` (or `solution`), its stop, as [[Rollout]]."""
+    """All rows of --data, a question, a response to it, its stop, as [[Rollout]]."""
     rows, end = [], end_of_turn(lm.tokenizer) or lm.stop_ids[0]  # id 0 is the first of them, too
-    for row in read_rows(cfg.data):
-        row = {name.lower(): value for name, value in row.items()}
-        question, response = find_question(row), row.get("response") or row.get("solution")
-        check(question is not None and response,
-              f"data {cfg.data!r}: a row has no question (problem, question, prompt) or no "
-              f"response (response or solution); it has: {', '.join(row)}")
+    for question, response in read_problems(cfg.data, worked_example):
         tokens = lm.tokenizer.encode(response, add_special_tokens=False)
         rows.append(Rollout(build_prompt(lm.tokenizer, question, cfg.thinking),
                             tokens + [end], [], True))
-    rows = skip_long_prompts(rows, cfg)
+    rows = skip_long(rows, "prompt", "--max-prompt-tokens", cfg.max_prompt_tokens)
+    rows = skip_long(rows, "tokens", "--max-new-tokens", cfg.max_new_tokens)
     check_context(lm, cfg, max(len(row.prompt + row.tokens) for row in rows))
     return [[row] for row in rows]
 

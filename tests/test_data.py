@@ -4,18 +4,24 @@ Each expected value is written down by hand; nothing is computed with the functi
 """
 
 import csv
+import datetime
+import decimal
+import gzip
 import json
+import math
 import os
 import random
 import re
+import time
 from collections import Counter
 
 import datasets
 import pytest
 
 import common
-from common import (UserError, batch_indices, read_json_lines, read_rows, to_problem,
-                    tokenize_problems)
+import evaluate
+from common import (UserError, batch_indices, find_question, grade, read_json_lines, read_problems,
+                    read_rows, to_problem, tokenize_problems)
 from fkl_warmup import Config, worked_examples
 
 PREFIX = ("Solve the following math problem step by step. The last line of your response should be "
@@ -49,7 +55,7 @@ SCHEMAS = {  # name: (row, its question, its answer)
     "gsm8k": (
         {"question": "Ann sells 1,000 pens and 234 more. How many?",
          "answer": "She sells 1000+234 = <<1000+234=1234>>1,234 pens.\n#### 1,234"},
-        "Ann sells 1,000 pens and 234 more. How many?", "1234"),
+        "Ann sells 1,000 pens and 234 more. How many?", "1,234"),
     "MATH, boxed solution only": (
         {"problem": "Add halves.", "level": "Level 1",
          "solution": "First \\boxed{1} is wrong; the sum is $\\boxed{\\frac{3}{2}}$."},
@@ -98,7 +104,7 @@ def write_as(kind, folder, rows):
 def test_every_schema_gives_the_bare_question_and_the_final_answer(schema, kind, tmp_path):
     """Nested, plain and capitalised fields read the same from every file format."""
     row, question, answer = SCHEMAS[schema]
-    got = [to_problem(r, "x") for r in read_rows(write_as(kind, tmp_path, [row, row]))]
+    got = read_problems(write_as(kind, tmp_path, [row, row]), to_problem)
     assert [(p.problem, p.answer) for p in got] == [(question, answer)] * 2
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
@@ -114,7 +120,7 @@ def test_text_files_are_read_as_they_stand(kind, tmp_path):
                                                      "answer": "\\pi", "extra": [3]}]
         answers[4], answers[6] = "9" * 30, "7"
         answers += ["2.5", "\\pi"]
-    got = [to_problem(row, "x") for row in read_rows(write_as(kind, tmp_path, rows))]
+    got = read_problems(write_as(kind, tmp_path, rows), to_problem)
     assert [(p.problem, p.answer) for p in got] == [(f"{i}?", a) for i, a in enumerate(answers)]
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -124,6 +130,197 @@ def test_a_file_rewritten_under_its_name_is_read_anew(kind, tmp_path):
         path = write_as(kind, tmp_path, [{"problem": "a?", "answer": answer}])
         os.utime(path, (int(answer),) * 2)
         assert load_problems(path) == [("a?", answer)]
+
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl", b'\xef\xbb\xbf{"problem": "a?", "answer": 1}\n'),
+    ("a.csv", b"\xef\xbb\xbfproblem,answer\r\na?,1\r\n"),
+    ("a.tsv", b"problem\tanswer\na?\t1\n"), ("a.CSV", b"Problem,Final_Answer\na?,1\n"),
+    ("a.jsonl.gz", gzip.compress(b'{"problem": "a?", "answer": 1}\n')),
+    ("a.csv.gz", gzip.compress(b"problem,answer\na?,1\n")),
+    ("a.json", b'{"problem": "a?", "answer": 1}\n{"problem": "a?", "answer": 1}\n'),
+    ("a.json", b'{"prompt": [{"role": "user", "content": "a?"}], "answer": 1}'),
+    ("a.jsonl", b'[{"problem": "a?", "answer": 1}]')])
+def test_files_as_people_write_them_are_read(name, content, tmp_path):
+    """Byte-order marks, gzip, tabs, capitals, JSON lines in a .json."""
+    (tmp_path / name).write_bytes(content)
+    assert load_problems(tmp_path / name) == [("a?", "1")]
+
+# --- questions in several columns, chats, answers
+
+def read(*rows):
+    """(question, answer) of rows as they stand in a file, or why there is none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "read_rows", lambda source: list(rows))
+        try:
+            return [(p.problem, p.answer) for p in read_problems("x", to_problem)]
+        except UserError as error:
+            return str(error)
+
+PACKS = ("Each pack of dvds costs 76 dollars with a discount of 25.", "How much for each pack?")
+VERL = " Let's think step by step and output the final answer within \\boxed{}."
+
+def chat(*turns, role="role", content="content"):
+    return [{role: who, content: text} for who, text in turns]
+
+@pytest.mark.parametrize("row, want", [
+    ({"Body": PACKS[0], "Question": PACKS[1]}, "\n".join(PACKS)),
+    ({"question": PACKS[1], "context": PACKS[0]}, "\n".join(PACKS)),
+    ({"Passage": PACKS[0], "Problem": PACKS[1]}, "\n".join(PACKS)),
+    ({"context": PACKS[0], "prompt": chat(("user", PACKS[1] + VERL))}, "\n".join(PACKS)),
+    ({"problem": "2x = 4.", "question": "Find x."}, "2x = 4.\nFind x."),
+    ({"problem": "Find x.", "question": "Find x."}, "Find x."),
+    ({"problem": "P?", "prompt": chat(("user", "P?" + VERL))}, "P?"),
+    ({"problem": "P?", "prompt": chat(("user", PREFIX + "P?" + SUFFIX))}, "P?"),
+    ({"problem": "P?", "prompt": chat(("user", "A wrapper that nobody knows: P?"))}, "P?"),
+    ({"problem": "P?", "image": None, "choices": []}, "P?"),
+    ({"problem": "P?", "image": {"bytes": "x"}}, "an image"),
+    ({"problem": "P?", "images": [1]}, "an image"),
+    ({"question": "Which?", "choices": ["1", "2"]}, "several texts"),
+    ({"context": "Only that."}, "no question"), ({"problem": 5}, "no question"),
+    ({"instruction": "Find x.", "input": "2x = 4"}, "no question"),
+    ({"prompt": chat(("user", [{"type": "text", "text": "P?"}]))}, "P?"),
+    ({"prompt": chat(("human", "P?"), role="from", content="value")}, "P?"),
+    ({"prompt": json.dumps(chat(("user", "P?")))}, "no question"),
+    ({"prompt": str(chat(("user", "P?")))}, "no question"),
+    ({"prompt": chat(("user", "P?"))[0]}, "P?"),
+    ({"messages": chat(("system", "Be brief."), ("user", "P?"), ("assistant", "A."))}, "P?"),
+    ({"conversations": chat(("human", "P?"), ("gpt", "A."), role="from", content="value")}, "P?"),
+    ({"prompt": chat(("user", "P?"), ("assistant", "A."), ("user", "And Q?"))}, "several texts"),
+    ({"prompt": chat(("user", [{"type": "image", "image": "x"}, {"type": "text", "text": "P?"}]))},
+     "no question"),
+    ({"prompt": [{"text": "P?"}]}, "no question"), ({"prompt": []}, "no question"),
+    ({"prompt": [{"role": "user"}]}, "no question"), ({"prompt": {"a": 1}}, "no question"),
+    ({"problem": "In [1, 2] and {3}, what?"}, "In [1, 2] and {3}, what?")])
+def test_a_question_is_read_whole_or_refused_by_name(row, want):
+    """Columns are joined, a repetition is not; of a chat the user's message in every spelling."""
+    got = read({**row, "answer": "1"})
+    assert got == [(want, "1")] or isinstance(got, str) and want in got
+
+@pytest.mark.parametrize("row, want", [
+    ({"solution": ["By symmetry ..."], "final_answer": ["$\\frac34$"]}, "$\\frac34$"),
+    ({"answer": ["70"]}, "70"), ({"answer": "['70']"}, None), ({"answer": '["\\\\pi"]'}, None),
+    ({"answer": [7]}, "7"), ({"answer": ["2", -1]}, "2, -1"),
+    ({"answer": "[1, 2]"}, "[1, 2]"), ({"answer": 51.0}, "51.0"),
+    ({"answer": 10**20}, "100000000000000000000"),
+    ({"answer": 0}, "0"), ({"answer": True}, None), ({"answer": [True]}, None),
+    ({"answer": datetime.date(2024, 1, 2)}, None), ({"answer": decimal.Decimal(2)}, None),
+    ({"answer": {"value": 3}}, None), ({"answer": b"3"}, None), ({"answer": []}, None),
+    ({"answer": [["1"], ["2"]]}, None), ({"answer": ["1", None]}, None), ({"answer": "  "}, None),
+    ({"answer": math.nan}, None), ({"answer": math.inf}, None),
+    ({"answer": [1.5, -math.inf]}, None), ({"answer": "-"}, None),
+    ({"answer": math.nan, "solution": "So \\boxed{3}."}, "3"),
+    ({"answer": "N/A"}, None), ({"answer": "None"}, None),
+    ({"answer": "NA"}, "NA"), ({"answer": "no solution"}, "no solution"), ({"answer": "0"}, "0"),
+    ({"answer": "\\{\\}"}, "\\{\\}"), ({"answer": "∞"}, "∞"),
+    ({"reward_model": {"ground_truth": ["72"]}}, "72"), ({"reward_model": "rule"}, None),
+    ({"reward_model": {"ground_truth": '["-3"]'}}, None), ({"ground_truth": "5"}, "5"),
+    ({"Expected_Answer": 5}, "5"), ({"gold": "5"}, None),
+    ({"solution": "By symmetry it is so."}, None), ({"solution": "4"}, "4"), ({"solution": 4}, "4"),
+    ({"solution": "First \\boxed{1}, then\n#### 1,234"}, "1,234"),
+    ({"solution": "#### Step 1\nWe get \\boxed{7}."}, "7"), ({"solution": "so \\boxed{7"}, None),
+    ({"answer": "So it is.\n#### (1,200)"}, "(1,200)"),
+    ({"answer": "proof"}, None), ({"answer": "\\text{Proof.}"}, None),
+    ({"answer": "Q.E.D."}, None), ({"answer": "not found"}, None), ({"answer": "null"}, None),
+    ({"answer": "By symmetry we see that the two areas are equal, so that the claim holds."}, None),
+    ({"answer": "The area of the shaded region is 12"}, "The area of the shaded region is 12"),
+    ({"answer": "proof", "solution": "Thus \\boxed{x>0}."}, None),
+    ({"answer": "so \\boxed{7", "solution": "7"}, "7"),
+    ({"answer": "waterproof"}, "waterproof"), ({"answer": "\\text{even}"}, "\\text{even}")])
+def test_an_answer_is_a_value_that_a_response_can_be_checked_by(row, want):
+    """Text, a finite number, or a list of them; of a worked text `####` or the last box."""
+    got = read({"problem": "P?", **row})
+    assert got[0][1] == want if want else "no row to use" in got
+
+def test_a_list_of_answers_needs_all_of_them(tmp_path):
+    """The gold of ["2", "-1"] is one answer of two values; order does not matter."""
+    (_, gold), = read({"problem": "P", "answer": ["2", "$-1$"]})
+    verdicts = [grade(f"\\boxed{{{given}}}", gold) for given in ("2, -1", "-1 and 2", "2", "2, 1")]
+    assert verdicts == ["correct", "correct", "wrong", "wrong"]
+
+def test_rows_that_cannot_be_checked_are_counted_by_reason(tmp_path, capsys):
+    """They refuse no set and pass none unseen, in evaluation too; a set of them is refused."""
+    rows = [*numbered(3), {"problem": "Prove it.", "answer": "proof"}, {"problem": "a"},
+            {"problem": "b", "solution": "Clear."}, {"text": "c"}]
+    path = write_lines(tmp_path / "d.jsonl", rows)
+    assert len(load_problems(path)) == 3
+    assert len(evaluate.read_sets(evaluate.Config(data=path))["d"]) == 3
+    said = capsys.readouterr().out
+    skipped = "7 rows, skipped 2 with no answer, 1 with a proof as answer, 1 with no question; "
+    example = "for example Problem(problem='Problem 0', answer='0'"
+    assert said.count(skipped + example) == 2
+    with pytest.raises(UserError, match="no row to use: 2 with no answer"):
+        load_problems(write_lines(tmp_path / "e.jsonl", rows[4:6]))
+    # an evaluation problem needs no answer to be kept out of training
+    assert len(load_problems(path, exclude=write_lines(tmp_path / "f.jsonl", [
+        {"problem": "Problem 1"}, {"problem": "Problem 2", "answer": "proof"}]))) == 1
+
+def test_a_saved_format_is_read_as_plain_values(tmp_path):
+    table = datasets.Dataset.from_dict({"problem": ["a?", "b?"], "answer": [[1.5], [2.0]],
+                                        "date": [datetime.date(2024, 1, 2)] * 2})
+    table.with_format("numpy").save_to_disk(str(tmp_path / "d"))
+    assert sorted(load_problems(tmp_path / "d")) == [("a?", "1.5"), ("b?", "2.0")]
+
+# --- instructions of preparers
+
+HEADS = ["", PREFIX, "Please reason step by step, and put your final answer within \\boxed{}.\n",
+         "Solve the following math problem step by step:\n", """Solve the following math problem. \
+Make sure to put the answer (and only answer) inside \\boxed{}.\n\n"""]
+TAILS = ["", SUFFIX, VERL, "\nLet's think step by step.", " Think step by step before answering",
+         "\nPlease reason step by step, and put your final answer within \\boxed{}.",
+         ' Let\'s think step by step and output the final answer after "####".',
+         "\n\nPresent the answer in LaTex format: \\boxed{Your answer}",
+         "\nReturn your final response within \\boxed{}.", " Provide your answer in \\boxed{}.",
+         "\nThe final answer MUST BE put in \\boxed{}.",
+         " Enclose your final answer in \\boxed{}.", """ You FIRST \
+think about the reasoning process as an internal monologue and then provide the final answer. The \
+reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE put in \
+\\boxed{}.""", """ You must put your answer inside \
+<answer> </answer> tags, i.e., <answer> answer here </answer>. And your final answer will be \
+extracted automatically by the \\boxed{} tag."""]
+
+@pytest.mark.parametrize("problem", ["How many primes are below 10?", "Find $x$, where $x^2=4$",
+                                     "What is 3+4? Express your answer as a common fraction."])
+def test_instructions_of_preparers_are_no_part_of_a_problem(problem):
+    for head in HEADS:
+        for tail in TAILS:
+            assert find_question({"prompt": head + problem + tail}) == problem, (head, tail)
+
+@pytest.mark.parametrize("text", [
+    "Find x. Put your answer in simplest form.", "Enter your answer as a fraction.", "What is x?",
+    "Consider primes. Give the number of primes below ten within \\boxed{}.", "Solve: 2x = 4",
+    "A child climbs the stairs step by step", "Let x = 5. Solve 2x = y step by step.",
+    "What goes into the \\boxed{}?", "Please find x and put your final answer within \\boxed{}.",
+    "Find x. Put your answer in \\boxed{}, rounded to two decimals.", "If it is \\boxed{a}, what?",
+    "Solve x. Write your answer in the form \\boxed{a}+b.", "Let x be 2. Is the answer \\boxed{x}?",
+    "Let's think step by step and find x.", "Put 3 balls into the \\boxed{} urn.",
+    "Put your answer as a fraction into \\boxed{}.", "Solve this equation step by step: x = 4",
+    "Find x and put your final answer within \\boxed{}.",
+    "Write your answer.", "How many steps? Give your answer in the form (a,b)."])
+def test_what_asks_for_something_stays_in_the_problem(text):
+    assert find_question({"problem": text}) == text
+
+@pytest.mark.parametrize("text", ["Put the answer " * 3000, " " * 15_000 + "x", "Answer: " * 5000])
+def test_a_long_text_is_searched_in_linear_time(text):
+    started = time.process_time()
+    find_question({"problem": "x" + text + "?"})
+    assert time.process_time() - started < 2  # quadratic would be 6 or more
+
+def test_a_wrapped_evaluation_problem_leaves_the_training_set(tmp_path):
+    path = write_lines(tmp_path / "d.jsonl", [
+        {"prompt": "How many primes are below 10?" + VERL, "answer": "4"}, *numbered(1)])
+    bare = write_lines(tmp_path / "e.jsonl", [{"question": "How many primes are below 10?"}])
+    assert load_problems(path, exclude=bare) == [("Problem 0", "0")]
+
+@pytest.mark.parametrize("a, b, same", [
+    ("1 1/2 + 1", "11/2 + 1", False), ("x² = 4", "x2 = 4", False), ("x₂ = 4", "x2 = 4", False),
+    ("1½", "11/2", False), ("Ann has 5. 3 more", "Ann has 5.3 more", False),
+    ("$1$ $2$", "12", False),
+    ("1\\ 1/2", "11/2", False), ("f\\leftarrow", "f\\rightarrow", False), ("2³", "23", False),
+    ("10\\,000", "10000", True), ("\\left( 0, 1\\right)", "(0,\\;1)", True), ("2 + 3", "2+3", True),
+    ("a\\! b", "A b", True), ("1  1/2\n", "1 1/2", True), ("Find $x$ .", "find x.", True),
+    ("x² = 4", "x^2 = 4", True)])
+def test_only_typesetting_is_lost_in_the_key(a, b, same):
+    assert (common.problem_key(a) == common.problem_key(b)) == same
 
 # --- splits and hub names
 
@@ -226,7 +423,7 @@ def test_evaluation_problems_leave_before_the_split(tmp_path, capsys):
     two = write_lines(tmp_path / "eval2.jsonl", [{"Problem": "Problem 11", "Answer": 0}])
     assert halves(everything, exclude=f"{one},{two}") == halves(clean)
     load_problems(everything, exclude=f"{one},{two}")
-    said = capsys.readouterr().out.splitlines()[-1]
+    said = capsys.readouterr().out
     assert "2 in an evaluation set" in said and "18 problems" in said
 
 def test_a_missing_evaluation_set_is_an_error_with_the_way_out(tmp_path):
@@ -243,21 +440,31 @@ def test_too_long_prompts_are_counted_and_skipped(student_lm, capsys):
     problems = [common.Problem(t, "1") for t in ("5a+3", "5a+3b", "5a+3b-1")]  # 6, 7, 9 tokens
     kept = tokenize_problems(problems, settings(max_prompt_tokens=7, max_new_tokens=8), student_lm)
     assert [(p.problem, len(p.prompt)) for p in kept] == [("5a+3", 6), ("5a+3b", 7)]
-    assert "skipped 1 " in capsys.readouterr().out
+    assert "skipped 1 over --max-prompt-tokens 7" in capsys.readouterr().out
     with pytest.raises(UserError, match="--max-prompt-tokens 5"):
         tokenize_problems(problems, settings(max_prompt_tokens=5), student_lm)
 
 def test_sft_examples_end_with_eos_and_keep_the_text(tmp_path, student_lm, capsys):
-    """A `response` (else `solution`) becomes response ids that end with eos; long prompts are
-    counted and skipped."""
+    """A `response`, else `solution`, else what the assistant says, becomes response ids that end
+    with eos; prompts and responses over their limits, rows without one are counted and skipped."""
+    said = chat(("user", "1a+3"), ("assistant", "\\boxed{(4)}"))
     rows = [{"problem": "1a+1", "response": "a1+1=2,\\boxed{(2)}"}, {"problem": "1a+1b+1",
-            "response": "2"}, {"problem": "1a+2", "solution": "\\boxed{(3)}"}]
+            "response": "2"}, {"problem": "1a+2", "solution": "\\boxed{(3)}"}, {"messages": said},
+            {"problem": "1a+1", "response": "a1+1=2,a1+1=2,\\boxed{(2)}"}, {"problem": "1a+1"},
+            {"problem": "1a+1", "response": 5}, {"prompt": "1a+1"}]
     path = write_lines(tmp_path / "d.jsonl", rows)
-    groups = worked_examples(settings(data=path, max_prompt_tokens=6), student_lm)
+    limits = {"max_prompt_tokens": 6, "max_new_tokens": 13}  # the first response has 13 tokens
+    groups = worked_examples(settings(data=path, **limits), student_lm)
     got = [(student_lm.tokenizer.decode(g.prompt), student_lm.tokenizer.decode(g.tokens))
            for (g,) in groups]
-    assert got == [("Q1a+1?", "a1+1=2,\\boxed{(2)}<eos>"), ("Q1a+2?", "\\boxed{(3)}<eos>")]
-    assert all(g.finished for (g,) in groups) and "skipped 1" in capsys.readouterr().out
+    assert got == [("Q1a+1?", "a1+1=2,\\boxed{(2)}<eos>"), ("Q1a+2?", "\\boxed{(3)}<eos>"),
+                   ("Q1a+3?", "\\boxed{(4)}<eos>")]
+    assert all(g.finished for (g,) in groups)
+    out = capsys.readouterr().out
+    for part in ("3 with no response", "1 over --max-prompt-tokens 6", "1 over --max-new-tokens"):
+        assert f"skipped {part}" in out
+    with pytest.raises(UserError, match="--max-new-tokens 1"):
+        worked_examples(settings(data=path, max_new_tokens=1), student_lm)
 
 def test_batches_are_a_pure_function_of_seed_and_step():
     """The same step gives the same batch in any order of calls and for any global random state;
@@ -294,6 +501,13 @@ def test_incomplete_batches_never_repeat_an_item_nor_starve_one():
     ("noquestion.jsonl", '{"text": "a", "answer": "1"}\n', "no question.*text, answer"),
     ("noanswer.jsonl", '{"problem": "a", "level": 3}\n', "no answer.*problem, level"),
     ("number.jsonl", "5\n", "number.jsonl"),
+    ("words.txt", "a", "words.txt.*not json, jsonl, csv"),
+    ("book.xlsx", b"PK", "book.xlsx.*not json, jsonl, csv"),
+    ("two.csv", "problem;answer\na?;1\n", "no question.*problem;answer"),
+    ("wide.jsonl", '{"problem": "a"}'.encode("utf-16"), "wide.jsonl.*utf-8"),
+    ("bad.jsonl.gz", "no gzip", "bad.jsonl.gz.*gzip"),
+    ("table.json", '{"data": [{"problem": "a", "answer": 1}]}', "no question.*data"),
+    ("columns.json", '{"problem": ["a", "b"], "answer": ["1", "2"]}', "several texts in one cell"),
     ("bad.parquet", "no parquet", "bad.parquet"),
 ])
 def test_data_mistake_is_one_readable_line(name, content, message, tmp_path):

@@ -182,11 +182,20 @@ def test_a_verifier_of_ones_own_is_part_of_what_samples_are(world, done, copy, t
     evaluate.main(settings(world, copy))
     assert (copy / "test.jsonl").read_bytes() == (done / "test.jsonl").read_bytes()
 
-def test_two_sets_of_one_name_are_refused(world, tmp_path):
-    shutil.copy(world / "valid.jsonl", tmp_path / "test.jsonl")
+@pytest.mark.parametrize("files, names", [
+    (["a/test.jsonl", "b/test.jsonl"], ["a-test", "b-test"]),
+    (["test.jsonl", "valid.jsonl"], ["test", "valid"]),
+    (["x/a/test.jsonl", "y/a/test.jsonl", "y/a/v1.2.jsonl"], ["x-a-test", "y-a-test", "v1.2"]),
+    (["test.jsonl", "a/test.jsonl"], ["{here}-test", "a-test"])])
+def test_sets_of_one_name_are_told_apart_by_their_folders(files, names, tmp_path):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(json.dumps({"problem": file, "answer": 1}))
+    sets = evaluate.read_sets(Config(data=",".join(str(tmp_path / file) for file in files)))
+    want = [name.replace("{here}", tmp_path.name) for name in names]
+    assert [(name, p.problem) for name, (p,) in sets.items()] == list(zip(want, files))
     with pytest.raises(UserError, match="two sets have one name"):
-        evaluate.main(settings(world, tmp_path / "eval",
-                               data=f"{world / 'test.jsonl'},{tmp_path / 'test.jsonl'}"))
+        evaluate.read_sets(Config(data=f"{tmp_path / files[0]},{tmp_path / files[0]}"))
 
 def test_a_smaller_limit_reports_on_that_many_problems(world, copy):
     """--limit 3 on a folder with 12 stored lines is about 3 problems; the stored ones stay."""
