@@ -36,7 +36,6 @@ transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # checkpoints of one process
 
 # ---------- 1 settings: a dataclass whose trailing comments are the help texts --------------------
-
 class UserError(Exception):
     """A mistake that the user can mend; shown as one line, without a stack trace."""
 
@@ -104,12 +103,9 @@ def parse_args(config_class, doc, argv=None):
         group = groups.setdefault(title, parser.add_argument_group(title))
         shown = "" if default in (None, "") else f" [default: {default}]"
         options = {"help": comment.replace("%", "%%") + shown, "default": default}
-        if field.type is bool:
-            options |= {"action": argparse.BooleanOptionalAction}
-        elif get_origin(field.type) is Literal:
-            options |= {"choices": get_args(field.type)}
-        else:
-            options |= {"type": field.type, "metavar": field.type.__name__.upper()}
+        options |= ({"action": argparse.BooleanOptionalAction} if field.type is bool else
+                    {"choices": get_args(field.type)} if get_origin(field.type) is Literal else
+                    {"type": field.type, "metavar": field.type.__name__.upper()})
         group.add_argument("--" + field.name.replace("_", "-"), required=default is None, **options)
     cfg = config_class(**vars(parser.parse_args(argv)))
     for name, value in vars(cfg).items():
@@ -180,11 +176,9 @@ class LM:
     @property
     def device(self):
         return (self.replica or self.model).device
-
     @property
     def body(self):  # the model without its head
         return getattr(self.model, "sharded_body", self.model.base_model)
-
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
@@ -405,22 +399,19 @@ def fingerprint(lm):
     return digest.hexdigest()[:16]
 
 # ---------- 3 data: any schema -> problems without copies and contradictions, in two halves -------
-
 DATA_ALIASES = {  # name: hub dataset:split
-    "dapo": "BytedTsinghua-SIA/DAPO-Math-17k:train",
-    "math500": "HuggingFaceH4/MATH-500:test",
-    "aime24": "HuggingFaceH4/aime_2024:train",
-    "aime25": "math-ai/aime25:test",
-}
+    "dapo": "BytedTsinghua-SIA/DAPO-Math-17k:train", "math500": "HuggingFaceH4/MATH-500:test",
+    "aime24": "HuggingFaceH4/aime_2024:train", "aime25": "math-ai/aime25:test"}
 CONTEXTS = ("context", "passage", "body", "choices", "options")  # joined with the question
 CHATS = ("prompt", "messages", "conversations")  # read where no text is a question
 ANSWERS = ("final_answer", "expected_answer", "answer", "ground_truth", "solution")  # surest first
+NO_ANSWER = re.compile(r"(?is)none|null|n/a|nan|unknown|not ?found|-?(inf)?|\[['\"].*")
 # Preparers put instructions around a problem; we have one of our own. A sentence of theirs says how
 # to respond and names a form of response; "Express your answer as a common fraction." does not.
 _SAYS = (r"(please |let's |remember to |you (must|should) |make sure to )?((think|reason) step by "
          r"step|(put|output|return|present|write|give|provide|enclose|box) (your|the) (final )?"
-         r"(answer|response))|(and )?(your|the) (final )?answer (must|should|will)|the last line of "
-         r"your response|you first think|the reasoning process|solve the following math problem")
+         r"(answer|response))|(and )?(your|the) (final )?answer (must|should|will)|the last line "
+         r"of your response|you first think|the reasoning process|solve the following math problem")
 _FORM = r"\\boxed|Answer:|####|<answer>|</?think>|final answer\.|step by step|math problem"
 _REST = r"(?:(?:answer|format): |(?![.?!:]\s| (?:as a|in the form|find|rounded)\b)[^\n]){0,400}"
 _SENTENCE = rf"(?-i:(?=[A-Z]))(?={_REST}({_FORM}))({_SAYS})\b{_REST}([.:](?!\S)|$)\s*"
@@ -437,13 +428,13 @@ def read_rows(source):
     .jsonl, .csv or .tsv file (or .gz of these) or .parquet, a folder of them or of `save_to_disk`,
     an alias (see above) or `owner/name[[:config]:split]` of the hub; the only split, else train."""
     path, kind, split = Path(source), Path(source.removesuffix(".gz")).suffix.lower(), ""
-    try:
+    where = "" if path.exists() else " (no such file or folder here, nor on the hub)"
+    with errors_as_one_line(f"cannot load data {source!r}{where}"):
         if kind in (".json", ".jsonl", ".csv", ".tsv"):
             data = read_text_rows(path, kind)
         else:
             check(kind == ".parquet" or not path.is_file(), "not json, jsonl, csv, tsv or parquet")
             import datasets  # takes a second
-
             datasets.utils.logging.disable_progress_bar()
             datasets.utils.logging.set_verbosity(logging.CRITICAL)
             if kind == ".parquet":
@@ -455,10 +446,6 @@ def read_rows(source):
                     DATA_ALIASES.get(source, source).split(":"))
                 *config, split = rest or [""]
                 data = datasets.load_dataset(name, *config)
-    except Exception as error:  # each library raises its own kinds
-        where = "" if path.exists() else " (no such file or folder here, nor on the hub)"
-        cause = str(error.__cause__ or error).strip().partition("\n")[0] or "it is empty"
-        raise UserError(f"cannot load data {source!r}{where}: {cause}") from error
     if isinstance(data, dict):
         split = split or (next(iter(data)) if len(data) == 1 else "train")
         check(split in data, f"data {source!r} has no split {split!r}, but: {', '.join(data)}")
@@ -533,22 +520,19 @@ def find_answer(row, name):
     for value in cell if isinstance(cell, list) else [cell]:
         text = str(value).strip() if type(value) in (str, int, float) else ""
         line = re.search(r"####(.*)\Z", text)
-        text = line[1].strip() if line else text
-        if "\\boxed" in text:
-            text = extract_answer(text) or ""
-        elif name == "solution" and not line and not re.fullmatch(r"[\d.,/$-]+", text):
-            text = ""
-        values.append("" if re.fullmatch(r"(?is)none|null|n/a|nan|unknown|not ?found|-?(inf)?|\[['\"].*", text) else text)
+        text = line[1].strip() if line else extract_answer(text) if "\\boxed" in text else text
+        worked = name == "solution" and text == value and not re.fullmatch(r"[\d.,/$-]+", text)
+        values.append("" if not text or worked or NO_ANSWER.fullmatch(text) else text)
     return ", ".join(values) if all(values) else ""
 
-def to_problem(row):
+def to_problem(row, verifier=""):
     """A row, {column: cell}, as a Problem; UserError if no response could be checked."""
     question, reward = find_question(row), row.get("reward_model")
     row = {**row, **reward} if isinstance(reward, dict) else row
     answer = next(filter(None, (find_answer(row, name) for name in ANSWERS)), "")
     check(answer, "no answer")
     prose = r"(?i)\bproof\b|q\.?e\.?d|\\blacksquare|((?<![\\a-z])[a-z]{2,}\b[\s,.'-]+){12}"
-    check(not re.search(prose, answer), "a proof as answer")
+    check(verifier or not re.search(prose, answer), "a proof as answer")
     return Problem(question, answer)
 
 def problem_key(text, exact=False):
@@ -578,12 +562,12 @@ def load_problems(cfg):
     """Problems of cfg.data: deduplicated, without contradictions, decontaminated, then halved.
     Their order, and so the halves, depend on the remaining problems' texts and cfg.split_seed alone
     (rank of a hash): keep data, exclude and split_seed over a recipe. UserError without any."""
-    unique, counts = deduplicate(read_problems(cfg.data, to_problem), cfg.verifier)
+    parse = functools.partial(to_problem, verifier=cfg.verifier)
+    unique, counts = deduplicate(read_problems(cfg.data, parse), cfg.verifier)
     for name in [] if cfg.exclude in ("", "none") else cfg.exclude.split(","):
-        try:
-            banned = {problem_key(text, cfg.verifier) for text in read_problems(name, find_question)}
-        except UserError as error:
-            raise UserError(f"--exclude {name}: {error} (--exclude none skips this)") from error
+        with errors_as_one_line(f"--exclude {name} (--exclude none skips this)"):
+            texts = read_problems(name, find_question)
+        banned = {problem_key(text, cfg.verifier) for text in texts}
         counts["in an evaluation set"] += len(banned & unique.keys())
         unique = {key: item for key, item in unique.items() if key not in banned}
     order = sorted(unique, key=lambda k: hashlib.sha256(f"{cfg.split_seed}:{k}".encode()).digest())
@@ -640,7 +624,8 @@ def count_steps(cfg, n_items):
 # Refused are answers outside the grammar, because their meaning would be a guess: words that are no
 # unit (33 or more), `2 3`, improper mixed numbers, ellipses, sums. They equal only the same text.
 # Given up are answers beyond a limit in characters, tokens, levels, bits of an exact number or
-# magnitude (10^±200). Several values, ranges and extra letters equal no number.
+# magnitude (10^±200). Several values, ranges and extra letters equal no number. Unions of intervals
+# are compared part by part, not computed.
 _MAX_RESPONSE, _MAX_CHARS, _MAX_TOKENS, _MAX_DEPTH = 200_000, 2_000, 400, 30
 _MAX_BITS, _MAX_LOG2, _DIGITS, _TOLERANCE = 25_000, 690, 400, 375  # 2^690 = 10^207
 _Refused, _GivenUp = SyntaxError, RecursionError
@@ -660,8 +645,7 @@ _GAP = re.compile(  # between boxes a new line only beside a conjunction; then a
     r"|(?i:(?!.*\b(?:wait|no|wrong|incorrect|mistake|actually)\b)[^\n]{0,40}"
     r"\b(?:maybe|perhaps|possibly|probably|or else|(?:may|might|could) (?:also )?be)\b[^\n]{0,40})")
 _PLACEHOLDER = re.compile(  # \boxed{}, \boxed{\text{your answer}}
-    r"(?i)(?:[\s.…?_{}()<>\[\]:\"'$-]|\\(?:[lc]?dots|text(?:bf)?|phantom|square|q?quad|[ _])|your|"
-    r"my|the|final|numerical|correct|answer|result|value|goes|here)*")
+    r"(?i)(?:[\s.…?_{}()<>\[\]\"'$-]|\\(?:[lc]?dots|text|[ _])|your|the|final|answer|goes|here)*")
 _ANSWER_LINE = re.compile(r"(?i)(?<![a-z])answer(?:\s{1,4}is)?[*_ \t]{0,6}[:：]"
                           r"(?: {0,4}the (?:final )?answer is:?)?")
 
@@ -705,12 +689,13 @@ _FUNCTIONS = dict(ln="log", lg="log10", arcsin="asin", arccos="acos", arctan="at
 _SPACES = r"""left right displaystyle mathbf mathbb mathcal mathit boldsymbol bm boxed fbox pounds
     euro big Big bigg Bigg bigl bigr Bigl Bigr rm bf it large Large underline text textbf mbox
     mathrm"""
-_SPELLINGS = r"""* \times \cdot \ast | / \div | ± \pm | ∓ \mp | ^ ** | : \colon | < \lt | > \gt | ≤ \le \leq \leqslant <= | ≥ \ge \geq \geqslant >= |
-    ≠ \ne \neq != | ≈ \approx | ∈ \in | ∪ \cup | ∞ \infty inf infty infinity | \{\} \emptyset
-    \varnothing | ' \prime | ° \circ \degree | \{ \lbrace | \} \rbrace | ( \langle | ) \rangle
-    \rfloor \rceil | \floor( \lfloor | \ceil( \lceil | ‖ \lvert \rvert \vert \mid | \frac \dfrac
-    \tfrac \cfrac | \binom \dbinom \tbinom | e^ \exp exp | π pi | φ \varphi | ε \varepsilon | λ
-    \lambda | l \ell | ħ \hbar"""  # the first of each row replaces the others
+_SPELLINGS = r"""* \times \cdot \ast | / \div | ∖ \setminus \backslash | ± \pm | ∓ \mp | ^ ** | :
+    \colon | < \lt | > \gt | ≤ \le \leq \leqslant <= | ≥ \ge \geq \geqslant >= | ≠ \ne \neq != | ≈
+    \approx | ∈ \in | ∪ \cup | ∞ \infty inf infty infinity | \{\} \emptyset \varnothing | ' \prime |
+    ° \circ \degree | \{ \lbrace | \} \rbrace | ( \langle | ) \rangle \rfloor \rceil | \floor(
+    \lfloor | \ceil( \lceil | ‖ \lvert \rvert \vert \mid | \frac \dfrac \tfrac \cfrac | \binom
+    \dbinom \tbinom | e^ \exp exp | π pi | φ \varphi | ε \varepsilon | λ \lambda |
+    l \ell"""  # the first of each row replaces the others
 _SYMBOLS = {word: row.split()[0] for row in _SPELLINGS.split("|") for word in row.split()[1:]}
 _SYMBOLS |= {name: f"\\{name} " for name in [*_FUNCTIONS, "sqrt"]}
 _SYMBOLS |= {name: f" {number} " for number, name in enumerate(_NUMBERS)}
@@ -745,7 +730,6 @@ def _unit_words(unit):  # the words of a unit in one spelling, as far as _UNIT_N
     def name(m):
         singular = re.sub(r"(?<=[hx])es$|(?<=\w[^\Wu])s$", "", m[2])
         return (m[1] or "")[:1] + _UNIT_NAMES.get(singular, singular)
-
     text = re.sub(r'[\s"{}()~.*]+', " ", unit.lower())
     text = re.sub(r"(kilo|centi|milli|[kcm](?=[mgl]\b))?([^\W\d_]+|[$€£¥¢%°])", name, text)
     text = re.sub(r" ?([/^-]) ?", r"\1", text)
@@ -772,8 +756,7 @@ _TABLE = [(re.compile(pattern), replacement) for pattern, replacement in (
      lambda m: f"({m[1] or 0}.{m[2]}+{m[3]}/{10 ** len(m[3]) - 1}/{10 ** len(m[2])})"),
     # formula signs \( \), colours, spaces
     (r"\\!|(?<!\\)\\[()\[\]]|\\(?:text)?color ?\{\w+\}|\\hspace\*? ?\{[^{}]*\}", ""),
-    (r"(?<!\\)\$|~|\\q?quad|(?<!\\)\\(?:[,;:> ]|$)", " "),
-    (r"\\([$%])", r"\1"),
+    (r"(?<!\\)\$|~|\\q?quad|(?<!\\)\\(?:[,;:> ]|$)", " "), (r"\\([$%])", r"\1"),
     # words before the answer (The area of $x$ is 12 -> 12), matrices, powers of ten (1.5e-3)
     (rf"(?i)^(?!.*{_QUALIFIER})\s*(\\text\w*\s*\{{)?\s*{_WORDS_BEFORE}(?(1)\}}){_VALUE_AHEAD}", ""),
     (r"\\begin\s*\{\w+\*?\}(?:\s*\{[lcr|]*\})?", " ⟦ "),
@@ -784,32 +767,30 @@ _TABLE = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?i)[,;]*\s*(?<![a-z\\])(?:and|or)(?![a-z])", "∨"),
     (rf"(?<=[\d}}/*])\s*{_TEXT}([A-Za-cf-hj-z](?:/[A-Za-z]+)?(?:\^\d)?)\s*\}}", r'"\1"'),
     (rf"{_TEXT}(?!(?:{'|'.join(_FUNCTIONS)})\b)({_NO_DIGIT}[A-Za-z]{{2}}{_NO_DIGIT})\}}", r'"\1"'),
-    (_TEXT + r"([^{}]*)\}", r" \1 "),
-    (r"[,;]\s*∨", "∨"),
+    (_TEXT + r"([^{}]*)\}", r" \1 "), (r"[,;]\s*∨", "∨"),
     # a choice before its text; symbols (\le -> ≤), one space, degrees, primes, (12)_8, 6 base 7
     (r'"(\([A-H]\)|[A-H][).:](?= )) ?(?=[^"])', r'\1 "'),
     (r'"[^"]*"|\\?[^\W\d_]+|[<>]=|\*\*|(?<=[x-z ])!=', _symbol),
-    (r"\s+", " "),
+    (r"\s+", " "), (r"\^ ?\{ ?('[' ]*)\}|\^ ?('+)", r"\1\2"),
     (r" ?(?:\^ ?\{ ?° ?\}|\^? ?°)(?: ?([CF])(?!\w))?", lambda m: f'°"{m[1]}"' if m[1] else "°"),
-    (r"\^ ?\{ ?('[' ]*)\}|\^ ?('+)", r"\1\2"),
     (r"(?:(?<![\w^}])[({] ?([\dA-F]+) ?[)}])? ?_ ?(?:\{ ?\((\d+)\) ?\})?", r"\1_\2"),
     (r'(?<!\d)\(?(\d+)\)? ?_? ?\{? ?"? ?base ?"? ?\{?(\d+)(?: ?\})*', r"\1_\2"),
-    # fractions, binomials (\frac43, 5 \choose 3, {1 \over 2}); 2.5 x 10^3 -> 2.5*10^3
+    # fractions, binomials (\frac43, 5 \choose 3, {1 \over 2})
     (r"\\(frac|binom) ?(\d) ?(?=[\d{\\])", r"\\\1{\2}"),
     (r"\\(frac|binom) ?(\{[^{}]*\}) ?(\d)(?!\d)", r"\\\1\2{\3}"),
     (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
     *[(rf"(?:\{{|^){_SIDE}\\over(?![a-z]){_SIDE}(?:\}}|$)", r"\\frac{\1}{\2}")] * 3,  # nested
-    (r"(?<=\d) ?[xX] ?(?=10 ?\^)", "*"),
-    # sets with a condition (\{x \mid x > 5\} -> x > 5), |x|, approximations (1/3 ≈ 0.33 -> 1/3)
+    # sets with a condition (\{x \mid x > 5\} -> x > 5), x \ne 3, |x|, 2.5 x 10^3, 1/3 ≈ 0.33 -> 1/3
     (r"^ ?\\\{ ?[a-z] ?(?:∈ ?\(-∞,∞\) ?)?[‖:](.*)\\\} ?$", r"\1"),
-    (r"‖([^‖]*)‖", r"\\abs(\1)"),
+    (r"^ ?(?:[a-z] ?≠|\(-∞,∞\) ?[∖-] ?\\\{)([^,{}]*?)(?:\\\})? ?$", r"(-∞,\1)∪(\1,∞)"),
+    (r"‖([^‖]*)‖", r"\\abs(\1)"), (r"(?<=\d) ?[xX] ?(?=10 ?\^)", "*"),
     (r"^ ?(?:\w ?)?≈| ?≈ ?-?[$€£¥]?\d[\d.]* ?[%¢°]? ?(?=$|[,;)}])", ""),
     # thousands (58,500); mixed numbers: 3\frac12 -> (3+1/2), but 3 5/2 -> ?3 5/2, which is refused
     (r"(?<![\d.,(\[{_])(?<!\d )[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d)\]}]|,\d|\\})",
      lambda m: re.sub(r"\D", "", m[0])),
     (r"(?<![\d.^_/])(\d+) ?(?:(\\frac ?\{) ?|(?<= ))(\d+) ?(?(2)\} ?\{ ?|/)(\d+)(?(2) ?\})",
      lambda m: f"({m[1]}+{m[3]}/{m[4]})" if 0 < int(m[3]) < int(m[4]) else f"?{m[0]}"),
-    # a list of words with repeats has an order: T, F, T -> (T, F, T)
+    # words with repeats have an order (T, F, T)
     (r'^(?=((?:"[^"]*"|\b[A-Z]\b|[ ,])+)$).*("[^"]*"|\b[A-Z]\b) ?,.*(?<!\w)\2(?!\w).*', r"(\1)"),
     # the end of a sentence, but no ellipsis; units in single letters
     (r"[., :;]+$", lambda m: m[0] if ".." in m[0] else ""),
@@ -829,16 +810,11 @@ def _normalise(text):
     return " ".join(text.split()), sum(map(_unit_words, units), [])
 
 # --- values
-# The kinds, each with an example and its `form`: what two equal values share beside their parts
-_NUMBER = "number"      # 3/4: a Fraction or a number of mpmath, and no Composite
-_WORDS = "words"        # "no solution": the words
-_LIST = "list"          # 1, 2 or {1, 2}: parts in any order; "set": equal ones count once
-_TUPLE = "tuple"        # (1, 2): the brackets
-_REALS = "reals"        # (1, 2]: ">>", it starts just after 1 and stops just after 2
-_RATIO = "ratio"        # 3:4
-_MATRIX = "matrix"      # ⟦1 & 2⟧: the separators, "&" in a row and "\\" after a row
-_EQUATION = "equation"  # x = 5: the name on the left, if any; the parts are all sides
-_CHAIN = "chain"        # f(1) < f(2): the signs
+# A number is a Fraction or one of mpmath. Any other value is a Composite of a kind; its `form` is
+# what equal values share beside their parts: the words of words, the brackets of a tuple (or of an
+# interval), the separators of a matrix ("&" and "\\"), the signs of a chain f(1) < f(2), the name,
+# if any, on the left of an equation; "set" of a list \{1, 2\}, whose equal parts count once.
+_NUMBER, _WORDS, _LIST, _TUPLE, _RATIO, _MATRIX, _EQUATION, _CHAIN = range(8)
 Composite = dataclasses.make_dataclass("Composite", ["kind", "parts", ("form", str, "")])
 _local = threading.local()  # its mp: mpmath (the numbers of sympy) at 400 digits, for this thread
 
@@ -851,41 +827,14 @@ def _approximate(x):  # with 400 digits; given up if it is too small or too larg
     in_range = not isinstance(x, Fraction) or x == 0 or abs(_local.mp.mag(value)) <= _MAX_LOG2
     return _require(in_range, _GivenUp) and value
 
-def _calculate(operation, x, y):  # x + y or x * y, exact if both are; of a matrix each entry
-    if _kind(y) == _MATRIX and (operation is operator.mul or getattr(x, "form", "") == y.form):
-        others = [x] * len(y.parts) if operation is operator.mul else x.parts
-        entries = [_calculate(operation, *pair) for pair in zip(others, y.parts)]
-        return Composite(_MATRIX, entries, y.form)
+def _calculate(operation, x, y):  # x + y or x * y, exact if both are; y may be a matrix
+    if _kind(y) == _MATRIX and operation is operator.mul:
+        return Composite(_MATRIX, [_calculate(operation, x, part) for part in y.parts], y.form)
     if not (isinstance(x, Fraction) and isinstance(y, Fraction)):
         return operation(_approximate(x), _approximate(y))
     value = operation(x, y)
     _require(max(map(int.bit_length, value.as_integer_ratio())) <= _MAX_BITS, _GivenUp)
     return value
-
-def _as_reals(x):  # a number, a list, an interval or a set of reals as a set of reals
-    kind = _kind(x)
-    if kind == _REALS:
-        return x
-    if kind == _LIST:
-        return _unite(*(_as_reals(_approximate(part)) for part in x.parts))
-    if kind == _TUPLE and len(x.parts) == 2:
-        return Composite(_REALS, x.parts, x.form.translate(str.maketrans("([])", "><><")))
-    _require(kind in (_NUMBER, _EQUATION))
-    return Composite(_REALS, [x.parts[-1] if kind == _EQUATION else x] * 2, "<>")
-
-def _unite(*sets):  # the union of sets of reals
-    with _local.mp.workdps(_TOLERANCE):
-        steps = [((+_approximate(number), side), which, place % 2, number)
-                 for which, reals in enumerate(sets)
-                 for place, (number, side) in enumerate(zip(reals.parts, reals.form))]
-    inside, result = [False] * len(sets), {}  # inside: which sets hold the present number
-    for position, which, stops, number in sorted(steps, key=lambda step: step[:3]):
-        _require(inside[which] == stops, ValueError)  # (2,1) is no interval
-        was_member, inside[which] = any(inside), not stops
-        if any(inside) != was_member:
-            if result.pop(position, None) is None:  # else one set stops where another starts
-                result[position] = number
-    return Composite(_REALS, [*result.values()], "".join(side for _, side in result))
 
 # --- a parser that computes
 #   answer := "{" items "}"
@@ -1014,13 +963,9 @@ class _Reader:
         if len(items) == 1:
             return items[0]
         if opening in ("{", "\\{"):
-            if "∪" in taken or any(_kind(item) == _REALS for item in items):
-                return _unite(*map(_as_reals, items))
             return Composite(_LIST, items, "set" if opening == "\\{" else "")
         kind, form = (_MATRIX, taken) if opening == "⟦" else (_TUPLE, brackets)
-        value, inf = Composite(kind, items, form), _local.mp.inf
-        is_interval = len(items) == 2 and (form in ("(]", "[)") or inf in items or -inf in items)
-        return _as_reals(value) if is_interval else value
+        return Composite(kind, items, form)
 
     def function(self, name):  # sin^2 x, log_2 8, sin b cos a: x ends before a function or bracket
         base = self.base() if self.take("_") else +_local.mp.e
@@ -1067,15 +1012,14 @@ def _relation(values, texts, signs):
     if set(signs) == {"="}:
         return Composite(_EQUATION, values, name[0] if name else ""), 0 if name else None
     if signs == "∈" and name:
-        interval = _kind(values[1]) == _TUPLE and values[1].form in ("()", "[]")
-        return _as_reals(values[1]) if interval else values[1], 0
+        return values[1], 0
     places = [place for place, text in enumerate(texts) if _UNKNOWN.fullmatch(text)]
     if (places, signs.replace("≤", "<")) not in (([0], "<"), ([1], "<"), ([1], "<<")):
         return Composite(_CHAIN, values, signs), None
     place, inf = places[0], _local.mp.inf
     numbers = [values[0] if place else -inf, values[-1] if place < len(signs) else inf]
-    form = ("<" if signs[:place] == "≤" else ">") + (">" if signs[place:] == "≤" else "<")
-    return Composite(_REALS, numbers, form), place
+    form = ("[" if signs[:place] == "≤" else "(") + ("]" if signs[place:] == "≤" else ")")
+    return Composite(_TUPLE, numbers, form), place
 
 # --- comparison
 _LABEL = re.compile(r"\(?([A-H])(?:\)|[.:] ) ?((?=.*[\da-z])"  # (B) 12, B. 12, (B) "Plane"
@@ -1104,8 +1048,6 @@ def _values_equal(x, y):
         return bool(x == y or mp.isfinite(x) and abs(x - y) <= tolerance)
     if a == _EQUATION != b:  # a chain without a name must hold
         return all(_values_equal(side, y) for side in (x.parts[-1:] if x.form else x.parts))
-    if a != b and _REALS in (a, b):
-        return _values_equal(_as_reals(x), _as_reals(y))
     alike = a == b and x.form == y.form
     if a == b == _EQUATION and x.form and y.form and (alike or re.search('["(]', x.form + y.form)):
         return _values_equal(x.parts[-1], y.parts[-1])
@@ -1523,7 +1465,6 @@ def attention(module, query, key, value, attention_mask, scaling, attend=None, *
 transformers.AttentionInterface.register("ours", attention)
 
 # ---------- 6 log-probs: rollouts -> micro-batches -> chunks of (n, V) ----------------------------
-
 def micro_batches(rows, micro_tokens, device, share=None):
     """Row indices, all or a share's, alike in length, in groups of one row or of micro_tokens
     padded tokens (0: 1,024 on a CPU, for its caches, else 32,768). No split moves a gradient."""
@@ -1566,7 +1507,6 @@ def over_chunks(fn, lm, hidden, temperature, chunk, **constants):
     return sums.cpu()
 
 # ---------- 7 optimizer ---------------------------------------------------------------------------
-
 def make_optimizer(lm, cfg):
     """AdamW on the fp32 masters (tied weights once)."""
     parameters = list(lm.model.parameters())
@@ -1594,7 +1534,6 @@ def optimizer_step(lm, optimizer, cfg, updates):
     return norm.item()
 
 # ---------- 8 run folder: settings, metrics, checkpoints, resume ----------------------------------
-
 MAX_SKIPPED = 5  # steps in a row without an update end a run: the weights are at fault, not data
 
 def write_text(path, text, append=False):
