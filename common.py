@@ -1063,12 +1063,11 @@ def _values_equal(x, y):
     return alike and len(x.parts) == len(y.parts) and all(map(_values_equal, x.parts, y.parts))
 
 def _proportional(pairs):  # are two equations multiples of each other at all sample points?
-    if any(_kind(x) != _EQUATION or len(x.parts) != 2 for pair in pairs for x in pair):
-        return False
-    gaps = [[_approximate(x.parts[0]) - _approximate(x.parts[1]) for x in pair] for pair in pairs]
-    (a, b), *others = gaps
-    usable = a and b and others and all(map(_local.mp.isfinite, sum(gaps, [])))
-    return bool(usable) and all(_values_equal(a * d, b * c) for c, d in others)
+    both = all(_kind(x) == _EQUATION and len(x.parts) == 2 for pair in pairs for x in pair)
+    gaps = [[_approximate(x.parts[0]) - _approximate(x.parts[1]) for x in pair] for pair in pairs
+            if both]
+    usable = len(gaps) > 1 and all(gaps[0]) and all(map(_local.mp.isfinite, sum(gaps, [])))
+    return usable and all(_values_equal(gaps[0][0] * d, gaps[0][1] * c) for c, d in gaps)
 
 def _text_key(text):
     """Returns the text without its spelling variants: case counts, but not in words and choices."""
@@ -1723,8 +1722,8 @@ class Run:
         self.metrics.append(line)
         self.bar.set_postfix({k: line[k] for k in shown}, refresh=False)
         if self.cfg.show_every and self.step % self.cfg.show_every == 0:
-            text = " → ".join(map(self.lm.tokenizer.decode, (rows[0].prompt, rows[0].tokens)))
-            text = text.replace("\n", "⏎")
+            shown = map(self.lm.tokenizer.decode, (rows[0].prompt, rows[0].tokens))
+            text = " → ".join(shown).replace("\n", "⏎")
             text = text if len(text) <= 600 else f"{text[:300]} […] {text[-300:]}"
             self.bar.write(f"[{self.out.name}, step {self.step}, {note}] {text}")
         if self.step == 0 and metrics["truncated"] > 0.5:
