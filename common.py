@@ -722,7 +722,7 @@ def _symbol(m):  # the symbol of a command or a run of letters; a run that is no
 
 def _is_unit(m):  # is a match of _UNITS_BEHIND a unit, no letter and no qualifier?
     unit = m[0].strip(' "').lower()
-    before = re.sub('.*=|"[^"]*"', "", m.string[:m.start()])
+    before = re.sub('"[^"]*"', "", m.string[:m.start()].rpartition("=")[2] if len(unit) == 1 else "")
     letter = re.fullmatch("[a-z]", unit) and re.search(r"(?i)(?<![\\a-z])[a-z](?![a-z])", before)
     return not (letter or re.search(_QUALIFIER + "|[=<>∪∨]", unit))
 
