@@ -65,12 +65,12 @@ def assert_same_run(a, b):
         torch.testing.assert_close(old[name], new[name], atol=1e-5, rtol=0)
 
 CASES = {
-    "grpo": ("grpo", 2, "--prompts 6 --mini-batch 3 --rollouts 3 --kl-coef 0.1"),
+    "grpo": ("grpo", 2, "--prompts 6 --mini-batch 3 --rollouts 3 --kl-coef 0.1 --sample-parts 2"),
     "grpo, no KL": ("grpo", 2, "--prompts 6 --mini-batch 3 --rollouts 2 --kl-coef 0 "
                                "--sample-rows 3"),
-    "fkl_warmup": ("fkl_warmup", 2, "--prompts 3 --rollouts 3"),
+    "fkl_warmup": ("fkl_warmup", 4, "--prompts 3 --rollouts 3 --sample-parts 4"),
     "opd": ("opd", 2, "--prompts 5 --rollouts 3"),
-    "opd and reward": ("opd", 2, "--prompts 5 --rollouts 3 --student {taught} --teacher {taught} "
+    "opd and reward": ("opd", 4, "--sample-parts 2 --prompts 5 --rollouts 3 --student {taught} --teacher {taught} "
                                  "--sparse-weight 0.5"),
     # two rows an update for three processes; and a row a micro-batch: some have nothing to sample
     "grpo, few rows": ("grpo", 3, "--prompts 2 --mini-batch 1 --rollouts 2 --kl-coef 0.1 "
