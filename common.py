@@ -1328,16 +1328,16 @@ class Step:
 
     def __init__(self, lm, cache, temperature):
         self.lm, self.cache, self.temperature = lm, cache, temperature
-        self.head, self.graphs, self.memory = lm.head(), {}, None  # shape: (graph, its state)
-        self.records = lm.device.type == "cuda"
+        self.head, self.graphs = lm.head(), {}  # shape: (graph, its state)
+        self.memory = lm.device.type == "cuda" and torch.cuda.graph_pool_handle()  # of all graphs
 
     def run_block(self, live):
         """BLOCK tokens of every live row and their log-probs, two lists of lists."""
         shape, pages = (len(live), max(len(row.pages) for row in live)), self.cache.used
-        if self.records:  # few shapes: powers of two
+        if self.memory:  # few shapes: powers of two
             shape, pages = tuple(1 << (n - 1).bit_length() for n in shape), self.cache.capacity
         state = self.make_state(live, *shape, pages)
-        if self.records and shape in self.graphs:
+        if self.memory and shape in self.graphs:
             graph, recorded = self.graphs[shape] = self.graphs[shape] or self.record(state)
             for name, tensor in state.items():
                 recorded[name].copy_(tensor)
@@ -1368,7 +1368,6 @@ class Step:
     def record(self, state):
         """Record one step as a CUDA graph. Returns (graph, the tensors that it works on)."""
         graph = torch.cuda.CUDAGraph()
-        self.memory = self.memory or torch.cuda.graph_pool_handle()  # one for all graphs
         with torch.cuda.graph(graph, pool=self.memory):
             self(state)
         return graph, state
@@ -1858,17 +1857,16 @@ def sample_and_write(lm, prompts, k, cfg, seed, write):
         sample_shared(lm, prompts[start : start + size], k, cfg, seed,
                       done=lambda i, rollouts: write(start + i, rollouts))
 
-SPLIT = dict(q_proj=0, k_proj=0, v_proj=0, gate_proj=0, up_proj=0, o_proj=1, down_proj=1)
+SPLIT_DIM = dict(q_proj=0, k_proj=0, v_proj=0, gate_proj=0, up_proj=0, o_proj=1, down_proj=1)
 
 def count_parts(lm, cfg, device):
-    """How many processes of a machine share a copy of lm, which has shapes only yet, while they
-    sample: as cfg says, or the fewest whose part takes less than a third of a GPU; 1 where equal
-    parts along SPLIT's dimensions, and norms of a head, are not all that is in attention or MLP."""
-    config, layers = lm.model.config, lm.model.base_model.layers.named_parameters()
-    sizes = [(*p.shape, 1)[SPLIT.get(name.split(".")[-2], -1)] for name, p in layers
-             if name.count(".") > 2 and p.shape != (getattr(config, "head_dim", 0),)]
-    n = math.gcd(cfg.sample_parts, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), world_size(),
-                 config.num_key_value_heads, *sizes)
+    """How many processes share a copy of lm, which has shapes only yet, while they sample: as cfg
+    says, or so few that a part takes a third of a GPU; no more than divide all of it but norms."""
+    sizes = [getattr(lm.model.config, "num_key_value_heads", 1), world_size()]
+    for name, p in lm.model.named_parameters():  # in a block: model.layers.0.mlp.up_proj.weight
+        if name.count(".") > 4 and p.shape != (getattr(lm.model.config, "head_dim", 0),):
+            sizes.append((*p.shape, 1)[SPLIT_DIM.get(name.split(".")[-2], -1)])
+    n = math.gcd(cfg.sample_parts, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), *sizes)
     if cfg.sample_parts > n:
         print(f"{lm.name}: --sample-parts {n}, because {cfg.sample_parts} cannot share it equally")
     memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else math.inf
@@ -1885,7 +1883,7 @@ def shard_model(lm, source, device):
     lm.replica = copy.deepcopy(model, empty)  # tied weights stay one parameter
     lm.replica.group = group = dist.new_subgroups(lm.parts)[0] if lm.parts > 1 else None
     for name, module in lm.replica.named_modules():
-        if lm.parts > 1 and SPLIT.get(name.split(".")[-1]):  # what the parts give is added up
+        if lm.parts > 1 and SPLIT_DIM.get(name.split(".")[-1]):  # each gives a part of the sum
             module.register_forward_hook(lambda _, x, out: dist.all_reduce(out, group=group))
     for module in (*model.base_model.layers, model):
         # as in one process under autocast, embedding and residual stream keep the masters' fp32
@@ -1920,7 +1918,7 @@ def gathered(lm):
         return
     for parameter, (name, shard) in zip(lm.replica.parameters(), lm.model.named_parameters()):
         inner = torch.bfloat16 if lm.bf16 and ".layers." in name else shard.dtype
-        full, dim = full_tensor(shard.detach().to(inner)), SPLIT.get(name.split(".")[-2])
+        full, dim = full_tensor(shard.detach().to(inner)), SPLIT_DIM.get(name.split(".")[-2])
         whole = lm.parts == 1 or dim is None
         parameter.data = full if whole else full.chunk(lm.parts, dim)[rank() % lm.parts].clone()
     try:
