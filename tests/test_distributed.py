@@ -288,6 +288,7 @@ LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers
     ("qwen3", {}, 4, 0, 2), ("qwen3", {}, 5, 0, 1),  # 12 processes a machine, 6 key heads
     ("qwen3", {"num_key_value_heads": 4}, 6, 0, 2), ("llama", {"num_key_value_heads": 1}, 2, 0, 1),
     ("qwen3", {"intermediate_size": 62}, 6, 0, 2),
+    ("qwen3", {"num_attention_heads": 24, "num_key_value_heads": 24}, 24, 0, 12),
     ("llama", {"attention_bias": True}, 2, 0, 1), ("llama", {"mlp_bias": True}, 2, 0, 1),
     ("qwen3_moe", {"num_experts": 4}, 2, 0, 1), ("qwen2_moe", {"num_experts": 4}, 2, 0, 1),
     ("phi3", {"pad_token_id": 0}, 2, 0, 1),  # one matrix for queries, keys and values
