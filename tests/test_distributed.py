@@ -252,7 +252,7 @@ def spoil():
     common.all_gather_dict = lambda part: None if part else gather(part)
 
 @pytest.mark.parametrize("n, parts", [(3, 3), (4, 2)])
-def test_processes_that_share_a_copy_sample_what_one_does(n, parts, folders, tmp_path):
+def test_sharers_sample_what_one_does(n, parts, folders, tmp_path):
     """Of Qwen3, Qwen2 with biases and Llama, log-probs within 1e-6. Each holds its part of the
     layers only. The first draws the tokens; the cache is that of the one with least memory."""
     def work():
