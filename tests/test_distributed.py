@@ -80,8 +80,8 @@ CASES = {
                                      "--sample-parts 2"),
     "grpo, no KL": ("grpo", 2, "--prompts 6 --mini-batch 3 --rollouts 2 --kl-coef 0 "
                                "--sample-rows 3"),
-    # the student's three heads cannot be shared by two
-    "fkl_warmup, shared copy": ("fkl_warmup", 4, "--prompts 3 --rollouts 3 --sample-parts 2"),
+    # of the teacher only: the student has three heads
+    "fkl_warmup, shared copy": ("fkl_warmup", 2, "--prompts 3 --rollouts 3 --sample-parts 2"),
     "opd": ("opd", 2, "--prompts 5 --rollouts 3"),
     "opd and reward, shared copy": (
         "opd", 4, "--prompts 5 --rollouts 3 --student {taught} --teacher {taught} "
