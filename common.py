@@ -68,6 +68,7 @@ class StageConfig:
     vocab_chunk: int = 0  # tokens whose (n, V) log-probs exist at once; 0: 256 MiB, on a CPU 16
     sample_rows: int = 256  # rows decoded at once
     kv_gib: float = 0.0  # GiB of the sampler's keys and values; 0: what the device can spare
+    sample_parts: int = 0  # processes that share one copy while sampling; 0: as few as have room
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     save_every: int = 50  # steps between checkpoints; 0: only one when it is told to stop
     show_every: int = 10  # steps between printed rollouts; 0 is never
@@ -172,6 +173,7 @@ class LM:
     bf16: bool = False  # compute in bfloat16 (masters stay fp32)
     recompute: bool = False  # gradient checkpointing
     replica: torch.nn.Module = None  # of a sharded model: the same modules without weights
+    parts: int = 1  # processes that share one copy of the weights while they sample
 
     @property
     def device(self):
@@ -271,7 +273,7 @@ def errors_as_one_line(problem):
         raise UserError(f"{problem}: {getattr(error, 'strerror', 0) or what!s:.300}") from error
 
 def load_lm(name, cfg, train=False, shard=True):
-    """Load a Hugging Face folder or hub name as an LM, with shard=True sharded over all processes.
+    """Load a Hugging Face folder or hub name as an LM, sharded if shard=True or lm.parts > 1.
     train=True gives fp32 masters, because in bf16 an update of 1e-6 mostly rounds to nothing; a
     frozen model has the compute dtype. Raises UserError for what cannot be loaded or used."""
     lm, best = describe_lm(name), "cuda" if torch.cuda.is_available() else "cpu"
@@ -284,18 +286,19 @@ def load_lm(name, cfg, train=False, shard=True):
     dtype = torch.bfloat16 if lm.bf16 and not train else torch.float32
     shard = shard and world_size() > 1
     with errors_as_one_line(UNUSABLE.format(name)):
-        if shard:  # rank 0 reads the weights in the files' dtype; the others have shapes only
+        with torch.device("meta"):  # shapes only
+            lm.model = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(name), dtype=dtype, attn_implementation="ours")
+        lm.parts = on_rank_0(count_parts, lm, cfg, device)
+        if shard or lm.parts > 1:  # rank 0 reads the weights, in the files' dtype
             source = read_weights(name, "auto") if rank() == 0 else None
-            with torch.device("meta"):
-                lm.model = AutoModelForCausalLM.from_config(
-                    AutoConfig.from_pretrained(name), dtype=dtype, attn_implementation="ours")
         else:
             lm.model = read_weights(name, dtype).to(device)
         lm.model.eval().requires_grad_(train)
         if train and cfg.gradient_checkpointing:  # it works in train mode only; without dropout
             lm.recompute, old_name = True, getattr(lm.model, "gradient_checkpointing_enable", None)
             getattr(lm.model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
-        if shard:
+        if shard or lm.parts > 1:
             shard_model(lm, source, device)
         check_architecture(lm, sampled=train or not shard)
     return lm
@@ -1247,13 +1250,16 @@ class PagedCache:
 
     def __init__(self, lm, rows, longest, kv_gib):
         config, device = lm.model.config, lm.device
-        layers, heads = config.num_hidden_layers, config.num_key_value_heads
+        layers, heads = config.num_hidden_layers, config.num_key_value_heads // lm.parts
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         dtype = torch.bfloat16 if lm.bf16 else torch.float32
         self.page, self.used = PAGE.get(device.type, 256), 0
         a_row = self.pages_for(longest)
         a_page = 2 * layers * self.page * heads * dim * dtype.itemsize  # bytes
-        self.capacity = min(rows * (a_row + 1), int(cache_bytes(lm, kv_gib) / a_page))
+        room = torch.tensor(cache_bytes(lm, kv_gib) / a_page, dtype=torch.float64)
+        if lm.parts > 1:  # all of them take the same steps
+            dist.all_reduce(room, dist.ReduceOp.MIN, lm.model.group)
+        self.capacity = min(rows * (a_row + 1), int(room))
         check(self.capacity >= a_row, f"the sampler's cache holds {self.capacity * self.page} "
               f"tokens and a row may take {longest}: lower --max-new-tokens or raise --kv-gib")
         if device.type == "cpu":  # a page of a head is one matrix, which is fast there
@@ -1339,17 +1345,17 @@ class Step:
 
     def __init__(self, lm, cache, temperature):
         self.lm, self.cache, self.temperature = lm, cache, temperature
-        self.head, self.graphs, self.memory = lm.head(), {}, None  # shape: (graph, its state)
-        self.records = lm.device.type == "cuda"
+        self.head, self.graphs = lm.head(), {}  # shape: (graph, its state)
+        self.memory = lm.device.type == "cuda" and torch.cuda.graph_pool_handle()  # of all graphs
 
     def run_block(self, live):
         """BLOCK tokens of every live row and their log-probs, two lists of lists."""
         shape, pages = (len(live), max(len(row.pages) for row in live)), self.cache.used
-        if self.records:  # few shapes: powers of two
+        if self.memory:  # few shapes: powers of two
             shape, pages = tuple(1 << (n - 1).bit_length() for n in shape), self.cache.capacity
         state = self.make_state(live, *shape, pages)
-        if self.records and shape in self.graphs:
-            graph, recorded = self.graphs[shape] or self.record(shape, state)
+        if self.memory and shape in self.graphs:
+            graph, recorded = self.graphs[shape] = self.graphs[shape] or self.record(state)
             for name, tensor in state.items():
                 recorded[name].copy_(tensor)
             for _ in range(BLOCK):
@@ -1376,14 +1382,12 @@ class Step:
             state["uniforms"][i] = row.stream.random(BLOCK)
         return {k: torch.from_numpy(v).to(self.lm.device) for k, v in state.items()}
 
-    def record(self, shape, state):
+    def record(self, state):
         """Record one step as a CUDA graph. Returns (graph, the tensors that it works on)."""
         graph = torch.cuda.CUDAGraph()
-        self.memory = self.memory or torch.cuda.graph_pool_handle()  # one for all graphs
         with torch.cuda.graph(graph, pool=self.memory):
             self(state)
-        self.graphs[shape] = graph, state
-        return self.graphs[shape]
+        return graph, state
 
     def __call__(self, state):
         """Feed each row's last token, draw the next."""
@@ -1409,6 +1413,8 @@ class Step:
         t = state["t"].expand_as(at)
         token = (inverse_cdf(weights, state["uniforms"].gather(1, t)) if self.temperature
                  else weights.argmax(-1, keepdim=True))
+        if self.lm.parts > 1:  # rounding must not part them
+            dist.broadcast(token, group=self.lm.model.group, group_src=0)
         logp = (weights.gather(1, token) / weights.sum(-1, keepdim=True)).log()
         state["tokens"].scatter_(1, t, token)
         state["logps"].scatter_(1, t, logp)
@@ -1781,7 +1787,7 @@ class Run:
 
 # ---------- 9 processes: torchrun starts them, FSDP2 shards the models ----------------------------
 # Each process runs the same script and knows all rollouts of a step. The work is divided:
-#   sampling   each takes its share of the prompts, with a copy of all weights that exists meanwhile
+#   sampling   each, or each group that shares a copy of all weights, takes its share of the prompts
 #   training   each takes its share of the rows; losses are divided by counts of the whole update
 #   writing    rank 0 only; but of a checkpoint each process writes its shards
 
@@ -1844,26 +1850,42 @@ def shared_micro_batches(rows, micro_tokens, device):
     return groups[rank()] + [[]] * (max(map(len, groups)) - len(groups[rank()]))
 
 def sample_shared(lm, prompts, k, cfg, seed, done=None):
-    """`sample` with cfg's settings; the prompts are divided among the processes, and all return all
-    rollouts: those of a single process. Several processes call done(i, rollouts) at the end."""
-    several, mine = world_size() > 1, range(rank(), len(prompts), world_size())
+    """`sample` with cfg's settings; prompts are divided among groups of lm.parts processes, and all
+    return all rollouts: those of a single process. Several call done(i, rollouts) at the end."""
+    several, (group, part) = world_size() > 1, divmod(rank(), lm.parts)
+    mine = range(group, len(prompts), world_size() // lm.parts)
     with gathered(lm) as full:
         rows = sample(full, [prompts[i] for i in mine], k, max_new_tokens=cfg.max_new_tokens,
                       temperature=cfg.temperature, seed=seed, sample_rows=cfg.sample_rows,
                       kv_gib=cfg.kv_gib, done=None if several else done)
-    groups = all_gather_dict({i: rows[j * k : (j + 1) * k] for j, i in enumerate(mine)})
-    if several and done:
-        for i in range(len(prompts)):
-            done(i, groups[i])
+    groups = all_gather_dict({i: rows[j * k : (j + 1) * k] for j, i in enumerate(mine) if not part})
+    for i in range(len(prompts)) if several and done else ():
+        done(i, groups[i])
     return [row for i in range(len(prompts)) for row in groups[i]]
 
 def sample_and_write(lm, prompts, k, cfg, seed, write):
     """`sample_shared` for more prompts than memory holds; write(i, rollouts) takes them: of a
     single process as soon as they have ended, of several at the end of fewer at once."""
-    size = max(1, (8 if world_size() == 1 else world_size()) * cfg.sample_rows // k)
+    size = max(1, (8 if world_size() == 1 else world_size() // lm.parts) * cfg.sample_rows // k)
     for start in range(0, len(prompts), size):
         sample_shared(lm, prompts[start : start + size], k, cfg, seed,
                       done=lambda i, rollouts: write(start + i, rollouts))
+
+SPLIT_DIM = dict(q_proj=0, k_proj=0, v_proj=0, gate_proj=0, up_proj=0, o_proj=1, down_proj=1)
+
+def count_parts(lm, cfg, device):
+    """How many processes share a copy of lm, which has shapes only yet, while they sample: as cfg
+    says, or so few that a part takes a third of a GPU; no more than divide all of it but norms."""
+    sizes = [getattr(lm.model.config, "num_key_value_heads", 1), world_size()]
+    for name, p in lm.model.named_parameters():  # in a block: model.layers.0.mlp.up_proj.weight
+        if name.count(".") > 4 and p.shape != (getattr(lm.model.config, "head_dim", 0),):
+            sizes.append((*p.shape, 1)[SPLIT_DIM.get(name.split(".")[-2], -1)])
+    n = math.gcd(cfg.sample_parts, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), *sizes)
+    if cfg.sample_parts > n:
+        print(f"{lm.name}: --sample-parts {n}, because {cfg.sample_parts} cannot share it equally")
+    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else math.inf
+    least = cfg.sample_parts or 3 * lm.model.num_parameters() * (2 if lm.bf16 else 4) / memory
+    return next(i for i in range(1, n + 1) if i == n or (n % i == 0 and i > least))
 
 def shard_model(lm, source, device):
     """Shard lm.model, which has shapes only, and fill it from `source`, which only rank 0 has. Each
@@ -1873,6 +1895,10 @@ def shard_model(lm, source, device):
     empty = {id(p): torch.nn.Parameter(torch.empty(0, device=device), requires_grad=False)
              for p in model.parameters()}
     lm.replica = copy.deepcopy(model, empty)  # tied weights stay one parameter
+    lm.replica.group = group = dist.new_subgroups(lm.parts)[0] if lm.parts > 1 else None
+    for name, module in lm.replica.named_modules():
+        if lm.parts > 1 and SPLIT_DIM.get(name.split(".")[-1]):  # each gives a part of the sum
+            module.register_forward_hook(lambda _, x, out: dist.all_reduce(out, group=group))
     for module in (*model.base_model.layers, model):
         # as in one process under autocast, embedding and residual stream keep the masters' fp32
         inner = torch.bfloat16 if lm.bf16 and module is not model else None
@@ -1900,13 +1926,15 @@ def full_tensor(tensor):
 
 @contextlib.contextmanager
 def gathered(lm):
-    """Inside, lm with all its weights, in the dtype of the forward pass if it is sharded."""
+    """Inside, lm with all its weights, or its part; if sharded, in the forward pass's dtype."""
     if lm.replica is None:
         yield lm
         return
     for parameter, (name, shard) in zip(lm.replica.parameters(), lm.model.named_parameters()):
         inner = torch.bfloat16 if lm.bf16 and ".layers." in name else shard.dtype
-        parameter.data = full_tensor(shard.detach().to(inner))
+        full, dim = full_tensor(shard.detach().to(inner)), SPLIT_DIM.get(name.split(".")[-2])
+        whole = lm.parts == 1 or dim is None
+        parameter.data = full if whole else full.chunk(lm.parts, dim)[rank() % lm.parts].clone()
     try:
         yield dataclasses.replace(lm, model=lm.replica, replica=None)
     finally:

@@ -49,6 +49,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     sample_rows: int = 512  # rows decoded at once
     kv_gib: float = 0.0  # GiB of the sampler's keys and values; 0: what the device can spare
+    sample_parts: int = 0  # processes that share one copy while sampling; 0: as few as have room
 
 # The paper's avg@16 in %, (MATH-500, AIME 2024, AIME 2025) or MATH-500 alone (Tables 2-6 and 8); ()
 # where it prints none. Settings and routes are named as the folders that run_all.sh writes. The

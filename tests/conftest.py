@@ -158,8 +158,8 @@ def run_child(work, after, store, rank, n, outputs):
         time.sleep = lambda seconds: sleep(seconds / 5)  # who fails after rank 0 waits for less
         if n > 1:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n),
-                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port),
-                              TORCHELASTIC_USE_AGENT_STORE="True")
+                              LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
+                              MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True")
         work()
         status = 0
     except SystemExit as end:

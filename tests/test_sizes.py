@@ -54,6 +54,19 @@ def test_memory_by_hand():
         assert warmup["weights of the sampler"] == copy
     alone = step_bytes(settings("evaluate", 2), LARGE)  # each GPU has the whole model
     assert alone["while sampling"] == 2448 + 512 and alone["in the update"] == 0
+    shared = step_bytes(settings("opd", 2, sample_parts=2), TINY, LARGE)  # half of the layers
+    assert shared["weights of the sampler"] == 896 + 4 * 168 and shared["keys and values"] == 256
+    shared = step_bytes(settings("evaluate", 2, sample_parts=2), LARGE)  # and half of the files
+    assert shared["while sampling"] == 1224 + 656 + 896 + 656 + 256
+
+@pytest.mark.parametrize("name, gpus, gb, flag, parts", [
+    ("Qwen3-8B", 16, 80, 0, 1), ("Qwen3-14B", 16, 80, 0, 2), ("Qwen3-14B", 1, 80, 0, 1),
+    ("Llama-3.3-70B", 16, 80, 0, 8), ("Llama-3.3-70B", 16, 141, 0, 4),
+    ("Llama-3.3-70B", 4, 80, 0, 4), ("Qwen3-8B", 8, 80, 2, 2), ("SmolLM2-135M", 8, 80, 2, 1)])
+def test_parts_are_those_that_the_scripts_choose(name, gpus, gb, flag, parts):
+    """The cases of these models in test_distributed.py give the same."""
+    card = sizes.Card("card", gb, 1, 1)
+    assert Settings(gpus=gpus, sample_parts=flag).divided(MODELS[name], None, card).parts == parts
 
 OPERATIONS, MEMORY = 0.4 * 989e12, 0.4 * 3.35e12
 
@@ -61,6 +74,9 @@ def test_seconds_by_hand():
     found = step_seconds(settings("grpo", 2), TINY, LARGE)
     reads = 2 * 6 * (2 * 1064 + 2 * (2 + 3) * 32)  # two batches, six tokens each
     assert found["sampling"] == pytest.approx(reads / MEMORY)
+    a_part = 896 + 2 * 168 + 2 * (2 + 3) * 32 / 2  # four batches for both; four sums a token
+    assert step_seconds(settings("grpo", 2, sample_parts=2), TINY)["sampling"] == pytest.approx(
+        4 * 6 * (a_part / MEMORY + 4 * (20e-6 + 2 * 4 * 8 / sizes.NODE)))
     attention = 4 * 2 * 4 * 2 * 8 / 2  # 4 L H d * length / 2, a token of 32
     assert found["update"] == pytest.approx(3 * (2128 + attention) * 32 / OPERATIONS)
     assert found["frozen models"] == pytest.approx((2448 + attention) * 32 / OPERATIONS)

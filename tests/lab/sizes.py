@@ -14,28 +14,31 @@ parameters, of which P_in are in the L layers and P_out are embedding, head and 
     frozen models            2 P / n, and for n > 1 their P_out gathered: 2 P_out more
     weights of the update    n = 1: bf16 copies, 2 P; else two layers in bf16 and P_out in fp32,
                              2 * 2 P_in / L + 4 P_out, and as much again for their gradients
-    weights of the sampler   of the trained model: n = 1: bf16 copies, 2 P; else 2 P_in + 4 P_out;
-                             of a frozen model: n = 1: nothing; else 2 P
+    weights of the sampler   of the trained model: n = 1: bf16 copies, 2 P; else with `parts` GPUs
+                             that share a copy 2 P_in / parts + 4 P_out; of a frozen model: n = 1:
+                             nothing; else 2 P_in / parts + 2 P_out
     head and chunk           8 V D, the head in bf16 and its gradient in bf16 and fp32, and 6 blocks
                              of logits
     activations              tokens of a micro-batch (or of the longest row) times what L layers
                              keep; with --gradient-checkpointing times 4 L D and one layer. A layer
                              keeps 24 D + 14 (H + H_kv) d + 8 F
-    keys and values          4 L H_kv d a token; rows * longest at the very most (what does not fit
-                             waits)
+    keys and values          4 L H_kv d / parts a token; rows * longest at the very most (what does
+                             not fit waits)
 
 Parameters of a folder or hub name are counted on the model without weights. A mixture of experts
 holds them all, and many rows read all when they are sampled; but a token passes through its active
 ones only: its share of the experts. Those alone count as P in the operations, and in F.
 
-evaluate.py loads the whole model on each GPU, like n = 1. Seconds, for responses that are all as
-long as allowed: 2 P operations a token for a forward pass, 4 P for a backward pass (2 P more with
---gradient-checkpointing), and 4 L H d * length / 2 of attention as often. Sampling reads the
-weights, and half of the keys and values of its rows, once a token. A micro-batch moves 8 P bytes
-between GPUs. A GPU reaches 40 % of its bf16 operations (fp32 sums) and bytes a second, as in the
-maker's data sheets: an H100 (SXM, 80 GB) 989e12 and 3.35e12, an RTX 4080 (16 GB) 97.5e12 and 717e9.
-It sends 200e9 bytes a second to its neighbours, 25e9 across nodes of 8. In a recipe prompts have
-200 tokens, and keys and values take 80 % of the memory that is free.
+evaluate.py loads the whole model on each GPU, like n = 1, unless parts > 1. Parts are those that
+the scripts choose (`count_parts` in common.py) in nodes of 8, or --sample-parts. Seconds, for
+responses that are all as long as allowed: 2 P operations a token for a forward pass, 4 P for a
+backward pass (2 P more with --gradient-checkpointing), and 4 L H d * length / 2 of attention as
+often. Sampling reads a GPU's part of the weights, and half of the keys and values of its rows, once
+a token; with parts it adds up 2 L times, which takes 20 us and 4 D bytes a row on the way. A
+micro-batch moves 8 P bytes between GPUs. A GPU reaches 40 % of its bf16 operations (fp32 sums) and
+bytes a second, as in the maker's data sheets: an H100 (SXM, 80 GB) 989e12 and 3.35e12, an RTX 4080
+(16 GB) 97.5e12 and 717e9. It sends 200e9 bytes a second to its neighbours, 25e9 across nodes of 8.
+In a recipe prompts have 200 tokens, and keys and values take 80 % of the memory that is free.
 """
 
 import argparse
@@ -61,7 +64,7 @@ import opd
 from common import UserError, check, describe_lm, parse_args
 
 GB = 1e9
-NODE, NETWORK = 200e9, 25e9  # bytes a second
+NODE, NETWORK, LATENCY = 200e9, 25e9, 20e-6  # bytes a second; seconds until a sum is everywhere
 STAGES = {"grpo": grpo.Config, "warmup": fkl_warmup.Config, "opd": opd.Config,
           "evaluate": evaluate.Config}
 
@@ -122,6 +125,10 @@ class Shape:
               "many there are (num_experts) and how many a token takes (num_experts_per_tok)")
         return self.params - (1 - self.experts) * (self.counted[1] if self.counted else 0)
 
+    def part(self, parts):
+        """Bytes of a part of a bf16 copy: of the layers only, the rest is on each GPU."""
+        return 2 * (self.params - self.outer) / parts + 2 * self.outer
+
     @property
     def cache(self):
         """Bytes of keys and values a token."""
@@ -178,6 +185,7 @@ class Settings:
     max_new_tokens: int = None
     micro_tokens: int = None
     sample_rows: int = None
+    sample_parts: int = None
     gradient_checkpointing: bool = False
 
     def __post_init__(self):
@@ -192,13 +200,17 @@ class Settings:
             self.prompts = max(1, self.sample_rows // self.rollouts) * self.gpus
 
     @property
+    def parts(self):
+        return self.sample_parts or 1  # 0: see `divided`
+
+    @property
     def longest(self):
         return self.max_prompt_tokens + self.max_new_tokens
 
     @property
     def share(self):
         """Rows of a step on the GPU that has most prompts."""
-        return -(-self.prompts // self.gpus) * self.rollouts
+        return -(-self.prompts // (self.gpus // self.parts)) * self.rollouts
 
     @property
     def rows_at_once(self):
@@ -211,10 +223,19 @@ class Settings:
             return None, model, model
         return model, frozen, frozen if self.stage == "warmup" else model
 
+    def divided(self, model, frozen, card):
+        """The same with the parts that the scripts choose, as `count_parts` in common.py."""
+        shape = self.roles(model, frozen)[2]
+        n = 1 if shape.experts != 1 else math.gcd(self.sample_parts, self.gpus, 8, shape.kv_heads,
+                                                  shape.ffn)
+        least = self.sample_parts or 3 * 2 * shape.params / (card.gb * GB)
+        return dataclasses.replace(self, sample_parts=next(
+            i for i in range(1, n + 1) if i == n or (n % i == 0 and i > least)))
+
 def step_bytes(s, model, frozen=None, chunk=256 << 20):
     """{part: bytes} on one GPU: what is always there, then the update's, then the sampler's."""
     trained, frozen, sampler = s.roles(model, frozen)
-    n = s.gpus if trained else 1
+    n = s.gpus if trained or s.parts > 1 else 1
     many = n > 1
     always = {"masters": 4 * trained.params / n if trained else 0,
               "AdamW": 8 * trained.params / n if trained else 0,
@@ -228,9 +249,9 @@ def step_bytes(s, model, frozen=None, chunk=256 << 20):
                   "head and chunk": 8 * trained.vocab * trained.hidden + 6 * chunk,
                   "activations": max(s.micro_tokens, s.longest) * kept}
     samples = s.stage in ("grpo", "opd")  # the trained model
-    sampling = {"weights of the sampler": 2 * sampler.params * (many or samples)
+    sampling = {"weights of the sampler": sampler.part(s.parts) * (many or samples)
                 + 2 * sampler.outer * (many and samples),
-                "keys and values": s.rows_at_once * s.longest * sampler.cache}
+                "keys and values": s.rows_at_once * s.longest * sampler.cache / s.parts}
     total = sum(always.values())
     return {**always, **update, "in the update": (total + sum(update.values())) * bool(trained),
             **sampling, "while sampling": total + sum(sampling.values())}
@@ -240,8 +261,10 @@ def step_seconds(s, model, frozen=None, card=H100):
     trained, frozen, sampler = s.roles(model, frozen)
     mine = s.prompts * s.rollouts / s.gpus  # rows of a step on one GPU
     live = s.max_prompt_tokens + s.max_new_tokens / 2  # tokens of a row, in the mean over time
-    read = 2 * sampler.params + s.rows_at_once * live * sampler.cache
-    parts = {"sampling": s.share / s.rows_at_once * s.max_new_tokens * card.seconds(read=read)}
+    read = sampler.part(s.parts) + s.rows_at_once * live * sampler.cache / s.parts
+    adding = 2 * sampler.layers * (LATENCY + 4 * sampler.hidden * s.rows_at_once / NODE)
+    a_token = card.seconds(read=read) + adding * (s.parts > 1)
+    parts = {"sampling": s.share / s.rows_at_once * s.max_new_tokens * a_token}
 
     def passes(shape, n):
         attention = 4 * shape.layers * shape.heads * shape.head_dim * s.longest / 2
@@ -257,17 +280,18 @@ def step_seconds(s, model, frozen=None, card=H100):
 
 def models_table():
     """grpo.py with the paper's settings, --gradient-checkpointing and its KL reference."""
-    rows = ["| model | GPUs | update, GB | sampling, GB | a row's cache, GB | fits 80 / 141 GB | "
-            "a step, minutes |", "| --- | --: | --: | --: | --: | --- | --: |"]
+    rows = ["| model | GPUs | parts | update, GB | sampling, GB | a row's cache, GB | "
+            "fits 80 / 141 GB | a step, minutes |",
+            "| --- | --: | --: | --: | --: | --: | --- | --: |"]
     for name, shape in list(MODELS.items())[:6]:
         for gpus in (1, 8, 16):
-            s = Settings(gpus=gpus, gradient_checkpointing=True)
+            s = Settings(gpus=gpus, gradient_checkpointing=True).divided(shape, shape, H100)
             size, seconds = step_bytes(s, shape, shape), step_seconds(s, shape, shape)["a step"]
             row = size["keys and values"] / s.rows_at_once
             sampling = size["while sampling"] - size["keys and values"]
             need = max(size["in the update"], sampling + row) / GB
             fits = " / ".join("yes" if need < 0.95 * card else "no" for card in (80, 141))
-            rows.append(f"| {name} | {gpus} | {size['in the update'] / GB:.0f} | "
+            rows.append(f"| {name} | {gpus} | {s.parts} | {size['in the update'] / GB:.0f} | "
                         f"{sampling / GB:.0f} | {row / GB:.1f} | {fits} | {seconds / 60:.0f} |")
     return "\n".join(rows)
 
@@ -299,7 +323,8 @@ def run_costs(stage, cfg, gpus, card, model, frozen):
     else:
         problems = (cfg.labels or PROBLEMS[cfg.data]) // (1 if cfg.half == "all" else 2)
         steps = cfg.steps or cfg.epochs * (problems // s.prompts)
-    size, a_token = step_bytes(s, model, frozen), s.roles(model, frozen)[2].cache
+    s = s.divided(model, frozen, card)
+    size, a_token = step_bytes(s, model, frozen), s.roles(model, frozen)[2].cache / s.parts
     others = size["while sampling"] - size["keys and values"]
     room = 0.8 * (0.95 * card.gb * GB - others)  # as in common.cache_bytes
     s.sample_rows = min(s.sample_rows, int(room / (PROMPT + s.max_new_tokens / 2) / a_token))
@@ -337,8 +362,10 @@ def print_step(args, s):
     frozen = args.teacher or (args.model if s.stage == "grpo" else "none")
     check(args.teacher or s.stage not in ("warmup", "opd"), f"--stage {s.stage} needs a --teacher")
     shapes = read_shape(args.model), None if frozen == "none" else read_shape(frozen)
+    s = s.divided(*shapes, H100)
+    shared = f", {s.parts} GPUs share a copy while sampling" if s.parts > 1 else ""
     print(f"computed, not measured: {s.stage} on {s.gpus} GPU(s), {s.prompts} prompts x "
-          f"{s.rollouts} responses of {s.max_new_tokens:,} tokens")
+          f"{s.rollouts} responses of {s.max_new_tokens:,} tokens{shared}")
     for name, shape in zip((args.model, frozen), shapes):
         if shape:
             active = f", {shape.active / GB:.2f} B active" if shape.experts < 1 else ""
