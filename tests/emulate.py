@@ -5,6 +5,8 @@ function executes none of its operations (its results are NaN or 0), and replayi
 operations, and no Python, on the tensors that were seen. What no recording can hold raises: waiting
 for the host, shapes that depend on data, numbers from the host, random numbers.
 
+`random_lm` and `losses` are what both `test_cuda.py` and `lab/gpu_check.py` look at.
+
 `flash` stands in for the attention kernel and checks what that checks. `fake_cuda` gives tensors
 on "cuda:0" that have shapes and no values: all operations check that their tensors are on one
 device. Indexing such tensors needs a device guard, so the CPU's is lent to CUDA; and backward()
@@ -13,6 +15,7 @@ needs streams, so `backward` walks the graph of autograd itself.
 
 import contextlib
 import ctypes
+import dataclasses
 import math
 from pathlib import Path
 
@@ -21,8 +24,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 import common
+import fkl_warmup
+import grpo
+import opd
 
 aten = torch.ops.aten
 HOST = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu, torch.tensor, torch.from_numpy}
@@ -99,6 +106,7 @@ def graph(graph, pool=None, capture_error_mode="global"):
     finally:
         recording = False
 
+@torch.autocast("cpu", enabled=False)
 def flash(query, key, value, cum_q, cum_k, max_q, max_k, dropout, causal, debug, *, scale,
           seqused_k):
     """aten::_flash_attention_forward with one query a sequence, as the kernel: (out, lse, ...)."""
@@ -111,14 +119,16 @@ def flash(query, key, value, cum_q, cum_k, max_q, max_k, dropout, causal, debug,
     assert key.shape == value.shape == (n * max_k, kv_heads, D) and max_q == 1
     out, lse = torch.zeros_like(query), torch.full((H, n), math.inf)  # of an empty sequence
     if not recording:
-        assert cum_q.tolist() == list(range(n + 1))
-        for i, (first, used) in enumerate(zip(cum_k.tolist(), seqused_k.tolist())):
-            k, v = (x[first : first + used].float().repeat_interleave(H // kv_heads, 1)
-                    for x in (key, value))
-            if used:
-                scores = scale * torch.einsum("hd,nhd->hn", query[i].float(), k)
-                lse[:, i] = scores.logsumexp(-1)
-                out[i] = torch.einsum("hn,nhd->hd", scores.softmax(-1), v).to(out.dtype)
+        assert cum_q.tolist() == list(range(n + 1)) and cum_k.tolist()[1:] == [
+            max_k * (i + 1) for i in range(n)] and seqused_k.max() <= max_k
+        k, v = (x.view(n, max_k, kv_heads, D).float().repeat_interleave(H // kv_heads, 2)
+                for x in (key, value))
+        scores = scale * torch.einsum("mhd,mphd->mhp", query.float(), k)
+        unused = torch.arange(max_k) >= seqused_k[:, None]
+        scores.masked_fill_(unused[:, None], -math.inf)
+        some = seqused_k > 0
+        lse[:, some] = scores.logsumexp(-1)[some].T
+        out[some] = torch.einsum("mhp,mphd->mhd", scores.softmax(-1), v)[some].to(out.dtype)
     return out, lse, *(torch.empty(0) for _ in range(3))
 
 @contextlib.contextmanager
@@ -220,3 +230,39 @@ def backward(loss, gradient=None):
                     grad = grad.sum_to_size(want.shape).to(want.dtype)
                     before = grads.get((following, i))
                     grads[following, i] = grad if before is None else before + grad
+
+# --- models and losses
+
+def random_lm(shape, device, bf16, train=False):
+    """An LM of random weights and a sizes.Shape, a Qwen3 or a Llama; without stop tokens, and with
+    three embeddings that are padding."""
+    config = (Qwen3Config if shape.qk_norm else LlamaConfig)(
+        vocab_size=shape.vocab, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim, intermediate_size=shape.ffn, tie_word_embeddings=shape.tied)
+    dtype = torch.bfloat16 if bf16 and not train else torch.float32
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="ours")
+    model.eval().requires_grad_(train)
+    return common.LM("random", model, None, shape.vocab - 3, [], "float32", bf16=bf16)
+
+def losses(lm, teacher, rows, **flags):
+    """{name: function that adds the gradient of a loss of the stages and returns its sums}."""
+    def config(script, **more):
+        known = {field.name for field in dataclasses.fields(script.Config)}
+        every = {"model": "", "teacher": "", "student": "", **flags, **more}
+        return script.Config(**{name: x for name, x in every.items() if name in known})
+    n, ones = sum(len(row.tokens) for row in rows), torch.ones(len(rows))
+    old = [[x - 0.1 for x in row.logp] for row in rows]
+    found = {f"grpo {kl}": lambda kl=kl: grpo.accumulate(
+        config(grpo, kl_loss=kl), lm, rows, ones, ones.double() / n, old, old)
+        for kl in ("k2", "k3")}
+    found["grpo fresh"] = lambda: grpo.accumulate(config(grpo), lm, rows, ones, ones.double() / n,
+                                                  None, None)
+    for name in ("full", "token", "return"):
+        found[f"opd {name}"] = lambda name=name: opd.accumulate(
+            config(opd, estimator=name, sparse_weight=0.5), lm, teacher, rows, n, ones)
+    for name in ("soft", "hard"):
+        found[f"warmup {name}"] = lambda name=name: fkl_warmup.accumulate(
+            config(fkl_warmup, targets=name), lm, teacher, rows, n)
+    return found

@@ -8,14 +8,13 @@ import textwrap
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 import common
 import emulate
-import fkl_warmup
 import grpo
-import opd
-from common import LM, PagedCache, Rollout, Row, StageConfig, Step, UserError, load_lm, sample
+from common import PagedCache, Rollout, Row, StageConfig, Step, UserError, load_lm, sample
+from emulate import losses, random_lm
+from sizes import Shape
 
 PROMPTS = [[3, 15, 11, 20, 4], [3, 7], [3, 25, 13, 16, 12, 17, 13, 18, 14, 19, 4], [3, 19, 14, 4]]
 
@@ -177,25 +176,20 @@ def fake(monkeypatch):
     except (AttributeError, ValueError) as error:  # a libc10 without such a table
         pytest.skip(f"this torch has no place for a device guard: {error}")
 
-KINDS = {"qwen3": (Qwen3Config, dict(head_dim=16, tie_word_embeddings=True)),
-         "llama": (LlamaConfig, dict(tie_word_embeddings=False))}
+SHAPES = {"qwen3": Shape(64, 1, 4, 2, 96, 100, True, 16, qk_norm=True),
+          "llama": Shape(64, 1, 4, 2, 96, 100, False, 16)}
 
 def make_lm(kind="qwen3", bf16=True, train=True):
-    """An LM on cuda:0 whose weights have no values; 97 tokens of 100 embeddings."""
-    config, more = KINDS[kind]
-    config = config(vocab_size=100, hidden_size=64, num_hidden_layers=1, num_attention_heads=4,
-                    num_key_value_heads=2, intermediate_size=96, **more)
-    dtype = torch.float32 if train or not bf16 else torch.bfloat16
-    with torch.device("cuda:0"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="ours")
-    assert {p.device.type for p in model.parameters()} == {"cuda"}
-    return LM("fake", model.eval().requires_grad_(train), None, 97, [1], "float32", bf16=bf16)
+    """An LM on cuda:0 whose weights have no values."""
+    lm = random_lm(SHAPES[kind], "cuda:0", bf16, train)
+    assert {p.device.type for p in lm.model.parameters()} == {"cuda"}
+    return lm
 
 ROWS = [Rollout([3, 4, 5], [6, 7, 8, 9], [-1.0] * 4, False), Rollout([3], [1], [-1.0], True)]
 both = pytest.mark.parametrize("bf16", [True, False])
 
 @both
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SHAPES)
 def test_prefill_and_a_step_pass_on_cuda_without_waiting(fake, kind, bf16):
     """And a step changes its state in place: nothing else would be seen by a replay."""
     lm = make_lm(kind, bf16, train=False)
@@ -233,35 +227,13 @@ def test_attention_over_pages_passes_on_cuda(fake, bf16, dim, m, monkeypatch):
     with pytest.raises(RuntimeError, match="device"):
         common.attend_pages(q, keys, keys, used.cpu(), 0.1)
 
-def losses(lm, teacher, **flags):
-    """{name: function that adds a loss's gradient}."""
-    names = dict(model="", teacher="", student="")
-
-    def config(script, **more):
-        fields = {f.name for f in dataclasses.fields(script.Config)}
-        return script.Config(**{k: v for k, v in (names | flags | more).items() if k in fields})
-
-    adv, weights, sparse = torch.ones(2), torch.ones(2, dtype=torch.float64), torch.ones(2)
-    lists = [[-1.0] * len(row.tokens) for row in ROWS]
-    found = {f"grpo, {kl}": lambda kl=kl: grpo.accumulate(
-        config(grpo, kl_loss=kl), lm, ROWS, adv, weights, lists, lists) for kl in ("k2", "k3")}
-    found["grpo, fresh"] = lambda: grpo.accumulate(
-        config(grpo, kl_coef=0.0), lm, ROWS, adv, weights, None, None)
-    for name in ("full", "token", "return"):
-        found[f"opd, {name}"] = lambda name=name: opd.accumulate(
-            config(opd, estimator=name, sparse_weight=0.5), lm, teacher, ROWS, 5, sparse)
-    for name in ("soft", "hard"):
-        found[f"warmup, {name}"] = lambda name=name: fkl_warmup.accumulate(
-            config(fkl_warmup, targets=name), lm, teacher if name == "soft" else None, ROWS, 5)
-    return found
-
 @both
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SHAPES)
 def test_every_loss_and_the_optimizer_pass_on_cuda(fake, kind, bf16):
     """In chunks of 2 of 5 tokens; each tensor gets a gradient of its shape, beside it. The fused
     AdamW then needs three numbers of the device: is the norm finite, the norm, its own count."""
     lm, teacher = make_lm(kind, bf16), make_lm(kind, bf16, train=False)
-    for name, loss in losses(lm, teacher, vocab_chunk=2, temperature=0.7).items():
+    for name, loss in losses(lm, teacher, ROWS, vocab_chunk=2, temperature=0.7).items():
         sums = loss()
         assert sums.device.type == "cpu" and sums.dtype == torch.float64, name
         for p in lm.model.parameters():
@@ -286,4 +258,4 @@ def test_a_loss_whose_constants_stay_on_the_cpu_is_seen(fake, monkeypatch):
     monkeypatch.setattr(grpo, "over_chunks", space["over_chunks"])
     lm = make_lm()
     with pytest.raises(RuntimeError, match="device"):
-        losses(lm, lm)["grpo, k2"]()
+        losses(lm, lm, ROWS)["grpo k2"]()
