@@ -327,8 +327,9 @@ def check_architecture(lm, sampled):
     rounding = (2**-6 if lm.bf16 else 1e-4) * want.abs().max()  # bf16 has 8 bits
     check((have - want).abs().max() <= rounding, "its logits are not head times hidden state")
     if sampled:
-        with gathered(lm) as full:
-            row, = sample(full, ids.tolist(), 1, max_new_tokens=4, temperature=1.0, seed=(0,))
+        n = 3 * BLOCK if lm.device.type in RECORDS and lm.context >= 4 * BLOCK else 4
+        with gathered(dataclasses.replace(lm, stop_ids=[])) as full:
+            row, = sample(full, ids.tolist(), 1, max_new_tokens=n, temperature=1.0, seed=(0,))
         gap = lm.token_logp(*lm.states([row]), 1.0, 4).cpu() - torch.tensor(row.logp)
         check(gap.abs().max() <= 4 * rounding, "sampling gives other log-probs than training")
     if isinstance(lm.model, fsdp.FSDPModule):
@@ -1172,6 +1173,7 @@ def reward_groups(lm, rows, answers, verifier=""):
 
 BLOCK = 8  # tokens between two looks at which rows have ended; an ended row wastes half of them
 PAGE = {"cpu": 32, "cuda": 256}  # tokens of a page; what suits `attend_pages` there
+RECORDS = {"cuda"}  # types of device whose steps are recorded; none once that has failed
 
 @dataclass
 class Rollout:
@@ -1246,20 +1248,20 @@ def random_stream(seed, prompt, index):
 
 class PagedCache:
     """Keys and values of the live rows, in pages 1 to `used` of a pool (layers, 2, pages, page, kv
-    heads, head dim). Page 0 is scratch: padded rows write there."""
+    heads, head dim). Page 0 is scratch: padded rows write there. 65,535 are a kernel's limit."""
 
     def __init__(self, lm, rows, longest, kv_gib):
         config, device = lm.model.config, lm.device
         layers, heads = config.num_hidden_layers, config.num_key_value_heads // lm.parts
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         dtype = torch.bfloat16 if lm.bf16 else torch.float32
-        self.page, self.used = PAGE.get(device.type, 256), 0
+        self.page, self.used, self.dense = PAGE.get(device.type, 256), 0, device.type not in RECORDS
         a_row = self.pages_for(longest)
         a_page = 2 * layers * self.page * heads * dim * dtype.itemsize  # bytes
         room = torch.tensor(cache_bytes(lm, kv_gib) / a_page, dtype=torch.float64)
         if lm.parts > 1:  # all of them take the same steps
             dist.all_reduce(room, dist.ReduceOp.MIN, lm.model.group)
-        self.capacity = min(rows * (a_row + 1), int(room))
+        self.capacity = min(rows * (a_row + 1), int(room), 65534)
         check(self.capacity >= a_row, f"the sampler's cache holds {self.capacity * self.page} "
               f"tokens and a row may take {longest}: lower --max-new-tokens or raise --kv-gib")
         if device.type == "cpu":  # a page of a head is one matrix, which is fast there
@@ -1290,17 +1292,17 @@ class PagedCache:
                 break
             rows.append(waiting.popleft())
         owners = {page: (row, i) for row in rows for i, page in enumerate(row.pages)}
-        gaps = [page for page in range(1, len(owners) + 1) if page not in owners]  # to fill
-        moved = [page for page in owners if page > len(owners)]
+        free = [page for page in range(1, self.capacity + 1) if page not in owners]
+        moved = [page for page in owners if page > len(owners) and self.dense]  # fill the gaps
+        gaps, free = free[: len(moved)], iter(sorted(free[len(moved) :] + moved))
         for layer in self.pool if gaps else ():  # all layers at once would double the memory
             layer[:, gaps] = layer[:, moved]
         for page, gap in zip(moved, gaps):
             row, i = owners[page]
             row.pages[i] = gap
-        self.used = len(owners)
         for row in rows:
-            first, self.used = self.used, self.used + self.pages_for(len(row)) - len(row.pages)
-            row.pages += range(first + 1, self.used + 1)
+            row.pages += itertools.islice(free, self.pages_for(len(row)) - len(row.pages))
+        self.used = max(page for row in rows for page in row.pages)
         return rows, rows[n:]
 
     def prefill(self, lm, rows):
@@ -1344,22 +1346,21 @@ class Step:
     on CUDA it can be recorded once for each shape and then replayed without the host."""
 
     def __init__(self, lm, cache, temperature):
-        self.lm, self.cache, self.temperature = lm, cache, temperature
-        self.head, self.graphs = lm.head(), {}  # shape: (graph, its state)
-        self.memory = lm.device.type == "cuda" and torch.cuda.graph_pool_handle()  # of all graphs
+        self.lm, self.cache, self.temperature, self.head = lm, cache, temperature, lm.head()
+        self.graphs, self.memory, self.records = {}, None, lm.device.type in RECORDS
 
     def run_block(self, live):
         """BLOCK tokens of every live row and their log-probs, two lists of lists."""
         shape, pages = (len(live), max(len(row.pages) for row in live)), self.cache.used
-        if self.memory:  # few shapes: powers of two
+        if self.records:  # few shapes: powers of two
             shape, pages = tuple(1 << (n - 1).bit_length() for n in shape), self.cache.capacity
         state = self.make_state(live, *shape, pages)
-        if self.memory and shape in self.graphs:
-            graph, recorded = self.graphs[shape] = self.graphs[shape] or self.record(state)
+        if self.records and shape in self.graphs:
+            replay, recorded = self.graphs[shape] = self.graphs[shape] or self.record(state)
             for name, tensor in state.items():
                 recorded[name].copy_(tensor)
             for _ in range(BLOCK):
-                graph.replay()
+                replay()
             state = recorded
         else:
             self.graphs[shape] = None  # recorded next time, when its kernels are loaded
@@ -1383,11 +1384,18 @@ class Step:
         return {k: torch.from_numpy(v).to(self.lm.device) for k, v in state.items()}
 
     def record(self, state):
-        """Record one step as a CUDA graph. Returns (graph, the tensors that it works on)."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.memory):
-            self(state)
-        return graph, state
+        """Record one step as a CUDA graph. Returns (its replay, the tensors that it works on)."""
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self.memory = self.memory or torch.cuda.graph_pool_handle()  # one for all graphs
+        try:
+            with torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"):
+                self(state)
+            return graph.replay, state
+        except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # torch before 2.13 leaves its own in use
+            print("sampling goes on unrecorded:", str(error.__context__ or error).split("\n")[0])
+            self.records = RECORDS.clear()
+            return functools.partial(self, state), state
 
     def __call__(self, state):
         """Feed each row's last token, draw the next."""
@@ -1427,9 +1435,8 @@ def attend_pages(q, keys, values, used, scaling):
     keys, values: (m, page, kv heads, D), used: (m,). Returns (m, H, D) and, to put pages together,
     the log of each softmax's denominator, (m, H); -1e30 for an empty page."""
     m, page, heads, dim = keys.shape
-    fits = dim <= 256 and dim % 8 == 0 and m < 65536  # what the kernel takes
-    if q.dtype == torch.bfloat16 and has_bf16(q.device) and fits:  # a page is a sequence of its own
-        one = torch.arange(m + 1, dtype=torch.int32, device=q.device)
+    if q.dtype == torch.bfloat16 and has_bf16(q.device) and dim <= 256 and dim % 8 == 0:  # fits it
+        one = torch.arange(m + 1, dtype=torch.int32, device=q.device)  # a page is a sequence
         out, lse = torch.ops.aten._flash_attention_forward(
             q, keys.flatten(0, 1), values.flatten(0, 1), one, one * page, 1, page, 0.0, False,
             False, scale=scaling, seqused_k=used.int())[:2]
@@ -1447,8 +1454,8 @@ def attend_pages(q, keys, values, used, scaling):
 def inverse_cdf(weights, uniform):
     """Draw from (rows, V) weights with a uniform per row (rows, 1): the first id whose CDF exceeds
     it, (rows, 1), never one of weight 0. Summed in two levels, blocks of 64 and then inside one
-    block, in float64: one running sum in fp32 would swallow the many rare tokens."""
-    spare = -weights.shape[-1] % 64
+    block, in float64: one running sum in fp32 would swallow the many rare tokens. NaN: any id."""
+    last, spare = weights.shape[1] - 1, -weights.shape[1] % 64
     blocks = (F.pad(weights, (0, spare)) if spare else weights).unflatten(-1, (-1, 64))
     mass = blocks.sum(-1, dtype=torch.float64)
     cdf = mass.cumsum(-1)
@@ -1457,7 +1464,7 @@ def inverse_cdf(weights, uniform):
     inner = blocks.gather(1, block[..., None].expand(-1, -1, 64))[:, 0].double().cumsum(-1)
     rest = target - (cdf.gather(1, block) - mass.gather(1, block))
     rest = torch.minimum(rest, inner[:, -1:] * (1 - 2**-52)).clamp(min=0)
-    return block * 64 + torch.searchsorted(inner, rest, right=True)
+    return (block * 64 + torch.searchsorted(inner, rest, right=True)).clamp(max=last)
 
 def attention(module, query, key, value, attention_mask, scaling, attend=None, **kwargs):
     """The attention of all layers, causal, or the caller's: (B, H, T, dim) -> (B, T, H, dim)."""
