@@ -863,7 +863,7 @@ _UNKNOWN = re.compile(r"(?![πei∞])[^\W\d_](?:_\{?\w\}?|\([^\W\d_]\))?")  # x,
 _BRACKETS = {"{": (", ; ∨ ∪", "}"), "(": (", ;", ") ]"), "[": (", ;", ") ]"),
              "\\{": (", ;", "\\}"), "⟦": (r"& \\", "⟧")}  # opening: separators, closings
 _RATIOS, _SUMS, _PRODUCTS, _POWERS = range(4)  # what an expression may hold outside brackets
-_FRACTIONAL, _LARGE, _NATURAL = range(3), range(3, 6), range(6, 12)  # sample points
+_FRACTIONAL, _LARGE = range(3), range(3, 6)  # sample points
 
 class _Reader:
     """Computes the value of an answer at a sample point, with random numbers for its letters."""
@@ -918,7 +918,7 @@ class _Reader:
             elif self.take("^"):
                 left = self.power(left, self.base(_POWERS))
             elif self.take("!"):
-                left = self.count(math.factorial, left)
+                left = self.call("factorial", left)
             elif self.take("°"):
                 left = _calculate(operator.mul, +_local.mp.degree, left) if self.functions else left
             else:
@@ -936,8 +936,6 @@ class _Reader:
             name = re.sub(r"[{} ]", "", token)
             self.letters.add(name)  # it has the same random number wherever it stands
             random = zlib.crc32(f"{name} {self.point}".encode("utf-8", "replace"))
-            if self.point in _NATURAL:
-                return Fraction(random % 40 + 5)
             signed = -10007 if random % 3 else 10007
             return Fraction(random % 20011 + 10007, (30029, 10007, signed, 97, 89, 83)[self.point])
         if token[0].isdecimal() or token[0] == "." and len(token) > 1:
@@ -948,7 +946,7 @@ class _Reader:
             top, bottom = self.base(_POWERS), self.base(_POWERS)
             return _calculate(operator.mul, self.power(bottom, Fraction(-1)), top)
         if token == "\\binom":
-            return self.count(math.comb, self.base(_POWERS), self.base(_POWERS))
+            return self.call("binomial", self.base(_POWERS), self.base(_POWERS))
         if token == "\\sqrt":
             index = self.expression() if (has_index := self.take("[")) else Fraction(2)
             _require(not has_index or self.take("]"))
@@ -995,12 +993,6 @@ class _Reader:
         if isinstance(y, Fraction) and y.denominator % 2 and not mp.im(base) and base < 0:
             return (-1) ** y.numerator * self.call("power", -base, exponent)
         return self.call("power", base, exponent)
-
-    def count(self, function, *args):  # a factorial or binomial, undefined but of natural numbers
-        _require(all(isinstance(x, Fraction) and x.denominator == 1 for x in args), ValueError)
-        _require(0 <= args[-1] <= args[0], ValueError)
-        _require(args[0] <= 2_500, _GivenUp)
-        return Fraction(function(*map(int, args)))
 
     def call(self, name, *args):  # a function of mpmath; given up if its value is too large
         mp, args = _local.mp, [_approximate(x) for x in args]
@@ -1098,9 +1090,8 @@ def _equal(given, gold):
             given, gold = label[1 if re.fullmatch(r"\(?[A-Ha-h]\)?", other) else 2], other
     if _text_key(given) == _text_key(gold):
         return _text_key(given) != ""
-    pairs, both = [], given + gold
-    counted, rounded = re.search(r"!|\\binom", both), re.search(r"\\floor|\\ceil", both)
-    for point in _NATURAL if counted else _LARGE if rounded else _FRACTIONAL:
+    pairs, rounded = [], re.search(r"\\floor|\\ceil", given + gold)
+    for point in _LARGE if rounded else _FRACTIONAL:
         try:
             (x, letters), (y, more_letters) = _evaluate(given, point), _evaluate(gold, point)
         except (ZeroDivisionError, ValueError, OverflowError):
@@ -1215,15 +1206,14 @@ def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256
     rows = [Row(p, random_stream(seed, p, j), max_new_tokens, i)
             for i, p in enumerate(prompts) for j in range(k)]
     rollouts, left = [row.rollout for row in rows], [k] * len(prompts)
-    def on_end(row):
-        left[row.index] -= 1
-        if left[row.index] == 0 and done:
-            done(row.index, rollouts[row.index * k : (row.index + 1) * k])
-    decode(lm, rows, temperature, sample_rows, kv_gib, on_end)
+    for i in decode(lm, rows, temperature, sample_rows, kv_gib):
+        left[i] -= 1
+        if done and not left[i]:
+            done(i, rollouts[i * k : (i + 1) * k])
     return rollouts
 
-def decode(lm, rows, temperature, sample_rows, kv_gib, on_end=lambda row: None):
-    """Fill in the rollouts of the rows; on_end(row) is called when one has ended."""
+def decode(lm, rows, temperature, sample_rows, kv_gib):
+    """Fill in the rollouts of the rows; yields the index of each as it ends."""
     waiting, live, stops = deque(rows), [], set(lm.stop_ids)  # live: the oldest first
     longest = max(len(row) + row.limit for row in rows)
     lm.model.eval()  # without gradient checkpointing
@@ -1236,8 +1226,7 @@ def decode(lm, rows, temperature, sample_rows, kv_gib, on_end=lambda row: None):
             cache.prefill(lm, started)
             for row, tokens, logp in zip(live, *step.run_block(live)):
                 row.add(tokens, logp, stops)
-                if row.ended:
-                    on_end(row)
+            yield from (row.index for row in live if row.ended)
             live = [row for row in live if not row.ended]
 
 def random_stream(seed, prompt, index):
@@ -1856,27 +1845,24 @@ def shared_micro_batches(rows, micro_tokens, device):
     groups = [micro_batches(rows, micro_tokens, device, order[i::n]) for i in range(n)]
     return groups[rank()] + [[]] * (max(map(len, groups)) - len(groups[rank()]))
 
-def sample_shared(lm, prompts, k, cfg, seed, done=None):
+def sample_shared(lm, prompts, k, cfg, seed, write=None):
     """`sample` with cfg's settings; prompts are divided among groups of lm.parts processes, and all
-    return all rollouts: those of a single process. Several call done(i, rollouts) at the end."""
-    several, (group, part) = world_size() > 1, divmod(rank(), lm.parts)
-    mine = range(group, len(prompts), world_size() // lm.parts)
-    with gathered(lm) as full:
-        rows = sample(full, [prompts[i] for i in mine], k, max_new_tokens=cfg.max_new_tokens,
-                      temperature=cfg.temperature, seed=seed, sample_rows=cfg.sample_rows,
-                      kv_gib=cfg.kv_gib, done=None if several else done)
-    groups = all_gather_dict({i: rows[j * k : (j + 1) * k] for j, i in enumerate(mine) if not part})
-    for i in range(len(prompts)) if several and done else ():
-        done(i, groups[i])
-    return [row for i in range(len(prompts)) for row in groups[i]]
-
-def sample_and_write(lm, prompts, k, cfg, seed, write):
-    """`sample_shared` for more prompts than memory holds; write(i, rollouts) takes them: of a
-    single process as soon as they have ended, of several at the end of fewer at once."""
-    size = max(1, (8 if world_size() == 1 else world_size() // lm.parts) * cfg.sample_rows // k)
+    return all rollouts: those of a single process. write(i, rollouts) takes them instead, where
+    memory may not hold all: of a single process as they end, of several at the end of some."""
+    n, (group, part), rollouts = world_size() // lm.parts, divmod(rank(), lm.parts), []
+    alone = world_size() == 1
+    size = max(1, (8 if alone else n) * cfg.sample_rows // k) if write else len(prompts)
     for start in range(0, len(prompts), size):
-        sample_shared(lm, prompts[start : start + size], k, cfg, seed,
-                      done=lambda i, rollouts: write(start + i, rollouts))
+        mine = range(start + group, min(start + size, len(prompts)), n)
+        with gathered(lm) as full:
+            rows = sample(full, [prompts[i] for i in mine], k, max_new_tokens=cfg.max_new_tokens,
+                          temperature=cfg.temperature, seed=seed, sample_rows=cfg.sample_rows,
+                          kv_gib=cfg.kv_gib, done=alone and write and (
+                              lambda i, rollouts: write(mine[i], rollouts)))
+        groups = {i: rows[j * k : (j + 1) * k] for j, i in enumerate(mine) if not part}
+        for i, rows in sorted(all_gather_dict(groups).items()) if not (alone and write) else ():
+            write(i, rows) if write else rollouts.extend(rows)
+    return rollouts
 
 SPLIT_DIM = dict(q_proj=0, k_proj=0, v_proj=0, gate_proj=0, up_proj=0, o_proj=1, down_proj=1)
 

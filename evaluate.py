@@ -26,7 +26,7 @@ import numpy as np
 from common import (REWARD, append_json_line, build_prompt, check, check_context, describe_run,
                     differences, fingerprint, json_line, judge, load_lm, lock, on_rank_0, progress,
                     rank, read_json, read_json_lines, read_problems, read_record, response_text,
-                    run_cli, sample_and_write, short_hash, to_problem, write_json, write_text)
+                    run_cli, sample_shared, short_hash, to_problem, write_json, write_text)
 
 @dataclass
 class Config:
@@ -136,7 +136,7 @@ def answer_set(cfg, lm, problems, path):
 
     prompts = [problems[i].prompt for i in missing]
     with bar:
-        sample_and_write(lm, prompts, cfg.samples, cfg, (cfg.seed,), write)
+        sample_shared(lm, prompts, cfg.samples, cfg, (cfg.seed,), write)
     if missing:  # they were written in the order in which they ended
         write_text(path, "".join(json_line(lines[i]) for i in sorted(lines)))
     return [lines[i] for i in range(len(problems))]

@@ -36,7 +36,7 @@ from common import (CHATS, REWARD, Rollout, Run, StageConfig, all_reduce_sum, ap
                     describe_lm, differences, drawn, end_of_turn, find_question, find_text,
                     fingerprint, judge, load_lm, load_problems, lock, make_optimizer, on_rank_0,
                     optimizer_step, over_chunks, pick, progress, read_json_lines, read_problems,
-                    response_text, run_cli, sample_and_write, shared_micro_batches, skip_long,
+                    response_text, run_cli, sample_shared, shared_micro_batches, skip_long,
                     tokenize_problems)
 
 @dataclass
@@ -112,7 +112,7 @@ def fill_cache(cfg, teacher, path, cache, prompts):
         bar.update()
 
     with progress(total=len(prompts), desc="teacher rollouts", disable=not prompts) as bar:
-        sample_and_write(teacher, prompts, cfg.rollouts, cfg, (cfg.seed,), write)
+        sample_shared(teacher, prompts, cfg.rollouts, cfg, (cfg.seed,), write)
 
 def correct_only(groups, problems, tokenizer, verifier=""):
     """The responses with a reward above 0, a list for each problem that has one."""

@@ -382,7 +382,7 @@ def test_a_sampler_gap_beyond_rounding_ends_the_run(stage, gap, ends, line_of, t
         decode = common.decode
 
         def shifted(lm, rows, *args):
-            decode(lm, rows, *args)
+            yield from decode(lm, rows, *args)
             for row in rows:
                 row.rollout.logp[:] = [x - gap for x in row.rollout.logp]
         common.decode = shifted
@@ -421,8 +421,8 @@ def test_a_full_disk_spares_the_checkpoint(fault, message, steps, line_of, whole
 # --- a folder in use
 
 @pytest.mark.parametrize("what, name", [
-    ("folder of a stage", "make_optimizer"), ("folder of evaluate.py", "sample_and_write"),
-    ("shared.jsonl", "sample_and_write")])
+    ("folder of a stage", "make_optimizer"), ("folder of evaluate.py", "sample_shared"),
+    ("shared.jsonl", "sample_shared")])
 def test_what_is_in_use_is_refused_until_its_process_is_gone(what, name, line_of, evaluation,
                                                              tmp_path):
     """An output folder, or the teacher's rollouts in a shared --cache; a SIGKILL frees both."""

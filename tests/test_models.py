@@ -142,7 +142,7 @@ def test_a_thought_that_the_template_opens_is_no_answer(template, thinking, resp
     else:
         with pytest.raises(UserError, match="solves none"):
             fkl_warmup.correct_only([[row]], [problem], tokenizer)
-    monkeypatch.setattr(evaluate, "sample_and_write",
+    monkeypatch.setattr(evaluate, "sample_shared",
                         lambda lm, prompts, k, cfg, seed, write: write(0, [row]))
     cfg = evaluate.Config(samples=1, out=str(tmp_path))
     [line] = evaluate.answer_set(cfg, lm, [problem], tmp_path / "set.jsonl")

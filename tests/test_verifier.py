@@ -185,7 +185,7 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         \binom{2n}{n} == \frac{(2n)!}{n!^2}    \binom{n}{k} == \binom{n}{n-k}
         \frac{\lambda^k e^{-\lambda}}{k!} == e^{-\lambda}\frac{\lambda^k}{k!}
         |-\frac12| == 0.5
-        \binom{2023}{1000} == \binom{2023}{1023}""",
+        \binom{23}{10} == \binom{23}{13}""",
     "thousands separators": r"""
         10,000 == 10000    10{,}000 == 10000    10\,000 == 10000    10,\!080 == 10080
         11,\! 111,\! 111,\! 100 == 11111111100    7,425,000 == 7425000    1 000 == 1000
@@ -331,7 +331,7 @@ WRONG = [(line, *pair.split(" == ")) for line, pairs in {
         33 \cup == 33    1 cm.8 == 1.8    3\text{ m}x == 3x    1 maybe 33 == 1 maye 33
         (1 or 2) == (1,2)    910^{-400}\pi == 10^{-400}\pi    \frac{1}{2004!}\pi == \frac{1}{2004!}
         1/0 == 0    \frac{0}{0} == 0    \sum_{k=0}^{n-2} F_k == \sum_{k=0}^{n-1} F_k
-        9^{9^{9^9}} == 9    \  == 0    --- == 0    (1/2)! == \frac{\sqrt\pi}{2}    (-1)! == 1
+        9^{9^{9^9}} == 9    \  == 0    --- == 0    (1/2)! == \sqrt\pi    (-1)! == 1
         \sum_{k=1}^{n} k^2 == \sum_{k=1}^n k^3    70 (or 71) == 70    (3)3 == 9
         1\frac{4}{5}1 == 1\frac{4}{5}    \frac{10}{11}1 == \frac{10}{11}""",
 }.items() for pair in re.split(r"\s{3,}", pairs.strip())]

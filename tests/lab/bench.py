@@ -100,7 +100,7 @@ def ours(lm, prompts, lengths, slots):
     """prompts: (tokens, rollouts) pairs; lengths: of all rollouts; slots: rows decoded at once."""
     limits = iter(lengths)
     rows = [Row(p, random_stream((0,), p, s), next(limits)) for p, k in prompts for s in range(k)]
-    decode(lm, rows, 1.0, slots, 0.0)
+    list(decode(lm, rows, 1.0, slots, 0.0))
     assert [len(row.rollout.tokens) for row in rows] == lengths
 
 class StopAt(StoppingCriteria):
