@@ -1141,18 +1141,6 @@ def response_text(tokenizer, rollout):
     text = tokenizer.decode(rollout.tokens, skip_special_tokens=True)
     return f"<think>\n{text}" if ends.endswith("<think>") else text
 
-def reward_groups(lm, rows, answers, verifier=""):
-    """Returns the rewards of K rollouts for each of P answers, (P, K), and what to log."""
-    k = len(rows) // len(answers)
-    texts = [response_text(lm.tokenizer, r) for r in rows]
-    verdicts = judge([(text, answers[i // k]) for i, text in enumerate(texts)], verifier)
-    rewards = torch.tensor([REWARD.get(v, v) for v in verdicts]).view(-1, k)  # (P, K)
-    rewards = rewards.double() if verifier else rewards  # in fp32 the mean of 0.1s is not 0.1
-    spread = rewards.std(-1)
-    shares = {name: verdicts.count(name) / len(rows) for name in ("no_answer", "gave_up")}
-    return rewards, {"reward": rewards.mean().item(), "reward_std": spread.mean().item(),
-                     "zero_variance": (spread == 0).float().mean().item(), **shares}
-
 # ---------- 5 sampler: prompts -> rollouts --------------------------------------------------------
 # Sampling is most of a step of RL or OPD. What makes it fast, in reading order:
 #   continuous batching  every BLOCK tokens, waiting rows take the places of ended ones

@@ -30,9 +30,9 @@ from typing import Literal
 
 import torch
 
-from common import (Run, StageConfig, all_gather_dict, all_reduce_sum, batch_indices, check,
-                    count_steps, describe_lm, drawn, load_lm, load_problems, make_optimizer,
-                    optimizer_step, over_chunks, pick, reward_groups, run_cli,
+from common import (REWARD, Run, StageConfig, all_gather_dict, all_reduce_sum, batch_indices,
+                    check, count_steps, describe_lm, drawn, judge, load_lm, load_problems,
+                    make_optimizer, optimizer_step, over_chunks, pick, response_text, run_cli,
                     sample_shared, shared_micro_batches, tokenize_problems)
 
 @dataclass
@@ -59,6 +59,17 @@ class Config(StageConfig):  # whose flags all three stages have
     mask_truncated: bool = False  # ours: leave responses cut at the limit out of the loss
     kl_loss: Literal["k2", "k3"] = "k2"  # ours: KL estimator in the loss; k2 has the right gradient
     steps: int = 0  # ours: number of steps (rollout batches); 0 means --epochs
+
+def reward_groups(tokenizer, rows, answers, verifier=""):
+    """The verifier's rewards of K rollouts for each of P answers, (P, K), and what to log."""
+    k = len(rows) // len(answers)
+    texts = [response_text(tokenizer, r) for r in rows]
+    verdicts = judge([(text, answers[i // k]) for i, text in enumerate(texts)], verifier)
+    rewards = torch.tensor([REWARD.get(v, v) for v in verdicts]).double().view(-1, k)
+    spread = rewards.std(-1)
+    shares = {name: verdicts.count(name) / len(rows) for name in ("no_answer", "gave_up")}
+    return rewards, {"reward": rewards.mean().item(), "reward_std": spread.mean().item(),
+                     "zero_variance": (spread == 0).double().mean().item(), **shares}
 
 def advantages(rewards, adv_std=True, eps=1e-4):
     """A_i = (R_i - mean) / (std + eps) inside each group: (P, K) -> (P, K).
@@ -171,7 +182,7 @@ def main(cfg):
         # reward: one verdict a response; advantage: inside the group of one prompt
         run.time("verifying")
         answers = [problems[i].answer for i in indices]
-        rewards, rewarded = reward_groups(policy, rows, answers, cfg.verifier)  # (P, K)
+        rewards, rewarded = reward_groups(policy.tokenizer, rows, answers, cfg.verifier)  # (P, K)
         adv = advantages(rewards, cfg.adv_std).flatten()  # (B,)
 
         # constants: pi_old only if a later update will see a moved policy, pi_ref only if it counts

@@ -41,9 +41,9 @@ from typing import Literal
 
 import torch
 
-from common import (Run, StageConfig, all_reduce_sum, batch_indices, check, check_pair, count_steps,
-                    describe_lm, drawn, load_lm, load_problems, make_optimizer, optimizer_step,
-                    over_chunks, pick, reward_groups, run_cli, sample_shared,
+from common import (REWARD, Run, StageConfig, all_reduce_sum, batch_indices, check, check_pair,
+                    count_steps, describe_lm, drawn, judge, load_lm, load_problems, make_optimizer,
+                    optimizer_step, over_chunks, pick, response_text, run_cli, sample_shared,
                     shared_micro_batches, tokenize_problems)
 
 @dataclass
@@ -151,9 +151,12 @@ def main(cfg):
         sparse, rewarded = torch.zeros(len(rows)), {}
         if cfg.sparse_weight:
             run.time("verifying")
-            rewards, rewarded = reward_groups(student, rows, [problems[i].answer for i in indices],
-                                              cfg.verifier)
-            sparse = sparse_advantages(rewards).flatten().float()  # (B,)
+            answers = [problems[i].answer for i in indices for _ in range(cfg.rollouts)]  # (B,)
+            texts = [response_text(student.tokenizer, r) for r in rows]
+            verdicts = judge(list(zip(texts, answers)), cfg.verifier)
+            rewards = torch.tensor([REWARD.get(v, v) for v in verdicts]).double()
+            sparse = sparse_advantages(rewards.view(-1, cfg.rollouts)).flatten().float()  # (B,)
+            rewarded = {"reward": rewards.mean().item()}
 
         # loss: the mean over all response tokens of the update, whatever the micro-batches
         run.time("updating")

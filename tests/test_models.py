@@ -134,7 +134,7 @@ def test_a_thought_that_the_template_opens_is_no_answer(template, thinking, resp
     tokenizer = make_tokenizer(template=template)
     row = Rollout(build_prompt(tokenizer, "1+1=?", thinking), encode(response), [], False)
     problem, lm = common.Problem("1+1=?", "2", row.prompt), SimpleNamespace(tokenizer=tokenizer)
-    rewards, logged = common.reward_groups(lm, [row, row], ["2"])
+    rewards, logged = grpo.reward_groups(tokenizer, [row, row], ["2"])
     assert rewards.tolist() == [[verdict == "correct"] * 2]
     assert logged["no_answer"] == (verdict == "no_answer")
     if verdict == "correct":

@@ -52,8 +52,7 @@ def test_weight_1_takes_the_step_of_grpo(step, taught):
     old = load_file(taught.model / "model.safetensors")
     assert max((want.weights[n] - old[n]).abs().max() for n in old) > 5e-5
     assert max((want.weights[n] - got.weights[n]).abs().max() for n in old) < 1e-6
-    for name in ("reward", "reward_std", "zero_variance", "no_answer", "gave_up", "tokens",
-                 "entropy", "grad_norm"):
+    for name in ("reward", "tokens", "entropy", "grad_norm"):
         assert got.line[name] == pytest.approx(want.line[name], rel=2e-3), name
     assert got.labels == want.labels == 6
 
@@ -72,8 +71,7 @@ def test_each_response_is_graded_by_the_answer_of_its_own_prompt():
     texts = [r"\boxed{7}", r"\boxed{8}", r"\boxed{8}", r"\boxed{9}", r"\boxed{9}", "no box"]
     tokenizer = SimpleNamespace(decode=lambda tokens, skip_special_tokens: texts[tokens[0]])
     rows = [common.Rollout([0], [i], [0.0], True) for i in range(len(texts))]
-    rewards, logged = common.reward_groups(SimpleNamespace(tokenizer=tokenizer), rows,
-                                           ["7", "8", "9"])
+    rewards, logged = grpo.reward_groups(tokenizer, rows, ["7", "8", "9"])
     assert rewards.tolist() == [[1, 0], [1, 0], [1, 0]]
     assert logged == {"reward": 0.5, "reward_std": pytest.approx(0.5**0.5), "zero_variance": 0.0,
                       "no_answer": pytest.approx(1 / 6), "gave_up": 0.0}

@@ -31,8 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import grpo
 import opd
-from common import (load_lm, load_problems, micro_batches, reward_groups, sample,
-                    tokenize_problems)
+from common import load_lm, load_problems, micro_batches, sample, tokenize_problems
 from evaluate import markdown
 
 STUDENTS = {"base-student": "without warmup", "bridge-warmup": "after warmup"}  # at OPD's start
@@ -119,7 +118,7 @@ def rollouts(args, lm, problems, *seed):
     """K rollouts of each of these problems, and their rewards (P, K)."""
     rows = sample(lm, [p.prompt for p in problems], args.rollouts, temperature=1.0,
                   max_new_tokens=args.max_new_tokens, seed=(args.seed, *seed))
-    return rows, reward_groups(lm, rows, [p.answer for p in problems])[0]
+    return rows, grpo.reward_groups(lm.tokenizer, rows, [p.answer for p in problems])[0]
 
 def at_the_start(args, student, teacher, problems):
     """Of M batches, the KL in every state (N,), its mean in the first states, and {estimator: the
