@@ -140,8 +140,8 @@ def run_cli(main, config_class, doc):
     except OSError as error:  # a full disk, a file without permission
         message = f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": ")
     except torch.OutOfMemoryError:
-        message = ("error: out of GPU memory: lower --micro-tokens, --vocab-chunk or --kv-gib, or "
-                   "add --gradient-checkpointing (no result changes beyond rounding)")
+        message = ("error: out of GPU memory: lower --micro-tokens, --vocab-chunk or --kv-gib, "
+                   "or add --gradient-checkpointing (they change no result beyond rounding)")
     except KeyboardInterrupt as stop:
         number, note = stop.args
         status, message = 128 + number, (f"stopped by {signal.Signals(number).name}{note}; the "
@@ -726,7 +726,7 @@ def _symbol(m):  # the symbol of a command or a run of letters; a run that is no
 
 def _is_unit(m):  # is a match of _UNITS_BEHIND a unit, no letter and no qualifier?
     unit = m[0].strip(' "').lower()
-    before = re.sub('"[^"]*"', "", m.string[:m.start()].rpartition("=")[2] if len(unit) == 1 else "")
+    before = re.sub('"[^"]*"', "", m.string[:m.start()].rpartition("=")[2])
     letter = re.fullmatch("[a-z]", unit) and re.search(r"(?i)(?<![\\a-z])[a-z](?![a-z])", before)
     return not (letter or re.search(_QUALIFIER + "|[=<>∪∨]", unit))
 
@@ -841,8 +841,7 @@ def _calculate(operation, x, y):  # x + y or x * y, exact if both are; y may be 
     return value
 
 # --- a parser that computes
-#   answer := "{" items "}"
-#   items  := item (separator item)*        a comma, ";" or, in bare answers, "∨" ("and", "or"), "∪"
+#   answer := "{" item (separator item)* "}"     a separator is "," ";" "∪" or "∨" ("and", "or")
 #   item   := expr (("=" | "∈" | "≠" | "<" | "≤" | ">" | "≥") expr)*
 #   expr   := base, then from loose to tight: ":" | + - | * / and no sign | ^ ! °
 #   base   := number | name | sign expr | "words" | \frac base base | \binom base base
@@ -863,7 +862,6 @@ _UNKNOWN = re.compile(r"(?![πei∞])[^\W\d_](?:_\{?\w\}?|\([^\W\d_]\))?")  # x,
 _BRACKETS = {"{": (", ; ∨ ∪", "}"), "(": (", ;", ") ]"), "[": (", ;", ") ]"),
              "\\{": (", ;", "\\}"), "⟦": (r"& \\", "⟧")}  # opening: separators, closings
 _RATIOS, _SUMS, _PRODUCTS, _POWERS = range(4)  # what an expression may hold outside brackets
-_FRACTIONAL, _LARGE = range(3), range(3, 6)  # sample points
 
 class _Reader:
     """Computes the value of an answer at a sample point, with random numbers for its letters."""
@@ -1091,7 +1089,7 @@ def _equal(given, gold):
     if _text_key(given) == _text_key(gold):
         return _text_key(given) != ""
     pairs, rounded = [], re.search(r"\\floor|\\ceil", given + gold)
-    for point in _LARGE if rounded else _FRACTIONAL:
+    for point in range(3, 6) if rounded else range(3):  # large numbers or fractions
         try:
             (x, letters), (y, more_letters) = _evaluate(given, point), _evaluate(gold, point)
         except (ZeroDivisionError, ValueError, OverflowError):
@@ -1191,7 +1189,7 @@ def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256
     sample index), not on neighbours. sample_rows, and kv_gib (0: all), bound the rows at once."""
     if not prompts:
         return []
-    rows = [Row(p, random_stream(seed, p, j), max_new_tokens, i)
+    rows = [Row(p, np.random.default_rng((*seed, *p, j)), max_new_tokens, i)
             for i, p in enumerate(prompts) for j in range(k)]
     rollouts, left = [row.rollout for row in rows], [k] * len(prompts)
     for i in decode(lm, rows, temperature, sample_rows, kv_gib):
@@ -1216,12 +1214,6 @@ def decode(lm, rows, temperature, sample_rows, kv_gib):
                 row.add(tokens, logp, stops)
             yield from (row.index for row in live if row.ended)
             live = [row for row in live if not row.ended]
-
-def random_stream(seed, prompt, index):
-    """The uniforms of one rollout: a counter-based generator keyed by a hash of its identity."""
-    identity = repr((tuple(seed), tuple(prompt), index)).encode()
-    key = int.from_bytes(hashlib.blake2b(identity, digest_size=16).digest(), "little")
-    return np.random.Generator(np.random.Philox(key=key))
 
 class PagedCache:
     """Keys and values of the live rows, in pages 1 to `used` of a pool (layers, 2, pages, page, kv
@@ -1883,9 +1875,8 @@ def shard_model(lm, source, device):
     for module in (*model.base_model.layers, model):
         # as in one process under autocast, embedding and residual stream keep the masters' fp32
         inner = torch.bfloat16 if lm.bf16 and module is not model else None
-        precision = fsdp.MixedPrecisionPolicy(inner, torch.float32, cast_forward_inputs=False)
-        fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=module is not model,
-                         mp_policy=precision)
+        mp = fsdp.MixedPrecisionPolicy(inner, torch.float32, cast_forward_inputs=False)
+        fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=module is not model, mp_policy=mp)
         module.set_gradient_divide_factor(1.0)  # gradients add up
         module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=device)

@@ -193,7 +193,7 @@ both = pytest.mark.parametrize("bf16", [True, False])
 def test_prefill_and_a_step_pass_on_cuda_without_waiting(fake, kind, bf16):
     """And a step changes its state in place: nothing else would be seen by a replay."""
     lm = make_lm(kind, bf16, train=False)
-    rows = [Row(list(range(1, 2 + n)), common.random_stream((0,), [n], 0), 300) for n in (270, 3, 3)]
+    rows = [Row(list(range(1, 2 + n)), np.random.default_rng(n), 300) for n in (270, 3, 3)]
     with torch.no_grad(), lm.autocast():
         cache = PagedCache(lm, 4, 600, 0.01)
         assert not cache.dense and cache.page == 256 and cache.pool.device.type == "cuda"

@@ -130,9 +130,8 @@ def test_rollouts_do_not_depend_on_their_neighbours(lm, monkeypatch):
     assert texts(draw(lm, k=2)) == [tokens for i, tokens in enumerate(rows) if i % 6 < 2]
     assert len(set(map(tuple, rows[:6]))) > 3
     assert texts(draw(lm, seed=(0, 1))) != rows
-    streams = [common.random_stream(seed, prompt, i).random()
-               for seed in ((0,), (1,)) for prompt in PROMPTS for i in range(3)]
-    assert len(set(streams)) == 24  # seed, prompt and index count
+    first = [tokens[:2] for seed in ((0,), (1,)) for tokens in texts(draw(lm, seed=seed))]
+    assert len(set(map(tuple, first))) > 20  # seed, prompt and index count
     for block in (1, 3, 64):
         monkeypatch.setattr(common, "BLOCK", block)
         assert texts(draw(lm)) == rows
@@ -229,7 +228,7 @@ def test_ended_rows_are_replaced_at_once(lm, blocks):
     assert sum(live) == needed  # no row stays a block longer than it lives
     same(rows, draw(lm, prompts, k=2, sample_rows=1000))
 
-@pytest.mark.parametrize("pages", [15, 24, 500])
+@pytest.mark.parametrize("pages", [15, 18, 500])
 def test_rows_wait_where_the_cache_is_small_and_nothing_changes(lm, blocks, monkeypatch, pages):
     """A row of 11 + 40 tokens takes up to 15 pages of 4 tokens; 14 are refused."""
     rows = draw(lm)

@@ -44,7 +44,7 @@ import common
 import fkl_warmup
 import grpo
 import opd
-from common import LM, Rollout, Row, decode, random_stream
+from common import LM, Rollout, Row, decode
 
 SHAPES = {  # hidden, layers, heads, kv heads, head dim, mlp, vocabulary, tied embeddings
     "small": (128, 4, 4, 4, 32, 384, 4096, True),
@@ -99,7 +99,7 @@ def long_tailed(n, longest):
 def ours(lm, prompts, lengths, slots):
     """prompts: (tokens, rollouts) pairs; lengths: of all rollouts; slots: rows decoded at once."""
     limits = iter(lengths)
-    rows = [Row(p, random_stream((0,), p, s), next(limits)) for p, k in prompts for s in range(k)]
+    rows = [Row(p, np.random.default_rng((*p, s)), next(limits)) for p, k in prompts for s in range(k)]
     list(decode(lm, rows, 1.0, slots, 0.0))
     assert [len(row.rollout.tokens) for row in rows] == lengths
 
