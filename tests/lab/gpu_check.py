@@ -45,8 +45,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # once; tokens of the vocabulary chunks, of the update; bytes of the copy; steps of a stage
 REAL = dict(pages=600, page=256, room=8, k=4, tokens=320, rows=256, chunk=512, micro=8192,
             copy=2**30, steps=2)
-TINY = dict(pages=9, page=32, room=6, k=2, tokens=24, rows=3, chunk=9, micro=512, copy=2**20, steps=1,
-            shape=sizes.Shape(64, 2, 4, 2, 96, 100, True, 16, qk_norm=True))
+TINY = dict(pages=9, page=32, room=6, k=2, tokens=24, rows=3, chunk=9, micro=512, copy=2**20,
+            steps=1, shape=sizes.Shape(64, 2, 4, 2, 96, 100, True, 16, qk_norm=True))
 
 def path(name, otherwise):
     """Adds a check, called with the settings. It returns what it measured, or raises."""
