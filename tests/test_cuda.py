@@ -24,6 +24,11 @@ def draw(lm, k=6, n=40, **kwargs):
     return sample(lm, PROMPTS, k, max_new_tokens=n, temperature=1.0, seed=(0,), sample_rows=7,
                   **kwargs)
 
+@pytest.fixture(scope="module")
+def cpu_lm(world):
+    """The world's student, in fp32, on the CPU of a machine with a GPU as well."""
+    return load_lm(str(world / "init-student"), StageConfig(device="cpu", dtype="fp32"))
+
 @pytest.fixture
 def cuda(monkeypatch):
     """A CPU that is used as a GPU. Gives the graphs recorded so far."""
@@ -42,7 +47,7 @@ def unrecorded(monkeypatch):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_recorded_steps_draw_the_tokens_that_steps_draw(world, cuda, monkeypatch, dtype):
     """Bit for bit, where rows end, wait for room, and start anew; bf16 with the kernel's checks."""
-    lm = load_lm(str(world / "init-student"), StageConfig(dtype=dtype))
+    lm = load_lm(str(world / "init-student"), StageConfig(device="cpu", dtype=dtype))
     monkeypatch.setitem(common.PAGE, "cpu", 4)
     heads = lm.model.config.num_key_value_heads * lm.model.config.head_dim
     page = 2 * lm.model.config.num_hidden_layers * 4 * heads * (2 if lm.bf16 else 4)
@@ -91,34 +96,34 @@ def replaced(line, new):
     return line, new.replace("\n", "\n    ")
 
 @pytest.mark.parametrize("fault", WAITS)
-def test_what_no_recording_can_hold_is_told_and_goes_on(student_lm, cuda, monkeypatch, capsys,
+def test_what_no_recording_can_hold_is_told_and_goes_on(cpu_lm, cuda, monkeypatch, capsys,
                                                         fault):
     """In one line, once; rows are the same, only slower. The stream and the pool are given back."""
-    rows, given_back = draw(student_lm, k=2, n=20), []
+    rows, given_back = draw(cpu_lm, k=2, n=20), []
     assert cuda and not capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, "set_stream", given_back.append)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *a: given_back.append(a[1]))
     plant(monkeypatch, *replaced(*WAITS[fault]))
     cuda.clear()
-    assert draw(student_lm, k=2, n=20) == rows
+    assert draw(cpu_lm, k=2, n=20) == rows
     told = capsys.readouterr().out.splitlines()
     assert told and all(x.startswith("sampling goes on unrecorded: the host") for x in told)
     assert given_back == ["stream", (0, 1)] * len(told) and not any(g.replays for g in cuda)
-    again = draw(student_lm, k=2, n=20)
+    again = draw(cpu_lm, k=2, n=20)
     assert not capsys.readouterr().out
     assert [row.tokens for row in again] == [row.tokens for row in rows]
 
 @pytest.mark.parametrize("fault", WRONG)
 def test_wrong_recorded_steps_are_seen_when_a_model_is_loaded(world, cuda, monkeypatch, fault):
     """Loading takes three blocks: one as it is, one recorded and played, one played again."""
-    lm = load_lm(str(world / "init-student"), StageConfig())
+    lm = load_lm(str(world / "init-student"), StageConfig(device="cpu"))
     assert [graph.replays for graph in cuda] == [2 * common.BLOCK]
     plant(monkeypatch, *WRONG[fault])
     with pytest.raises(UserError, match="sampling gives other log-probs than training"):
         common.check_architecture(lm, sampled=True)
 
 def test_no_stop_token_ends_the_check_of_a_model(world, cuda):
-    lm = load_lm(str(world / "init-student"), StageConfig())
+    lm = load_lm(str(world / "init-student"), StageConfig(device="cpu"))
     cuda.clear()
     common.check_architecture(dataclasses.replace(lm, stop_ids=list(range(lm.vocab))), sampled=True)
     assert [graph.replays for graph in cuda] == [2 * common.BLOCK]
@@ -128,10 +133,10 @@ def test_no_stop_token_ends_the_check_of_a_model(world, cuda):
     assert not cuda
 
 @pytest.mark.parametrize("records", [True, False])
-def test_pages_move_only_where_steps_are_not_recorded(student_lm, cuda, monkeypatch, records):
+def test_pages_move_only_where_steps_are_not_recorded(cpu_lm, cuda, monkeypatch, records):
     """Recorded steps read the whole pool, others the pages up to the last that is used."""
     monkeypatch.setattr(common, "RECORDS", {"cpu"} if records else set())
-    cache = PagedCache(student_lm, 4, 100, 0.01)
+    cache = PagedCache(cpu_lm, 4, 100, 0.01)
     rows = [Row([3] * n, None, 100) for n in (30, 60, 90)]
     with torch.inference_mode():
         cache.reserve([], common.deque(rows), 4)
@@ -146,15 +151,15 @@ def test_pages_move_only_where_steps_are_not_recorded(student_lm, cuda, monkeypa
                                                                  else [3, 4, 5, 6])
     assert last.pages == ([3] if records else [7]) and cache.used == (9 if records else 7)
 
-def test_no_more_pages_than_a_call_of_the_kernel_takes(student_lm, monkeypatch):
+def test_no_more_pages_than_a_call_of_the_kernel_takes(cpu_lm, monkeypatch):
     monkeypatch.setitem(common.PAGE, "cpu", 1)
-    cache = PagedCache(student_lm, 10**4, 100, 1.0)
+    cache = PagedCache(cpu_lm, 10**4, 100, 1.0)
     assert cache.capacity == 65534 and cache.pool.shape[2] == 65535
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_logits_without_a_value_give_tokens_of_the_vocabulary(world, bad, temperature):
-    lm = load_lm(str(world / "init-student"), StageConfig())
+    lm = load_lm(str(world / "init-student"), StageConfig(device="cpu"))
     lm.model.model.norm.weight.data[0] = bad
     for row in sample(lm, PROMPTS, 2, max_new_tokens=9, temperature=temperature, seed=(0,)):
         assert all(0 <= token < lm.vocab for token in row.tokens)
@@ -169,7 +174,7 @@ def test_inverse_cdf_stays_inside_the_vocabulary(V, bad):
             assert 0 <= drawn.min() and drawn.max() < V
 
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])
-def test_angles_that_depend_on_length_need_no_recording(student_lm, cuda, capsys, rope):
+def test_angles_that_depend_on_length_need_no_recording(cpu_lm, cuda, capsys, rope):
     """A library may look at the longest row in every step: then steps go on as they are."""
     more = dict(short_factor=[1.0] * 8, long_factor=[2.0] * 8) if rope == "longrope" else {}
     lm = random_lm(SHAPES["llama"], "cpu", False)

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import io
 import math
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -55,11 +56,10 @@ def path(name, otherwise):
         return function
     return add
 
-def error_of(have, want, most):
+def error_of(have, want, most, what="a"):
     """|have - want| / |want|. Raises AssertionError beyond `most`, and for what is not finite."""
-    have, want = have.double(), want.double().to(have.device)
-    error = ((have - want).norm() / want.norm()).item()
-    assert error <= most, f"relative error {error:.1e}, at most {most:g} was expected"
+    error = ((have.double() - want.double()).norm() / want.double().norm()).item()
+    assert error <= most, f"{what} relative error of {error:.1e}, at most {most:g} was expected"
     return error
 
 def prompts(s, n, length=24):
@@ -149,9 +149,9 @@ def every_loss(s):
             loss()
             grad = torch.cat([p.grad.flatten() for p in lm.model.parameters()]).cpu()
             lm.model.zero_grad()
-            error = (grad - wanted.setdefault(name, grad)).norm() / wanted[name].norm()
-            assert error < (0.1 if lm.bf16 else 1e-4), f"{name}, {dtype}: error {error:.1e}"
-            worst[dtype] = max(worst.get(dtype, 0), error.item())
+            error = error_of(grad, wanted.setdefault(name, grad), 0.1 if lm.bf16 else 1e-4,
+                             f"{name}, {dtype}:")
+            worst[dtype] = max(worst.get(dtype, 0), error)
     return f"{len(wanted)} losses, " + ", ".join(f"{k} error {v:.0e}" for k, v in worst.items())
 
 @path("chunks of the vocabulary", "--vocab-chunk 64, or --dtype fp32; report the error")
@@ -306,6 +306,7 @@ def main(argv=None):
         torch.manual_seed(0)
         s.device = torch.empty(0, device=s.kind).device
         folder = common.on_rank_0(tempfile.mkdtemp)
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
         s.folder, s.world = Path(folder), Path(folder) / "world"
         common.on_rank_0(lambda: str(world.build(s.world, documents=50, train=24, test=12)))
         return report(s)
