@@ -1361,7 +1361,9 @@ class Step:
                 self(state)
             return graph.replay, state
         except RuntimeError as error:
-            torch.cuda.set_stream(stream)  # torch before 2.13 leaves its own in use
+            torch.cuda.set_stream(stream)  # some versions leave their own in use, and the pool
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self.lm.device.index, self.memory)
             print("sampling goes on unrecorded:", str(error.__context__ or error).split("\n")[0])
             self.records = RECORDS.clear()
             return functools.partial(self, state), state

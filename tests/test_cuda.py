@@ -1,16 +1,19 @@
 """What runs on CUDA, without a GPU: recorded steps are played on a CPU, and everything that CUDA
 runs passes with tensors that have a device and no values. `emulate.py` says what that can show."""
 
+import contextlib
 import dataclasses
 import inspect
 import math
 import textwrap
 
 import pytest
+import numpy as np
 import torch
 
 import common
 import emulate
+import gpu_check
 import grpo
 from common import PagedCache, Rollout, Row, StageConfig, Step, UserError, load_lm, sample
 from emulate import losses, random_lm
@@ -22,6 +25,11 @@ def draw(lm, k=6, n=40, **kwargs):
     return sample(lm, PROMPTS, k, max_new_tokens=n, temperature=1.0, seed=(0,), sample_rows=7,
                   **kwargs)
 
+@pytest.fixture(scope="module")
+def cpu_lm(world):
+    """The world's student, in fp32, on the CPU of a machine with a GPU as well."""
+    return load_lm(str(world / "init-student"), StageConfig(device="cpu", dtype="fp32"))
+
 @pytest.fixture
 def cuda(monkeypatch):
     """A CPU that is used as a GPU. Gives the graphs recorded so far."""
@@ -30,9 +38,8 @@ def cuda(monkeypatch):
 
 def unrecorded(monkeypatch):
     """From now on the same steps, of the same shapes, are not recorded but run."""
-    def record(step, shape, state):
-        step.graphs[shape] = lambda: step(state), state
-        return step.graphs[shape]
+    def record(step, state):
+        return lambda: step(state), state
     monkeypatch.setattr(Step, "record", record)
 
 # --- recorded steps, played
@@ -40,7 +47,7 @@ def unrecorded(monkeypatch):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_recorded_steps_draw_the_tokens_that_steps_draw(world, cuda, monkeypatch, dtype):
     """Bit for bit, where rows end, wait for room, and start anew; bf16 with the kernel's checks."""
-    lm = load_lm(str(world / "init-student"), StageConfig(dtype=dtype))
+    lm = load_lm(str(world / "init-student"), StageConfig(device="cpu", dtype=dtype))
     monkeypatch.setitem(common.PAGE, "cpu", 4)
     heads = lm.model.config.num_key_value_heads * lm.model.config.head_dim
     page = 2 * lm.model.config.num_hidden_layers * 4 * heads * (2 if lm.bf16 else 4)
@@ -89,34 +96,34 @@ def replaced(line, new):
     return line, new.replace("\n", "\n    ")
 
 @pytest.mark.parametrize("fault", WAITS)
-def test_what_no_recording_can_hold_is_told_and_goes_on(student_lm, cuda, monkeypatch, capsys,
+def test_what_no_recording_can_hold_is_told_and_goes_on(cpu_lm, cuda, monkeypatch, capsys,
                                                         fault):
     """In one line, once; rows are the same, only slower. The stream and the pool are given back."""
-    rows, given_back = draw(student_lm, k=2), []
+    rows, given_back = draw(cpu_lm, k=2, n=20), []
     assert cuda and not capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, "set_stream", given_back.append)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *a: given_back.append(a[1]))
     plant(monkeypatch, *replaced(*WAITS[fault]))
     cuda.clear()
-    assert draw(student_lm, k=2) == rows
+    assert draw(cpu_lm, k=2, n=20) == rows
     told = capsys.readouterr().out.splitlines()
     assert told and all(x.startswith("sampling goes on unrecorded: the host") for x in told)
     assert given_back == ["stream", (0, 1)] * len(told) and not any(g.replays for g in cuda)
-    again = draw(student_lm, k=2)
+    again = draw(cpu_lm, k=2, n=20)
     assert not capsys.readouterr().out
     assert [row.tokens for row in again] == [row.tokens for row in rows]
 
 @pytest.mark.parametrize("fault", WRONG)
 def test_wrong_recorded_steps_are_seen_when_a_model_is_loaded(world, cuda, monkeypatch, fault):
     """Loading takes three blocks: one as it is, one recorded and played, one played again."""
-    lm = load_lm(str(world / "init-student"), StageConfig())
+    lm = load_lm(str(world / "init-student"), StageConfig(device="cpu"))
     assert [graph.replays for graph in cuda] == [2 * common.BLOCK]
     plant(monkeypatch, *WRONG[fault])
     with pytest.raises(UserError, match="sampling gives other log-probs than training"):
         common.check_architecture(lm, sampled=True)
 
 def test_no_stop_token_ends_the_check_of_a_model(world, cuda):
-    lm = load_lm(str(world / "init-student"), StageConfig())
+    lm = load_lm(str(world / "init-student"), StageConfig(device="cpu"))
     cuda.clear()
     common.check_architecture(dataclasses.replace(lm, stop_ids=list(range(lm.vocab))), sampled=True)
     assert [graph.replays for graph in cuda] == [2 * common.BLOCK]
@@ -126,10 +133,10 @@ def test_no_stop_token_ends_the_check_of_a_model(world, cuda):
     assert not cuda
 
 @pytest.mark.parametrize("records", [True, False])
-def test_pages_move_only_where_steps_are_not_recorded(student_lm, cuda, monkeypatch, records):
+def test_pages_move_only_where_steps_are_not_recorded(cpu_lm, cuda, monkeypatch, records):
     """Recorded steps read the whole pool, others the pages up to the last that is used."""
     monkeypatch.setattr(common, "RECORDS", {"cpu"} if records else set())
-    cache = PagedCache(student_lm, 4, 100, 0.01)
+    cache = PagedCache(cpu_lm, 4, 100, 0.01)
     rows = [Row([3] * n, None, 100) for n in (30, 60, 90)]
     with torch.inference_mode():
         cache.reserve([], common.deque(rows), 4)
@@ -144,15 +151,15 @@ def test_pages_move_only_where_steps_are_not_recorded(student_lm, cuda, monkeypa
                                                                  else [3, 4, 5, 6])
     assert last.pages == ([3] if records else [7]) and cache.used == (9 if records else 7)
 
-def test_no_more_pages_than_a_call_of_the_kernel_takes(student_lm, monkeypatch):
+def test_no_more_pages_than_a_call_of_the_kernel_takes(cpu_lm, monkeypatch):
     monkeypatch.setitem(common.PAGE, "cpu", 1)
-    cache = PagedCache(student_lm, 10**4, 100, 1.0)
+    cache = PagedCache(cpu_lm, 10**4, 100, 1.0)
     assert cache.capacity == 65534 and cache.pool.shape[2] == 65535
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_logits_without_a_value_give_tokens_of_the_vocabulary(world, bad, temperature):
-    lm = load_lm(str(world / "init-student"), StageConfig())
+    lm = load_lm(str(world / "init-student"), StageConfig(device="cpu"))
     lm.model.model.norm.weight.data[0] = bad
     for row in sample(lm, PROMPTS, 2, max_new_tokens=9, temperature=temperature, seed=(0,)):
         assert all(0 <= token < lm.vocab for token in row.tokens)
@@ -165,6 +172,60 @@ def test_inverse_cdf_stays_inside_the_vocabulary(V, bad):
         for u in (0.0, 0.5, 1 - 2**-53):
             drawn = common.inverse_cdf(weights, torch.full((2, 1), u, dtype=torch.float64))
             assert 0 <= drawn.min() and drawn.max() < V
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_angles_that_depend_on_length_need_no_recording(cpu_lm, cuda, capsys, rope):
+    """A library may look at the longest row in every step: then steps go on as they are."""
+    more = dict(short_factor=[1.0] * 8, long_factor=[2.0] * 8) if rope == "longrope" else {}
+    lm = random_lm(SHAPES["llama"], "cpu", False)
+    parameters = {"rope_type": rope, "factor": 2.0, "rope_theta": 1e4,
+                  "original_max_position_embeddings": 1024, **more}
+    lm.model.config.rope_parameters = parameters
+    lm.model.model.rotary_emb = type(lm.model.model.rotary_emb)(lm.model.config)
+    rows = draw(lm, k=2)
+    told = capsys.readouterr().out.splitlines()
+    assert all(x.startswith("sampling goes on unrecorded") for x in told)
+    assert bool(told) == (not any(graph.replays for graph in cuda))
+    logp = torch.cat([lm.token_logp(*lm.states([row]), 1.0, 0) for row in rows])
+    torch.testing.assert_close(logp, torch.tensor([x for row in rows for x in row.logp]), atol=1e-5,
+                               rtol=0)
+
+# --- the check for whoever has a GPU first
+
+def test_the_check_of_a_gpu_is_rehearsed(capsys):
+    """All of it, on a CPU; every path passes."""
+    assert gpu_check.main(["--rehearse"]) == 0
+    head, _, titles, _, *lines = capsys.readouterr().out.splitlines()
+    assert torch.__version__ in head and titles.startswith("| path | result |")
+    assert len(lines) == len(gpu_check.CHECKS) and all("| pass |" in line for line in lines)
+    torch.cuda.is_available() or pytest.raises(SystemExit, gpu_check.main, [])
+
+def worse(owner, name, change):
+    """A patch: owner.name(...) gives change(what it gave)."""
+    function = getattr(owner, name)
+    return lambda m: m.setattr(owner, name, lambda *a, **k: change(function(*a, **k)))
+
+@contextlib.contextmanager
+def fails(*_, **__):
+    raise RuntimeError("no graphs here")
+    yield
+
+SEEN = {
+    "attention in pages": worse(common, "attend_pages", lambda x: (x[0], x[1] * 1.1)),
+    "recorded steps": lambda m: m.setattr(emulate, "graph", fails),
+    "chunks of the vocabulary": worse(common.LM, "logits", lambda logits: logits * 1.01),
+    "AdamW": worse(common, "make_optimizer", lambda o: o.param_groups[0].update(eps=1e-2) or o),
+    "whole stages": worse(grpo, "policy_loss", lambda loss: loss * math.nan),
+}
+
+@pytest.mark.parametrize("name", SEEN)
+def test_the_check_of_a_gpu_tells_what_is_wrong(name, monkeypatch, capsys):
+    """With a fault in a path its line says FAIL and what to do, and the exit status is 1."""
+    SEEN[name](monkeypatch)
+    monkeypatch.setattr(gpu_check, "CHECKS", [c for c in gpu_check.CHECKS if c[0] == name])
+    assert gpu_check.main(["--rehearse"]) == 1
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith(f"| {name} | FAIL |") and gpu_check.CHECKS[0][1] in line
 
 # --- tensors on "cuda:0" that have no values
 
@@ -193,7 +254,7 @@ both = pytest.mark.parametrize("bf16", [True, False])
 def test_prefill_and_a_step_pass_on_cuda_without_waiting(fake, kind, bf16):
     """And a step changes its state in place: nothing else would be seen by a replay."""
     lm = make_lm(kind, bf16, train=False)
-    rows = [Row(list(range(1, 2 + n)), np.random.default_rng(n), 300) for n in (270, 3, 3)]
+    rows = [Row(list(range(1, 2 + n)), np.random.default_rng(n), 9) for n in (270, 3, 3)]
     with torch.no_grad(), lm.autocast():
         cache = PagedCache(lm, 4, 600, 0.01)
         assert not cache.dense and cache.page == 256 and cache.pool.device.type == "cuda"
@@ -227,8 +288,7 @@ def test_attention_over_pages_passes_on_cuda(fake, bf16, dim, m, monkeypatch):
     with pytest.raises(RuntimeError, match="device"):
         common.attend_pages(q, keys, keys, used.cpu(), 0.1)
 
-@both
-@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("kind, bf16", [("qwen3", True), ("llama", False)])
 def test_every_loss_and_the_optimizer_pass_on_cuda(fake, kind, bf16):
     """In chunks of 2 of 5 tokens; each tensor gets a gradient of its shape, beside it. The fused
     AdamW then needs three numbers of the device: is the norm finite, the norm, its own count."""

@@ -99,7 +99,8 @@ def long_tailed(n, longest):
 def ours(lm, prompts, lengths, slots):
     """prompts: (tokens, rollouts) pairs; lengths: of all rollouts; slots: rows decoded at once."""
     limits = iter(lengths)
-    rows = [Row(p, np.random.default_rng((*p, s)), next(limits)) for p, k in prompts for s in range(k)]
+    rows = [Row(p, np.random.default_rng((*p, s)), next(limits))
+            for p, k in prompts for s in range(k)]
     list(decode(lm, rows, 1.0, slots, 0.0))
     assert [len(row.rollout.tokens) for row in rows] == lengths
 
