@@ -403,7 +403,7 @@ def fingerprint(lm):
     return digest.hexdigest()[:16]
 
 # ---------- 3 data: any schema -> problems without copies and contradictions, in two halves -------
-DATA_ALIASES = {  # name: hub dataset:split
+ALIASES = {  # name: hub dataset:split
     "dapo": "BytedTsinghua-SIA/DAPO-Math-17k:train", "math500": "HuggingFaceH4/MATH-500:test",
     "aime24": "HuggingFaceH4/aime_2024:train", "aime25": "math-ai/aime25:test"}
 CONTEXTS = ("context", "passage", "body", "choices", "options")  # joined with the question
@@ -446,9 +446,8 @@ def read_rows(source):
             elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
                 data = datasets.load_from_disk(source)
             else:
-                name, *rest = [source] if path.is_dir() else (
-                    DATA_ALIASES.get(source, source).split(":"))
-                *config, split = rest or [""]
+                name, *at = [source] if path.is_dir() else ALIASES.get(source, source).split(":")
+                *config, split = at or [""]
                 data = datasets.load_dataset(name, *config)
     if isinstance(data, dict):
         split = split or (next(iter(data)) if len(data) == 1 else "train")
@@ -478,20 +477,18 @@ def read_problems(source, parse):
     rows = data = read_rows(source)
     if not isinstance(data, list):  # as batches of Arrow they take a tenth of the time
         rows = (row for batch in data.with_format("arrow").iter(1000) for row in batch.to_pylist())
-    parsed, found, skipped = {}, [], Counter()
-    for row in progress(rows, desc=f"reading {source}", total=len(data), leave=False,
-                        disable=len(data) < 50_000):
-        key = pickle.dumps(row)  # what is fast to make and to look up
-        if key not in parsed:
-            try:
-                parsed[key] = parse({name.lower(): cell for name, cell in row.items()})
-            except UserError as reason:
-                parsed[key] = reason
-        if isinstance(parsed[key], UserError):
-            skipped[str(parsed[key])] += 1
-        else:
-            found.append(parsed[key])
-    reasons = ", ".join(f"{n} with {reason}" for reason, n in skipped.most_common()) or "none"
+    @functools.cache
+    def parsed(row):
+        try:
+            return parse({name.lower(): cell for name, cell in pickle.loads(row).items()})
+        except UserError as reason:
+            return reason
+    rows = progress(rows, desc=f"reading {source}", total=len(data), leave=False,
+                    disable=len(data) < 50_000)
+    items = [parsed(pickle.dumps(row)) for row in rows]  # what is fast to make and to look up
+    found = [item for item in items if not isinstance(item, UserError)]
+    skipped = Counter(str(item) for item in items if isinstance(item, UserError)).most_common()
+    reasons = ", ".join(f"{n} with {reason}" for reason, n in skipped) or "none"
     check(found, f"data {source!r} has no row to use: {reasons}; its columns: {', '.join(data[0])}")
     print(f"{source}: {len(data)} rows, skipped {reasons}; for example {str(found[0])[-500:]}")
     return found
@@ -627,9 +624,8 @@ def count_steps(cfg, n_items):
 # A unit behind a value may be missing on one side, but not differ. A bare list keeps its counts.
 # Refused are answers outside the grammar, because their meaning would be a guess: words that are no
 # unit (33 or more), `2 3`, improper mixed numbers, ellipses, sums. They equal only the same text.
-# Given up are answers beyond a limit in characters, tokens, levels, bits of an exact number or
-# magnitude (10^±200). Several values, ranges and extra letters equal no number. Unions of intervals
-# are compared part by part, not computed.
+# Given up are answers beyond a limit in characters, tokens, levels, bits or magnitude (10^±200).
+# Several values and extra letters equal no number. Unions of intervals are compared part by part.
 _MAX_RESPONSE, _MAX_CHARS, _MAX_TOKENS, _MAX_DEPTH = 200_000, 2_000, 400, 30
 _MAX_BITS, _MAX_LOG2, _DIGITS, _TOLERANCE = 25_000, 690, 400, 375  # 2^690 = 10^207
 _Refused, _GivenUp = SyntaxError, RecursionError
@@ -814,10 +810,10 @@ def _normalise(text):
     return " ".join(text.split()), sum(map(_unit_words, units), [])
 
 # --- values
-# A number is a Fraction or one of mpmath. Any other value is a Composite of a kind; its `form` is
-# what equal values share beside their parts: the words of words, the brackets of a tuple (or of an
-# interval), the separators of a matrix ("&" and "\\"), the signs of a chain f(1) < f(2), the name,
-# if any, on the left of an equation; "set" of a list \{1, 2\}, whose equal parts count once.
+# A number is a Fraction or one of mpmath, any other value a Composite of a kind. Its `form` is what
+# equal values share beside their parts: the words of words, the brackets of a tuple or interval,
+# the separators of a matrix, the signs of a chain f(1) < f(2), the name, if any, on the left of an
+# equation; "set" of a list \{1, 2\}, whose equal parts count once.
 _NUMBER, _WORDS, _LIST, _TUPLE, _RATIO, _MATRIX, _EQUATION, _CHAIN = range(8)
 Composite = dataclasses.make_dataclass("Composite", ["kind", "parts", ("form", str, "")])
 _local = threading.local()  # its mp: mpmath (the numbers of sympy) at 400 digits, for this thread
@@ -1056,13 +1052,6 @@ def _values_equal(x, y):
         alike = len(names) == len(y.parts)
     return alike and len(x.parts) == len(y.parts) and all(map(_values_equal, x.parts, y.parts))
 
-def _proportional(pairs):  # are two equations multiples of each other at all sample points?
-    both = all(_kind(x) == _EQUATION and len(x.parts) == 2 for pair in pairs for x in pair)
-    gaps = [[_approximate(x.parts[0]) - _approximate(x.parts[1]) for x in pair] for pair in pairs
-            if both]
-    usable = len(gaps) > 1 and all(gaps[0]) and all(map(_local.mp.isfinite, sum(gaps, [])))
-    return usable and all(_values_equal(gaps[0][0] * d, gaps[0][1] * c) for c, d in gaps)
-
 def _text_key(text):
     """Returns the text without its spelling variants: case counts, but not in words and choices."""
     text = re.sub(r"([_^])\{(?:([^\W\d])\}|(\d)\}(?!\d))", r"\1\2\3", text)
@@ -1099,7 +1088,12 @@ def _equal(given, gold):
             return False  # a letter too many
         if not letters | more_letters:
             break
-    return bool(pairs) and (all(_values_equal(*pair) for pair in pairs) or _proportional(pairs))
+    if pairs and all(_values_equal(*pair) for pair in pairs):
+        return True
+    gaps = [[operator.sub(*map(_approximate, side.parts)) for side in pair] for pair in pairs
+            if all(_kind(side) == _EQUATION and len(side.parts) == 2 for side in pair)]
+    return len(gaps) > 1 and all(  # two equations are multiples of each other
+        b and _values_equal(a * gaps[0][1] / gaps[0][0], b) for a, b in gaps)
 
 def answers_equal(a: str, b: str) -> bool:
     """Returns whether two answers have one value; False where that is not known. Never raises."""
@@ -1142,15 +1136,14 @@ def response_text(tokenizer, rollout):
 # ---------- 5 sampler: prompts -> rollouts --------------------------------------------------------
 # Sampling is most of a step of RL or OPD. What makes it fast, in reading order:
 #   continuous batching  every BLOCK tokens, waiting rows take the places of ended ones
-#   paged cache          keys and values lie in pages of one pool: memory is for tokens that exist,
-#                        not rows * longest; when it is full, the youngest rows wait
+#   paged cache          memory is for tokens that exist; when it is full, the youngest rows wait
 #   shared prefill       a prompt passes through the model once for the rows that start together
 #   recorded steps       on CUDA a block replays one recorded step, ~1,700 launches a token less
 #   one uniform a token  inverse CDF over sums of 64 weights: a V-wide pass, not V random numbers
 
 BLOCK = 8  # tokens between two looks at which rows have ended; an ended row wastes half of them
 PAGE = {"cpu": 32, "cuda": 256}  # tokens of a page; what suits `attend_pages` there
-RECORDS = {"cuda"}  # types of device whose steps are recorded; none once that has failed
+RECORDS = {"cuda"}  # types of device whose steps are recorded; set() is slower, but takes any
 
 @dataclass
 class Rollout:
@@ -1354,19 +1347,11 @@ class Step:
 
     def record(self, state):
         """Record one step as a CUDA graph. Returns (its replay, the tensors that it works on)."""
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        graph = torch.cuda.CUDAGraph()
         self.memory = self.memory or torch.cuda.graph_pool_handle()  # one for all graphs
-        try:
-            with torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"):
-                self(state)
-            return graph.replay, state
-        except RuntimeError as error:
-            torch.cuda.set_stream(stream)  # some versions leave their own in use, and the pool
-            with contextlib.suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(self.lm.device.index, self.memory)
-            print("sampling goes on unrecorded:", str(error.__context__ or error).split("\n")[0])
-            self.records = RECORDS.clear()
-            return functools.partial(self, state), state
+        with torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"):
+            self(state)
+        return graph.replay, state
 
     def __call__(self, state):
         """Feed each row's last token, draw the next."""
@@ -1465,9 +1450,9 @@ def over_chunks(fn, lm, hidden, temperature, chunk, **constants):
     """Forward and backward of a loss, `chunk` tokens at once; returns what it logs, summed.
     hidden: (N, D), from lm's graph; constants: (N, ...) tensors or None. fn takes a chunk's
     log-probs (n, V) and, by name, its part of each constant that is not None. It returns the
-    chunk's part of the loss, a scalar, and a tuple of (n,) tensors to log. A chunk's gradient is
-    taken before the next begins, so that (N, V) never exists: by autograd down to the logits, then
-    by two products. The head's adds to its .grad, if it learns; the others then enter the model."""
+    chunk's part of the loss, a scalar, and a tuple of (n,) tensors to log. (N, V) never exists: a
+    chunk's gradient is taken before the next begins, by autograd down to the logits, then by two
+    products, one of which adds to the head's .grad, if that learns."""
     sums, head, chunk = 0.0, lm.head(), lm.chunk_size(chunk, hidden.shape[-1])
     states = hidden.detach().to(head.dtype)
     constants = {k: v.to(hidden.device) for k, v in constants.items() if v is not None}
@@ -1706,9 +1691,8 @@ class Run:
         self.metrics.append(line)
         self.bar.set_postfix({k: line[k] for k in shown}, refresh=False)
         if self.cfg.show_every and self.step % self.cfg.show_every == 0:
-            shown = map(self.lm.tokenizer.decode, (rows[0].prompt, rows[0].tokens))
-            text = " → ".join(shown).replace("\n", "⏎")
-            text = text if len(text) <= 600 else f"{text[:300]} […] {text[-300:]}"
+            text = " → ".join(map(self.lm.tokenizer.decode, (rows[0].prompt, rows[0].tokens)))
+            text = re.sub("(.{300}).+(.{300})", r"\1 […] \2", text.replace("\n", "⏎"))
             self.bar.write(f"[{self.out.name}, step {self.step}, {note}] {text}")
         if self.step == 0 and metrics["truncated"] > 0.5:
             self.bar.write(f"warning: {metrics['truncated']:.0%} of the responses were cut: is "

@@ -146,7 +146,6 @@ def cuda_on_cpu(monkeypatch):
                "current_stream": lambda: "stream", "set_stream": lambda stream: None}
     for name, function in patches.items():
         monkeypatch.setattr(torch.cuda, name, function)
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *_: None, raising=False)
     monkeypatch.setattr(common.PagedCache, "__init__", as_on_cuda)
     monkeypatch.setattr(common, "has_bf16", lambda device: True)
     monkeypatch.setattr(common, "RECORDS", {"cpu"})
