@@ -76,12 +76,12 @@ class StageConfig:
 AT_LEAST_1 = {"epochs", "mini_batch", "prompts", "rollouts", "samples", "sample_rows",
               "max_new_tokens", "max_prompt_tokens"}  # no other number may be negative
 
-@functools.cache  # inspect parses the whole file
 def field_comments(config_class):
     """{field name: (title, comment)} from the source of a Config; `# --- title` opens a group."""
     comments, title = {}, "options"
     for base in config_class.__mro__[-2::-1]:  # all but object, the oldest first
-        for line in inspect.getsource(base).splitlines():
+        text = inspect.getsource(sys.modules[base.__module__])  # of the class alone it is slow
+        for line in re.search(rf"(?ms)^class {base.__name__}\b.*?(?=^\S|\Z)", text)[0].split("\n"):
             if heading := re.match(r"\s*# --- (.*)", line):
                 title = heading[1]
             elif field := re.match(r"    (\w+): .*?=.*?\s#\s*(\S.*)", line):
@@ -273,27 +273,27 @@ def errors_as_one_line(problem):
         raise UserError(f"{problem}: {getattr(error, 'strerror', 0) or what!s:.300}") from error
 
 def load_lm(name, cfg, train=False, shard=True):
-    """Load a Hugging Face folder or hub name as an LM, sharded if shard=True or lm.parts > 1.
+    """Load an LM, by its name or as described, sharded if shard=True or lm.parts > 1.
     train=True gives fp32 masters, because in bf16 an update of 1e-6 mostly rounds to nothing; a
     frozen model has the compute dtype. Raises UserError for what cannot be loaded or used."""
-    lm, best = describe_lm(name), "cuda" if torch.cuda.is_available() else "cpu"
-    device = best if cfg.device == "auto" else cfg.device
+    lm = dataclasses.replace(name if isinstance(name, LM) else describe_lm(name))
+    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     with errors_as_one_line(f"--device {device}"):  # "cuda" is what `process_group` chose
         device = torch.empty(0, dtype=torch.float64, device=device).device  # mps has no float64
     lm.bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and has_bf16(device))
     if cfg.dtype == "auto" and device.type == "cuda" and not lm.bf16:
-        print(f"{name}: computed in fp32, because this GPU has no bf16")
+        print(f"{lm.name}: computed in fp32, because this GPU has no bf16")
     dtype = torch.bfloat16 if lm.bf16 and not train else torch.float32
     shard = shard and world_size() > 1
-    with errors_as_one_line(UNUSABLE.format(name)):
+    with errors_as_one_line(UNUSABLE.format(lm.name)):
         with torch.device("meta"):  # shapes only
             lm.model = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(name), dtype=dtype, attn_implementation="ours")
+                AutoConfig.from_pretrained(lm.name), dtype=dtype, attn_implementation="ours")
         lm.parts = on_rank_0(count_parts, lm, cfg, device)
         if shard or lm.parts > 1:  # rank 0 reads the weights, in the files' dtype
-            source = read_weights(name, "auto") if rank() == 0 else None
+            source = read_weights(lm.name, "auto") if rank() == 0 else None
         else:
-            lm.model = read_weights(name, dtype).to(device)
+            lm.model = read_weights(lm.name, dtype).to(device)
         lm.model.eval().requires_grad_(train)
         if train and cfg.gradient_checkpointing:  # it works in train mode only; without dropout
             lm.recompute, old_name = True, getattr(lm.model, "gradient_checkpointing_enable", None)

@@ -146,11 +146,11 @@ def worked_examples(cfg, lm):
     check_context(lm, cfg, max(len(row.prompt + row.tokens) for row in rows))
     return [[row] for row in rows]
 
-def load_states(cfg, run, student, data):
-    """The teacher (None if no step needs it) and what steps draw from: rows per prompt."""
+def load_states(cfg, run, teacher, student, data):
+    """The loaded teacher (None if no step needs it) and what steps draw from: rows per prompt."""
     if cfg.targets == "data":
         return None, data
-    teacher = load_lm(cfg.teacher, cfg)
+    teacher = load_lm(teacher, cfg)
     problems = tokenize_problems(data, cfg, student, teacher)
     groups = teacher_rollouts(cfg, run, teacher, problems)
     if cfg.only_correct:
@@ -186,16 +186,18 @@ def main(cfg):
     check(cfg.temperature > 0, "--temperature must be positive")
     check(cfg.teacher or cfg.targets == "data", f"--targets {cfg.targets} needs a --teacher")
     check(not cfg.cache or cfg.cache.endswith(".jsonl"), "--cache must name a .jsonl file")
+    teacher, student = None, describe_lm(cfg.student)
     if cfg.targets == "data":
         check(cfg.half == "all" and not cfg.teacher and not cfg.only_correct,
               "--targets data takes all rows as they are: no --half, --teacher, --only-correct")
-        data = worked_examples(cfg, describe_lm(cfg.student))
+        data = worked_examples(cfg, student)
     else:
-        check_pair(describe_lm(cfg.teacher), describe_lm(cfg.student), cfg.thinking)
+        teacher = describe_lm(cfg.teacher)
+        check_pair(teacher, student, cfg.thinking)
         data = load_problems(cfg)
     run = Run(cfg, parents=[name for name in (cfg.teacher, cfg.student) if name], data=data)
-    student = load_lm(cfg.student, cfg, train=True)
-    teacher, groups = load_states(cfg, run, student, data)
+    student = load_lm(student, cfg, train=True)
+    teacher, groups = load_states(cfg, run, teacher, student, data)
     steps = count_steps(cfg, len(groups))
     optimizer = make_optimizer(student, cfg)
 

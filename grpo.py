@@ -160,11 +160,11 @@ def main(cfg):
     check(cfg.temperature > 0, "--temperature must be positive")
     check(cfg.prompts % cfg.mini_batch == 0,
           f"--prompts {cfg.prompts} is not a multiple of --mini-batch {cfg.mini_batch}")
-    describe_lm(cfg.model)  # a wrong name should not wait for the data
+    model = describe_lm(cfg.model)  # a wrong name should not wait for the data
     problems = load_problems(cfg)
     run = Run(cfg, parents=[cfg.model], data=problems)
-    policy = load_lm(cfg.model, cfg, train=True)
-    reference = load_lm(cfg.model, cfg) if cfg.kl_coef else None
+    policy = load_lm(model, cfg, train=True)
+    reference = load_lm(model, cfg) if cfg.kl_coef else None
     problems = tokenize_problems(problems, cfg, policy)
     steps = count_steps(cfg, len(problems))
     updates = cfg.prompts // cfg.mini_batch  # per step

@@ -259,7 +259,8 @@ def our_steps(kind, args, out):
     """Seconds of the steps of a run of grpo.py or opd.py, and of their updates."""
     verdicts, describe = itertools.cycle(["correct", "wrong"]), common.describe_lm
     common.grade = lambda text, answer: next(verdicts)  # every row has a gradient
-    common.describe_lm = lambda name: dataclasses.replace(describe(name), stop_ids=[])
+    grpo.describe_lm = opd.describe_lm = lambda name: dataclasses.replace(
+        describe(name), stop_ids=[])
     common.Run.finish = lambda run: None
     common.write_json(f"{out}/data.json", [{"problem": q, "answer": 1} for q in questions(args)])
     stage = {"GRPO": grpo, "OPD": opd}[kind]
