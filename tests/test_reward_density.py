@@ -32,7 +32,7 @@ def step(taught, world, tmp_path, monkeypatch):
                   dict(student=str(taught.model), teacher=str(world / "init-teacher")))
         out = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
         stage.main(stage.Config(**models, data=str(taught.data), exclude="none", out=str(out),
-                                prompts=6, rollouts=4, max_new_tokens=12, steps=1, lr=1e-4,
+                                prompts=6, rollouts=4, max_new_tokens=12, steps=1, lr=1e-4, seed=6,
                                 micro_tokens=100, show_every=0, **flags))
         return SimpleNamespace(gradient=torch.cat(found),
                                weights=load_file(out / "model.safetensors"),

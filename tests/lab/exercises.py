@@ -82,7 +82,7 @@ EXERCISES = [
     Exercise(
         "GRPO's `reward` starts far below the model's accuracy, and stays there",
         "step 0: 0.137 → 0.004; step 4: 0.227 → 0.004", f"{GRPO} --kl-coef 0 --steps 5",
-        "common.py", "(text, answers[i // k])", "(text, answers[i % len(answers)])",
+        "grpo.py", "(text, answers[i // k])", "(text, answers[i % len(answers)])",
         "Responses come prompt by prompt, these answers round by round (`repeat` in place of "
         "`repeat_interleave`): most are compared with another problem's answer.",
         "tests/test_reward_density.py::"
@@ -90,7 +90,7 @@ EXERCISES = [
     Exercise(
         "GRPO's `zero_variance` is 1 and `grad_norm` 0, whatever the model and the problems",
         "`zero_variance` at step 0: 0.41 → 1", f"{GRPO} --kl-coef 0 --steps 5",
-        "common.py", "tuple(prompt), index))", "tuple(prompt)))",
+        "common.py", "(*seed, *p, j)", "(*seed, *p)",
         "All rollouts of a prompt use the same random numbers: one response, K times.",
         "tests/test_sampler.py::test_rollouts_do_not_depend_on_their_neighbours[llama]"),
     Exercise(
