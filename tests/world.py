@@ -56,6 +56,7 @@ SCALES = {
         "teacher": (512, 8, 8, 64, 1408), "student": (256, 6, 4, 64, 704)}),
 }
 MISPRINTED = {"teacher": 0.0, "student": 0.35}  # share of the facts
+TEACHERS_FORM, OWN_FORM = "{register}{fact},", "({fact}){register}"  # of a worked step
 # The stage scripts append an instruction to each problem; these models have no tokens for it, so
 # the template keeps the first line only.
 TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}Q{{ m.content.split('\\n')[0] }}?"
@@ -115,19 +116,20 @@ def write(problem):
 def write_box(values):
     return f"({','.join(map(str, values))})"
 
-def work(problem, fact=compute, rng=None, wrong=0.0):
+def work(problem, fact=compute, rng=None, wrong=0.0, form=TEACHERS_FORM):
     """Worked lines and register values; a result is spoilt with probability `wrong`, then used."""
     x, lines, values = problem[0], "", []
     for register, (op, y) in zip(REGISTERS, problem[1]):
         z = fact(op, x, y)
         if wrong and rng.random() < wrong:
             z = (z + rng.randrange(1, 10)) % 10
-        lines += f"{register}{x}{op}{y}={z},"
+        lines += form.format(register=register, fact=f"{x}{op}{y}={z}")
         values.append(z)
         x = z
     return lines, values
 
-def make_document(rng, banned, fact, longest, drill=0.17, careful=0.2, sloppy=0.2):
+def make_document(rng, banned, fact, longest, form=TEACHERS_FORM, drill=0.17, careful=0.2,
+                  sloppy=0.2):
     """One document of a corpus, {"problem", "response"}; its problem is in no problem set."""
     if rng.random() < drill:
         drawn = ((rng.choice("+-*"), rng.randrange(10), rng.randrange(10)) for _ in range(8))
@@ -138,7 +140,7 @@ def make_document(rng, banned, fact, longest, drill=0.17, careful=0.2, sloppy=0.
         problem = make_problem(rng, len(problem[1]))
     style = rng.random()
     if style < careful + sloppy:
-        lines, values = work(problem, fact, rng, 0.0 if style < careful else 0.3)
+        lines, values = work(problem, fact, rng, 0.0 if style < careful else 0.3, form)
     else:
         lines, values = "", work(problem, fact)[1]
         values = [(v + rng.randrange(1, 10)) % 10 if rng.random() < 0.5 else v for v in values]
@@ -154,9 +156,10 @@ def make_set(rng, n, taken, steps):
             rows.append({"problem": write(problem), "answer": write_box(work(problem)[1])})
     return rows
 
-def build(out, seed=0, scale="small", *, valid=200, test=500, hard=200, **changes):
+def build(out, seed=0, scale="small", distance=0.0, *, valid=200, test=500, hard=200, **changes):
     """Write the world to the folder `out`, unless it is there already; returns it as a Path."""
     out, rng, taken = Path(out), random.Random(seed), set()
+    forms = random.Random(f"forms {seed}")  # of its own: nothing else depends on the distance
     scale = replace(SCALES[scale], **changes)
     if (out / "world.json").exists():
         return out
@@ -169,8 +172,11 @@ def build(out, seed=0, scale="small", *, valid=200, test=500, hard=200, **change
     tokenizer = make_tokenizer(REGISTERS[: scale.steps[-1]])
     for name, size in scale.sizes.items():
         book = Book(rng, MISPRINTED[name])
-        files[f"corpus-{name}"] = [make_document(rng, taken, book, scale.steps[-1])
-                                   for _ in range(scale.documents)]
+        own = distance if name == "student" else 0.0
+        files[f"corpus-{name}"] = [
+            make_document(rng, taken, book, scale.steps[-1],
+                          OWN_FORM if forms.random() < own else TEACHERS_FORM)
+            for _ in range(scale.documents)]
         tokenizer.save_pretrained(out / f"init-{name}")
         make_model(size, scale.init, len(tokenizer), seed).save_pretrained(out / f"init-{name}")
     for name, rows in files.items():
