@@ -12,11 +12,11 @@ student and RL'd teacher; and, with matplotlib, distance.png. A stopped sweep go
 
 import argparse
 import itertools
-import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a core each
@@ -115,13 +115,14 @@ def table(figures, updates):
         rows.append([f"{n}", f"{d:g}", f"{of['s‖t'].mean():.2f}", f"{of['t‖s'].mean():.2f}",
                      *(f"{x.mean:.1f} ± {x.se:.1f}" for x in means), *(f"{x.mean:+.1f} "
                      f"({x.mean - x.half:+.1f} to {x.mean + x.half:+.1f})" for x in ahead)])
-    return evaluate.markdown(["updates", "distance", "KL(s‖t)", "KL(t‖s)", "base student", *ROUTES,
-                              *(f"bridge − {r}, points (95 %)" for r in ROUTES[1:])], rows)
+    head = ["updates", "distance", "KL(s‖t)", "KL(t‖s)", "base student", *ROUTES,
+            *(f"bridge − {r}, points (95 %)" for r in ROUTES[1:])]
+    return evaluate.markdown(head, rows).replace(" ± nan", "").replace(" (+nan to +nan)", "")
 
 def draw(figures, updates, path):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6, 3.5), dpi=100, layout="constrained")
-    axes = figure.subplots(subplot_kw={"ylabel": "bridge − OPD alone, points", "xlabel":
+    axes = figure.subplots(subplot_kw={"xscale": "log", "ylabel": "bridge − OPD, points", "xlabel":
                                        "KL(teacher ‖ student) of the base student, nats a token"})
     kl = np.array([of["t‖s"] for of in figures.values()])  # (distances, S)
     for colour, n in zip(COLOURS, updates):
@@ -143,8 +144,7 @@ def main(argv=None):
     out, seeds, distances, updates = vars(parser.parse_args(argv)).values()
     if min(updates) < 3:
         parser.error("--updates: the bridge takes at least 3")
-    jobs = int(os.environ.get("JOBS", 1))
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs := int(os.environ.get("JOBS", 1)), get_context("spawn")) as pool:
         every = pool.map if jobs > 1 else map
         list(every(work, [(out, [], seed, 0.0) for seed in seeds]))  # the teachers
         list(every(work, [(out, updates, seed, d) for d in distances for seed in seeds]))
