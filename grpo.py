@@ -44,14 +44,14 @@ class Config(StageConfig):  # whose flags all three stages have
     lr: float = 1e-6  # learning rate of AdamW (Table 9)
     epochs: int = 10  # passes over the prompts (Table 9)
     mini_batch: int = 8  # prompts per update (Table 9: mini-batch 8; ours: that counts prompts)
-    clip: float = 0.2  # lower clip, ratio >= 1 - clip (Table 9)
+    clip: float = 0.2  # lower clip, ratio >= 1 - clip (Table 9); idle with one update per step
     clip_high: float = 0.0  # upper clip, ratio <= 1 + clip_high; 0: as --clip (Table 9; DAPO 0.28)
     grad_clip: float = 1.0  # gradient norm limit (Table 9)
     kl_coef: float = 5e-4  # coefficient of the KL to the reference; 0 is off (Table 9)
     max_prompt_tokens: int = 3072  # longer prompts are skipped (Table 9)
     max_new_tokens: int = 16384  # response limit in tokens (Table 9)
     # --- ours
-    prompts: int = 8  # ours: prompts per step, P; a multiple of --mini-batch gives several updates
+    prompts: int = 8  # ours: prompts per step, P: updates * --mini-batch; at 1 the ratio is 1
     rollouts: int = 8  # ours: rollouts per prompt, K, the group; Table 10 has 8 too
     temperature: float = 1.0  # ours: of the policy, in sampling and loss alike; Table 10 has 1 too
     aggregation: Literal["token", "sequence", "constant"] = "token"  # ours: what the loss averages
@@ -84,15 +84,16 @@ def policy_loss(logp, logp_old, adv, clip, clip_high):
     ratio = (logp - logp_old).exp()
     return -torch.min(ratio * adv, ratio.clamp(1 - clip, 1 + clip_high) * adv)
 
-def kl_penalty(logp, logp_ref, estimator):
+def kl_penalty(logp, logp_ref, estimator, ratio=1.0):
     """Estimate of KL(pi_theta || pi_ref) from the sampled token, as a loss: (N,), (N,) -> (N,).
 
     k2 = (log pi - log ref)^2 / 2: its expected gradient, on pi's samples, is that of KL(pi || ref).
+    pi_old drew the samples, so it is weighted by rho = pi / pi_old, `ratio`, a constant here.
     k3 = ref/pi - 1 - log(ref/pi): the usual GRPO term and a good estimate of the value, but as a
-    loss it descends KL(ref || pi). (k1 = log pi - log ref would have no expected gradient at all.)
+    loss it descends KL(ref || pi), at rho = 1. (k1 = log pi - log ref has no expected gradient.)
     """
     log_ratio = logp_ref - logp
-    return log_ratio.square() / 2 if estimator == "k2" else log_ratio.exp() - 1 - log_ratio
+    return ratio * log_ratio.square() / 2 if estimator == "k2" else log_ratio.exp() - 1 - log_ratio
 
 def row_weights(rows, cfg):
     """Weight of each row's tokens, (B,); the loss of an update is sum(weight * token loss).
@@ -143,9 +144,9 @@ def accumulate(cfg, policy, rows, adv, weights, old, ref):
         logp = pick(all_logp, y)  # (n,)
         old = logp.detach() if old is None else old
         ref = logp.detach() if ref is None else ref
+        ratio = (logp - old).exp().detach()
         loss = policy_loss(logp, old, A, cfg.clip, clip_high)
-        loss = loss + cfg.kl_coef * kl_penalty(logp, ref, cfg.kl_loss)
-        ratio = (logp - old).exp()
+        loss = loss + cfg.kl_coef * kl_penalty(logp, ref, cfg.kl_loss, ratio)
         clipped = torch.where(A > 0, ratio > 1 + clip_high, ratio < 1 - cfg.clip) & (A != 0)
         k3 = kl_penalty(logp, ref, "k3")
         return (weight * loss).sum(), (torch.ones_like(logp), clipped, entropy, k3,

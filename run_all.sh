@@ -22,8 +22,9 @@ if [ $setting = world-full ] && [ -n "${SEEDS:-}" ]; then # several worlds, each
     python tests/lab/evidence.py $(for seed in $SEEDS; do folder world $seed; done); exit
 fi
 
-# Flags. In a comparison all is equal but the thing compared: OPD alone and SFT take as many updates
-# as the bridge, the SFT'd teacher as the RL'd one. What stays empty is as in Tables 9 and 10.
+# Flags. In a comparison all is equal but the thing compared: SFT has as many updates as the bridge,
+# the SFT'd teacher as many epochs as the RL'd one (in the world as many updates on about as many
+# rows: a quarter of its 32 samples a prompt is correct). What stays empty is as in Tables 9 and 10.
 data=dapo sets=math500,aime24,aime25 limits=--gradient-checkpointing both="--epochs 2" scoring=
 sft_teacher="--epochs 10" name= cache= length= warmup= opd= rl= rl_teacher= rl_student= distil=
 case $setting in
@@ -55,7 +56,7 @@ esac
 if [[ $setting = world* ]]; then
     runs=$(folder ${setting%-full} $SEED) teacher=base-teacher student=base-student
     sets=$runs/test.jsonl,$runs/hard.jsonl rl="--prompts $prompts --mini-batch $prompts --kl-coef 0"
-    sft_teacher="--prompts $prompts --rollouts 8 $rl_teacher" data="--data $runs/train.jsonl
+    sft_teacher="--prompts $prompts --rollouts 32 $rl_teacher" data="--data $runs/train.jsonl
         --exclude $sets,$runs/valid.jsonl --seed $SEED $length --lr-schedule linear --show-every 20"
     python tests/world.py --out $runs --seed $SEED --scale $scale; mkdir -p $runs/logs
 else
@@ -94,13 +95,11 @@ base_student() { base student $student ${base_student:-}; }
 teachers() { # stage 1
     grpo teacher-rl-1h $teacher $rl_teacher --half 1; grpo teacher-rl $teacher $rl_teacher
 }
-baselines() {
-    grpo cold-grpo $student $rl_student # R1
-    bridge raw-bridge $teacher # the bridge from the teacher without RL
-}
+baselines() { grpo cold-grpo $student $rl_student # R1
+    bridge raw-bridge $teacher; } # the bridge from the teacher without RL
 all_labels() {
     bridge bridge teacher-rl # R3-full: all labels to the teacher
-    distil opd-only opd.py teacher-rl $student $both # R8: no warmup
+    distil opd-only opd.py teacher-rl $student $opd # R8: no warmup; ours: the bridge's OPD stage
     learn sft teacher-rl $student $both --targets hard # R2: the teacher's samples as hard labels
 }
 half_labels() {
@@ -109,9 +108,10 @@ half_labels() {
     grpo replay-1h bridge-1h $rl_student --half 1 # R7: the teacher's labels again
 }
 others() { # R2 and R8 on half the labels, then fresh ones; the SFT'd teacher (R6); R1 as a teacher
+    distil opd-only-long opd.py teacher-rl $student $both # R8; ours: the bridge's updates in all
     learn sft-1h teacher-rl-1h $student $both --targets hard --half 1
     grpo sft-fresh-2h sft-1h $rl_student --half 2
-    distil opd-only-1h opd.py teacher-rl-1h $student $both --half 1
+    distil opd-only-1h opd.py teacher-rl-1h $student $opd --half 1
     grpo opd-only-fresh-2h opd-only-1h $rl_student --half 2
     learn sft-teacher $teacher $teacher $sft_teacher --targets hard --only-correct # ours
     bridge sft-teacher-bridge sft-teacher

@@ -296,8 +296,11 @@ def test_labels_of_halves_and_whole_are_a_union(tmp_path):
     ("qwen3-8b", (1232.3, 195.8, 157.6)), ("qwen3-14b", (1238.1, 196.3, 161.5)),
     ("llama-3.3-70b-instruct", (177.3, 36.2, 19.5))])
 def test_papers_numbers_add_up(setting, sums):
-    """MATH-500, AIME 2024 and AIME 2025 of Tables 2 to 6 and 8, added up from the paper."""
-    rows = [numbers for numbers in evaluate.PAPER[setting].values() if numbers]
+    """MATH-500, AIME 2024 and AIME 2025 of Tables 2 to 6 and 8, added up from the paper, each once:
+    the paper has one R8, for two readings of it."""
+    paper = evaluate.PAPER[setting]
+    assert paper.get("opd-only-long") == paper.get("opd-only")
+    rows = [numbers for name, numbers in paper.items() if numbers and name != "opd-only-long"]
     assert {len(numbers) for numbers in rows} <= {1, 3}
     columns = [sum(n[i] for n in rows if i < len(n)) for i in range(3)]
     assert columns == pytest.approx(sums)

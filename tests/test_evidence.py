@@ -1,15 +1,24 @@
 """tests/lab/evidence.py: means, verdicts and pictures over seeds, on folders made by hand."""
 
+import contextlib
 import doctest
+import functools
+import hashlib
 import json
 import math
+import re
+import runpy
 import sys
 
+import distance
 import evidence
 import numpy as np
 import pytest
+import world as world_module
+from conftest import ROOT
 from test_evaluate import cells, fake_run
 
+import common
 import evaluate
 
 @pytest.mark.parametrize("df, quantile", [
@@ -190,3 +199,75 @@ def test_pictures_without_their_runs_or_matplotlib_are_left_out(tmp_path, monkey
 def test_a_folder_without_evaluations_is_one_readable_line(tmp_path):
     with pytest.raises(SystemExit, match="error: no evaluated run in"):
         evidence.main([str(tmp_path)])
+
+# --- the student's distance from its teacher
+
+def test_a_worlds_distance_changes_the_students_form_and_nothing_else(tmp_path):
+    """Own form undone, all files are those of the world of 0, which is older than the flag. The
+    documents in the student's own form are a half of those at 1; there, no other form is left."""
+    small = functools.partial(world_module.build, seed=5, documents=400, test=12, valid=8, hard=4)
+    folders = {d: small(tmp_path / f"{d:g}", distance=d) for d in (0.0, 0.5, 1.0)}
+    own, found = re.compile(r"\(([a-h]\d[-+*]\d=\d)\)"), {}
+    for d, folder in folders.items():
+        text = (folder / "corpus-student.jsonl").read_text()
+        found[d] = {i for i, line in enumerate(text.splitlines()) if own.search(line)}
+        digest = hashlib.md5(own.sub(r"\1,", text).encode())
+        for name in ("corpus-teacher", "train", "pool", "valid", "test", "hard"):
+            digest.update((folder / f"{name}.jsonl").read_bytes())
+        digest.update((folder / "init-student" / "tokenizer.json").read_bytes())
+        assert digest.hexdigest() == "f15a449e49a396285d2b3b7c85814f0c"
+    assert not found[0] and found[0.5] < found[1] and 100 < len(found[1]) < 160
+    assert 0.4 < len(found[0.5]) / len(found[1]) < 0.6
+    assert not re.search(r"[a-h]\d[-+*]\d=\d,", text)
+    lm = common.describe_lm(str(folders[1.0] / "init-student"))
+    chains = [row["response"] for row in map(json.loads, text.splitlines()) if row["problem"]]
+    tokens = [lm.tokenizer.encode(response) for response in chains]
+    assert max(map(len, tokens)) == 43 and not any(lm.tokenizer.unk_token_id in x for x in tokens)
+
+@pytest.mark.parametrize("flags, message", [
+    ("--distance 1.5", "--distance 1.5 is not in"), ("--distance -0.1", "is not in"),
+    ("--distance 0.5", "holds the world of {'seed': 0}, not of {'seed': 0, 'distance': 0.5}"),
+    ("--seed 3", "holds the world of {'seed': 0}, not of {'seed': 3}"), ("--seed 0", "")])
+def test_a_folder_keeps_its_world(flags, message, world, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["world.py", "--out", str(world), *flags.split()])
+    with pytest.raises(SystemExit, match=message) if message else contextlib.nullcontext():
+        runpy.run_path(str(ROOT / "tests/world.py"), run_name="__main__")
+
+def test_the_sweep_is_matched_and_skips_what_is_done(tmp_path, monkeypatch, capsys):
+    """A distance of a tiny world, three updates a route; the teacher is that of distance 0."""
+    monkeypatch.setattr(world_module, "build", functools.partial(
+        world_module.build, documents=64, train=6, valid=2, test=4, hard=2))
+    monkeypatch.setattr(distance, "SIZES", {x: {"lr": 1e-3, "steps": 1} for x in distance.SIZES})
+    monkeypatch.setattr(distance, "RL", {"prompts": 2, "mini_batch": 2, "kl_coef": 0.0, "steps": 1})
+    monkeypatch.setattr(distance, "DISTIL", {"prompts": 2, "rollouts": 2, "lr": 1e-3})
+    monkeypatch.setattr(distance, "LENGTH", 6)
+    monkeypatch.setenv("JOBS", "1")
+    flags = ["--out", str(tmp_path), "--seeds", "3", "--distances", "1", "--updates", "3"]
+    distance.main(flags)
+    folder = tmp_path / "seed3" / "1"
+    runs = {p.parent.name: common.read_record(p.parent) for p in folder.glob("*/config.json")}
+    steps = {name: run["settings"]["steps"] for name, run in runs.items() if name[:4] != "base"}
+    assert steps == {"bridge-3-warmup": 1, "bridge-3": 2, "opd-only-3": 3, "warmup-only-3": 3}
+    for name in steps:
+        student = folder / ("bridge-3-warmup" if name == "bridge-3" else "base-student")
+        assert runs[name]["parents"] == [str(tmp_path / "seed3/0/teacher-rl"), str(student)]
+    for a, b in (("opd-only-3", "bridge-3"), ("warmup-only-3", "bridge-3-warmup")):
+        a, b = (runs[name]["settings"] for name in (a, b))
+        assert {k for k in a if a[k] != b[k]} <= {"steps", "student", "out"}
+    printed = capsys.readouterr().out
+    for module in (distance.fkl_warmup, distance.opd, distance.grpo, distance.evaluate):
+        monkeypatch.setattr(module, "main", lambda cfg: pytest.fail(f"{cfg.out} runs again"))
+    distance.main(flags)
+    assert capsys.readouterr().out == printed and "\n| 3 | 1 | " in printed
+
+def test_the_sweeps_table_has_paired_differences(tmp_path):
+    """Three seeds by hand: the bridge is 10, 11, 12 above OPD alone, whose own spread is larger."""
+    near = {"s‖t": [0.1, 0.2, 0.3], "t‖s": [1, 1, 4], "base-student": [5, 5, 5],
+            "bridge-9": [20, 41, 62], "opd-only-9": [10, 30, 50], "warmup-only-9": [20, 41, 62]}
+    figures = {0.5: {name: np.array(values) for name, values in near.items()}}
+    assert distance.table(figures, [9]).splitlines()[2] == (
+        "| 9 | 0.5 | 0.20 | 2.00 | 5.0 ± 0.0 | 41.0 ± 12.1 | 30.0 ± 11.5 | 41.0 ± 12.1 | "
+        "+11.0 (+8.5 to +13.5) | +0.0 (+0.0 to +0.0) |")
+    pytest.importorskip("matplotlib")
+    distance.draw(figures, [9], tmp_path / "distance.png")
+    assert (tmp_path / "distance.png").read_bytes().startswith(b"\x89PNG")

@@ -136,7 +136,7 @@ def test_grpo_loss_equals_the_plain_version(first, kl_loss, trainable_lm):
         beyond = (ratio - bound) * A > 0  # constant there
         clipped += beyond.sum().item()
         x = logp_ref - logp
-        kl = x**2 / 2 if kl_loss == "k2" else x.exp() - x - 1
+        kl = ratio.detach() * x**2 / 2 if kl_loss == "k2" else x.exp() - x - 1
         loss = loss + weight * (0.1 * kl - torch.where(beyond, bound, ratio) * A).sum()
     loss.backward()
     want = gradients(lm)

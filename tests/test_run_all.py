@@ -85,15 +85,18 @@ def test_every_route_runs_is_evaluated_and_is_matched(setting, run_all):
                      for name in ("fresh-2h", "replay-1h"))
     assert common.differences(fresh, replay) == "half was '2', is now '1'"  # R5 against R7
     warmup, opd = found["bridge-warmup"][1], found["bridge"][1]
-    for name in ("opd-only", "sft"):  # as many updates on as many rows as the two-stage bridge
+    assert not difference(found, "opd-only", "bridge")  # R8: the bridge's OPD, of the base student
+    for name in {"opd-only-long", "sft"} & set(found):  # the updates and rows of both its stages
         cfg = found[name][1]
         assert (cfg.steps, cfg.epochs) in {(warmup.steps + opd.steps, 1), (0, 2)}
         assert (cfg.lr, cfg.prompts, cfg.rollouts) == (opd.lr, opd.prompts, opd.rollouts)
+    assert ("opd-only-long" in found) == (setting in ("qwen3", "llama"))
+    assert found["opd-only"][1].student == found["bridge-warmup"][1].student
     assert found["teacher-rl-1h"][1].half == found["bridge-1h"][1].half == "1"
 
-OTHERS = {"sft-1h", "sft-fresh-2h", "opd-only-1h", "opd-only-fresh-2h", "sft-teacher",
-          "sft-teacher-bridge", "sft-teacher-1h", "sft-teacher-bridge-1h", "sft-teacher-fresh-2h",
-          "sft-teacher-replay-1h", "same-size-bridge"}
+OTHERS = {"opd-only-long", "sft-1h", "sft-fresh-2h", "opd-only-1h", "opd-only-fresh-2h",
+          "sft-teacher", "sft-teacher-bridge", "sft-teacher-1h", "sft-teacher-bridge-1h",
+          "sft-teacher-fresh-2h", "sft-teacher-replay-1h", "same-size-bridge"}
 
 def difference(found, a, b, but=()):
     """Settings in which two stages differ, apart from the folders and those named."""
@@ -111,9 +114,12 @@ def test_the_full_world_runs_all_of_table_1_and_beyond_matched(run_all, world):
     assert not difference(found, "sft-teacher-replay-1h", "replay-1h")
     for name in ("sft-teacher-bridge-1h", "bridge-1h"):
         assert not difference(found, name, "bridge", but={"half"})
-    same = ("lr", "lr_schedule", "steps", "prompts", "rollouts", "seed", "temperature", "data")
+    assert not difference(found, "opd-only-1h", "bridge-1h")
+    assert difference(found, "opd-only-long", "opd-only") == {"steps"}
+    same = ("lr", "lr_schedule", "steps", "prompts", "seed", "temperature", "data")
     for a, b in (("sft-teacher", "teacher-rl"), ("sft-teacher-1h", "teacher-rl-1h")):
         assert all(getattr(found[a][1], k) == getattr(found[b][1], k) for k in same)
+        assert found[a][1].rollouts == 4 * found[b][1].rollouts  # of which a quarter is correct
     train, pool = ((world / f"{name}.jsonl").read_text() for name in ("train", "pool"))
     assert pool.startswith(train) and pool.count("\n") == 4 * train.count("\n")
     for n in (32, 64, 256, 512):

@@ -143,7 +143,7 @@ def test_a_recipe_is_the_sum_of_what_run_all_runs():
     hours = 10_870 * step_seconds(s, shape, shape)["a step"] / 3600
     assert rows["teacher-rl-1h"][3] == pytest.approx(hours, abs=0.05)
     *stages, whole, every = rows.values()
-    assert len(stages) == 28 and every[1:] == pytest.approx(
+    assert len(stages) == 29 and every[1:] == pytest.approx(
         [sum(x) for x in list(zip(*stages))[1:]], abs=1)
     assert sum(rows[name][3] for name in sizes.R5[:4]) == pytest.approx(whole[3], rel=0.01)
     s = Settings("warmup", 8, max_prompt_tokens=sizes.PROMPT, gradient_checkpointing=True)

@@ -22,6 +22,10 @@ corpus-student.jsonl and two folders with random weights, init-teacher (335 k pa
 init-student (85 k), that any tool can load. All problem sets are drawn before the corpora, which
 leave their problems out. Everything is a function of the seed.
 
+--distance D (0 to 1) sets the base student's habits apart from its teacher's: it writes a share
+D of its careful and sloppy documents in a form of its own, `(a6-0=6)(b6-8=8)(c8-6=2)` before the
+box. All else is as at 0: problems, documents, facts, misprints, mistakes, the teacher's corpus.
+
 --scale large is the same for a GPU: 512 labelled problems of 4 to 8 steps, hard ones of 8 steps, a
 teacher of 26 M parameters and a student of 5 M.
 """
@@ -56,6 +60,7 @@ SCALES = {
         "teacher": (512, 8, 8, 64, 1408), "student": (256, 6, 4, 64, 704)}),
 }
 MISPRINTED = {"teacher": 0.0, "student": 0.35}  # share of the facts
+TEACHERS_FORM, OWN_FORM = "{register}{fact},", "({register}{fact})"  # of a worked step
 # The stage scripts append an instruction to each problem; these models have no tokens for it, so
 # the template keeps the first line only.
 TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}Q{{ m.content.split('\\n')[0] }}?"
@@ -115,19 +120,20 @@ def write(problem):
 def write_box(values):
     return f"({','.join(map(str, values))})"
 
-def work(problem, fact=compute, rng=None, wrong=0.0):
+def work(problem, fact=compute, rng=None, wrong=0.0, form=TEACHERS_FORM):
     """Worked lines and register values; a result is spoilt with probability `wrong`, then used."""
     x, lines, values = problem[0], "", []
     for register, (op, y) in zip(REGISTERS, problem[1]):
         z = fact(op, x, y)
         if wrong and rng.random() < wrong:
             z = (z + rng.randrange(1, 10)) % 10
-        lines += f"{register}{x}{op}{y}={z},"
+        lines += form.format(register=register, fact=f"{x}{op}{y}={z}")
         values.append(z)
         x = z
     return lines, values
 
-def make_document(rng, banned, fact, longest, drill=0.17, careful=0.2, sloppy=0.2):
+def make_document(rng, banned, fact, longest, form=TEACHERS_FORM, drill=0.17, careful=0.2,
+                  sloppy=0.2):
     """One document of a corpus, {"problem", "response"}; its problem is in no problem set."""
     if rng.random() < drill:
         drawn = ((rng.choice("+-*"), rng.randrange(10), rng.randrange(10)) for _ in range(8))
@@ -138,7 +144,7 @@ def make_document(rng, banned, fact, longest, drill=0.17, careful=0.2, sloppy=0.
         problem = make_problem(rng, len(problem[1]))
     style = rng.random()
     if style < careful + sloppy:
-        lines, values = work(problem, fact, rng, 0.0 if style < careful else 0.3)
+        lines, values = work(problem, fact, rng, 0.0 if style < careful else 0.3, form)
     else:
         lines, values = "", work(problem, fact)[1]
         values = [(v + rng.randrange(1, 10)) % 10 if rng.random() < 0.5 else v for v in values]
@@ -154,11 +160,18 @@ def make_set(rng, n, taken, steps):
             rows.append({"problem": write(problem), "answer": write_box(work(problem)[1])})
     return rows
 
-def build(out, seed=0, scale="small", *, valid=200, test=500, hard=200, **changes):
+def build(out, seed=0, scale="small", distance=0.0, *, valid=200, test=500, hard=200, **changes):
     """Write the world to the folder `out`, unless it is there already; returns it as a Path."""
+    if not 0 <= distance <= 1:
+        raise SystemExit(f"error: --distance {distance} is not in [0, 1]")
     out, rng, taken = Path(out), random.Random(seed), set()
+    forms = random.Random(f"forms {seed}")  # of its own: nothing else depends on the distance
     scale = replace(SCALES[scale], **changes)
+    record = {"seed": seed} | ({"distance": distance} if distance else {})
     if (out / "world.json").exists():
+        found = json.loads((out / "world.json").read_text())
+        if found != record:
+            raise SystemExit(f"error: {out} holds the world of {found}, not of {record}")
         return out
     out.mkdir(parents=True, exist_ok=True)
     files = {"test": make_set(rng, test, taken, scale.steps),
@@ -169,13 +182,16 @@ def build(out, seed=0, scale="small", *, valid=200, test=500, hard=200, **change
     tokenizer = make_tokenizer(REGISTERS[: scale.steps[-1]])
     for name, size in scale.sizes.items():
         book = Book(rng, MISPRINTED[name])
-        files[f"corpus-{name}"] = [make_document(rng, taken, book, scale.steps[-1])
-                                   for _ in range(scale.documents)]
+        own = distance if name == "student" else 0.0
+        files[f"corpus-{name}"] = [
+            make_document(rng, taken, book, scale.steps[-1],
+                          OWN_FORM if forms.random() < own else TEACHERS_FORM)
+            for _ in range(scale.documents)]
         tokenizer.save_pretrained(out / f"init-{name}")
         make_model(size, scale.init, len(tokenizer), seed).save_pretrained(out / f"init-{name}")
     for name, rows in files.items():
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (out / "world.json").write_text(json.dumps({"seed": seed}) + "\n")  # last: it is complete
+    (out / "world.json").write_text(json.dumps(record) + "\n")  # last: it is complete
     return out
 
 if __name__ == "__main__":
@@ -185,5 +201,8 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn [default: 0]")
     parser.add_argument("--scale", default="small", choices=SCALES,
                         help="of models and problems [default: small]")
+    parser.add_argument("--distance", type=float, default=0.0,
+                        help="of the student's habits from the teacher's, 0 to 1 [default: 0]")
     args = parser.parse_args()
-    print(f"the world of seed {args.seed} is in {build(args.out, args.seed, args.scale)}")
+    out = build(args.out, args.seed, args.scale, args.distance)
+    print(f"the world of seed {args.seed} is in {out}")

@@ -30,7 +30,10 @@ from evaluate import PAPER, evaluated_runs, labels_used, markdown, paper_row
 ORDERINGS = (
     ("O1", "raw-bridge", "<", "cold-grpo"), ("O2", "cold-grpo", "<", "bridge"),
     ("O3", "raw-bridge", "<", "sft-teacher-bridge"), ("O3", "sft-teacher-bridge", "<", "bridge"),
-    ("O4", "sft", "<", "opd-only"), ("O4", "opd-only", "<", "bridge"), ("O4", "sft", "<", "bridge"),
+    ("O4", "sft", "<", "opd-only"), ("O4", "sft", "<", "opd-only-long"),
+    ("O4", "opd-only", "<", "bridge"),  # the bridge's OPD stage
+    ("O4", "opd-only-long", "<", "bridge"),  # as many updates as both its stages have
+    ("O4", "sft", "<", "bridge"),
     ("O5", "bridge-1h", "<", "fresh-2h"), ("O6", "replay-1h", "<", "fresh-2h"),
     ("O7", "bridge-1h", "≈", "replay-1h"), ("O8", "cold-grpo", "<", "same-size-bridge"),
     ("O9", "fresh-2h", "≤", "bridge"), ("Table 5", "sft-teacher-fresh-2h", "<", "fresh-2h"),
