@@ -127,12 +127,12 @@ def correct_only(groups, problems, tokenizer, verifier=""):
     return correct
 
 def worked_example(row):
-    """A question and its `response`, else `solution`, else what the assistant says in a chat."""
+    """A question, which may be "", and its `response`, `solution` or an assistant's message."""
     texts = [find_text(row.get(name)) for name in ("response", "solution")]
     texts += [find_text(row.get(name), ("assistant", "gpt", "model")) for name in CHATS]
     response = next(filter(None, texts), "")
     check(response, "no response")
-    return find_question(row), response
+    return "" if row.get("problem") == "" else find_question(row), response
 
 def worked_examples(cfg, lm):
     """All rows of --data, a question, a response to it, its stop, as [[Rollout]]."""

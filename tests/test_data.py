@@ -450,6 +450,7 @@ def test_sft_examples_end_with_eos_and_keep_the_text(tmp_path, student_lm, capsy
     said = chat(("user", "1a+3"), ("assistant", "\\boxed{(4)}"))
     rows = [{"problem": "1a+1", "response": "a1+1=2,\\boxed{(2)}"}, {"problem": "1a+1b+1",
             "response": "2"}, {"problem": "1a+2", "solution": "\\boxed{(3)}"}, {"messages": said},
+            {"problem": "", "response": "1+3=4"}, {"problem": None, "response": "1"},
             {"problem": "1a+1", "response": "a1+1=2,a1+1=2,\\boxed{(2)}"}, {"problem": "1a+1"},
             {"problem": "1a+1", "response": 5}, {"prompt": "1a+1"}]
     path = write_lines(tmp_path / "d.jsonl", rows)
@@ -458,10 +459,10 @@ def test_sft_examples_end_with_eos_and_keep_the_text(tmp_path, student_lm, capsy
     got = [(student_lm.tokenizer.decode(g.prompt), student_lm.tokenizer.decode(g.tokens))
            for (g,) in groups]
     assert got == [("Q1a+1?", "a1+1=2,\\boxed{(2)}<eos>"), ("Q1a+2?", "\\boxed{(3)}<eos>"),
-                   ("Q1a+3?", "\\boxed{(4)}<eos>")]
+                   ("Q1a+3?", "\\boxed{(4)}<eos>"), ("Q?", "1+3=4<eos>")]
     assert all(g.finished for (g,) in groups)
     out = capsys.readouterr().out
-    for part in ("3 with no response", "1 over --max-prompt-tokens 6", "1 over --max-new-tokens"):
+    for part in ("3 with no response, 1 with no question", "1 over --max-prompt-tokens 6", "1 over --max-new-tokens"):
         assert f"skipped {part}" in out
     with pytest.raises(UserError, match="--max-new-tokens 1"):
         worked_examples(settings(data=path, max_new_tokens=1), student_lm)
