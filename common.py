@@ -476,15 +476,15 @@ def read_problems(source, parse):
     refuses (UserError) is left out, and counted by reason. UserError if nothing is left."""
     rows = data = read_rows(source)
     if not isinstance(data, list):  # as batches of Arrow they take a tenth of the time
-        rows = (row for batch in data.with_format("arrow").iter(1000) for row in batch.to_pylist())
+        batches = progress(data.with_format("arrow").iter(1000), total=len(data) // 1000, unit="k",
+                           desc=f"reading {source}", leave=False, disable=len(data) < 50_000)
+        rows = (row for batch in batches for row in batch.to_pylist())
     @functools.cache
     def parsed(row):
         try:
             return parse({name.lower(): cell for name, cell in pickle.loads(row).items()})
         except UserError as reason:
             return reason
-    rows = progress(rows, desc=f"reading {source}", total=len(data), leave=False,
-                    disable=len(data) < 50_000)
     items = [parsed(pickle.dumps(row)) for row in rows]  # what is fast to make and to look up
     found = [item for item in items if not isinstance(item, UserError)]
     skipped = Counter(str(item) for item in items if isinstance(item, UserError)).most_common()
