@@ -409,6 +409,7 @@ ALIASES = {  # name: hub dataset:split
 CONTEXTS = ("context", "passage", "body", "choices", "options")  # joined with the question
 CHATS = ("prompt", "messages", "conversations")  # read where no text is a question
 ANSWERS = ("final_answer", "expected_answer", "answer", "ground_truth", "solution")  # surest first
+KNOWN = {*CONTEXTS, *CHATS, *ANSWERS, *"problem question response reward_model image images".split()}
 NO_ANSWER = re.compile(r"(?is)none|null|n/a|nan|unknown|not ?found|-?(inf)?|\[['\"].*")
 # Preparers put instructions around a problem; we have one of our own. A sentence of theirs says how
 # to respond and names a form of response; "Express your answer as a common fraction." does not.
@@ -471,18 +472,19 @@ def read_text_rows(path, kind):
     check(all(isinstance(row, dict) for row in rows), "it is not a list of JSON objects")
     return rows
 
-def read_problems(source, parse):
-    """parse({column in lower case: cell}) of each row of a source; copies are parsed once. What it
+def read_problems(source, parse, *more):
+    """parse({column in lower case: cell}, *more) of each row of a source, copies once. What it
     refuses (UserError) is left out, and counted by reason. UserError if nothing is left."""
     rows = data = read_rows(source)
     if not isinstance(data, list):  # as batches of Arrow they take a tenth of the time
-        batches = progress(data.with_format("arrow").iter(1000), total=len(data) // 1000, unit="k",
+        known = data.select_columns([x for x in data.column_names if x.lower() in KNOWN])
+        batches = progress(known.with_format("arrow").iter(1000), total=len(data) // 1000, unit="k",
                            desc=f"reading {source}", leave=False, disable=len(data) < 50_000)
         rows = (row for batch in batches for row in batch.to_pylist())
     @functools.cache
     def parsed(row):
         try:
-            return parse({name.lower(): cell for name, cell in pickle.loads(row).items()})
+            return parse({name.lower(): x for name, x in pickle.loads(row).items()}, *more)
         except UserError as reason:
             return reason
     items = [parsed(pickle.dumps(row)) for row in rows]  # what is fast to make and to look up
@@ -563,8 +565,7 @@ def load_problems(cfg):
     """Problems of cfg.data: deduplicated, without contradictions, decontaminated, then halved.
     Their order, and so the halves, depend on the remaining problems' texts and cfg.split_seed alone
     (rank of a hash): keep data, exclude and split_seed over a recipe. UserError without any."""
-    parse = functools.partial(to_problem, verifier=cfg.verifier)
-    unique, counts = deduplicate(read_problems(cfg.data, parse), cfg.verifier)
+    unique, counts = deduplicate(read_problems(cfg.data, to_problem, cfg.verifier), cfg.verifier)
     for name in [] if cfg.exclude in ("", "none") else cfg.exclude.split(","):
         with errors_as_one_line(f"--exclude {name} (--exclude none skips this)"):
             texts = read_problems(name, find_question)
@@ -574,8 +575,7 @@ def load_problems(cfg):
     order = sorted(unique, key=lambda k: hashlib.sha256(f"{cfg.split_seed}:{k}".encode()).digest())
     check(cfg.labels <= len(order), f"--labels {cfg.labels}: {cfg.data} has only {len(order)}")
     used = order[: cfg.labels or None]
-    middle = len(used) // 2
-    chosen = {"all": used, "1": used[:middle], "2": used[middle:]}[cfg.half]
+    chosen = {"all": used, "1": used[: len(used) // 2], "2": used[len(used) // 2 :]}[cfg.half]
     dropped = ", ".join(f"{n} {what}" for what, n in counts.items() if n) or "none"
     print(f"{cfg.data}: dropped {dropped}; {len(order)} problems, using {len(chosen)} ({cfg.half})")
     check(chosen, f"data {cfg.data!r} (half {cfg.half}) holds no problem")

@@ -17,7 +17,6 @@ The random numbers of a sample depend on (seed, prompt, sample index), not on ba
 import math
 import re
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -107,8 +106,7 @@ def read_sets(cfg):
         tails = (path[-n:] for n in range(1, 1 + len(path)))
         own = next((x for x in tails if sum(x == p[-len(x):] for p in paths) == 1), None)
         check(own, f"--data {cfg.data}: two sets have one name")
-        sets[re.sub("[:/]", "-", "-".join(own))] = read_problems(
-            source, partial(to_problem, verifier=cfg.verifier))
+        sets[re.sub("[:/]", "-", "-".join(own))] = read_problems(source, to_problem, cfg.verifier)
     check(sets, f"--data {cfg.data!r} names no set")
     return sets
 
