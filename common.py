@@ -408,8 +408,8 @@ ALIASES = {  # name: hub dataset:split
     "aime24": "HuggingFaceH4/aime_2024:train", "aime25": "math-ai/aime25:test"}
 CONTEXTS = ("context", "passage", "body", "choices", "options")  # joined with the question
 CHATS = ("prompt", "messages", "conversations")  # read where no text is a question
-ANSWERS = ("final_answer", "expected_answer", "answer", "ground_truth", "solution")  # surest first
-KNOWN = {*CONTEXTS, *CHATS, *ANSWERS, *"problem question response reward_model image images".split()}
+GOLDS = ("final_answer", "expected_answer", "answer", "ground_truth", "solution")  # surest first
+KNOWN = {*CONTEXTS, *CHATS, *GOLDS, *"problem question response reward_model image images".split()}
 NO_ANSWER = re.compile(r"(?is)none|null|n/a|nan|unknown|not ?found|-?(inf)?|\[['\"].*")
 # Preparers put instructions around a problem; we have one of our own. A sentence of theirs says how
 # to respond and names a form of response; "Express your answer as a common fraction." does not.
@@ -532,7 +532,7 @@ def to_problem(row, verifier=""):
     """A row, {column: cell}, as a Problem; UserError if no response could be checked."""
     question, reward = find_question(row), row.get("reward_model")
     row = {**row, **reward} if isinstance(reward, dict) else row
-    answer = next(filter(None, (find_answer(row, name) for name in ANSWERS)), "")
+    answer = next(filter(None, (find_answer(row, name) for name in GOLDS)), "")
     check(answer, "no answer")
     prose = r"(?i)\bproof\b|q\.?e\.?d|\\blacksquare|((?<![\\a-z])[a-z]{2,}\b[\s,.'-]+){12}"
     check(verifier or not re.search(prose, answer), "a proof as answer")
