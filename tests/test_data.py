@@ -462,7 +462,8 @@ def test_sft_examples_end_with_eos_and_keep_the_text(tmp_path, student_lm, capsy
                    ("Q1a+3?", "\\boxed{(4)}<eos>"), ("Q?", "1+3=4<eos>")]
     assert all(g.finished for (g,) in groups)
     out = capsys.readouterr().out
-    for part in ("3 with no response, 1 with no question", "1 over --max-prompt-tokens 6", "1 over --max-new-tokens"):
+    for part in ("3 with no response, 1 with no question", "1 over --max-prompt-tokens 6",
+                 "1 over --max-new-tokens"):
         assert f"skipped {part}" in out
     with pytest.raises(UserError, match="--max-new-tokens 1"):
         worked_examples(settings(data=path, max_new_tokens=1), student_lm)
