@@ -111,8 +111,8 @@ def parse_args(config_class, doc, argv=None):
     cfg = config_class(**vars(parser.parse_args(argv)))
     for name, value in vars(cfg).items():
         least = int(name in AT_LEAST_1)
-        check(isinstance(value, str) or value >= least,
-              f"--{name.replace('_', '-')} {value} is less than {least}")
+        check(isinstance(value, str) or least <= value < 2**32,
+              f"--{name.replace('_', '-')} {value} is not in [{least}, 2^32)")
     check(getattr(cfg, "adam_beta2", 0) < 1, "--adam-beta2 must be below 1")
     check(getattr(cfg, "grad_clip", 1) > 0, "--grad-clip must be positive")
     return cfg
@@ -1182,7 +1182,7 @@ def sample(lm, prompts, k, *, max_new_tokens, temperature, seed, sample_rows=256
     sample index), not on neighbours. sample_rows, and kv_gib (0: all), bound the rows at once."""
     if not prompts:
         return []
-    rows = [Row(p, np.random.default_rng((*seed, *p, j)), max_new_tokens, i)
+    rows = [Row(p, np.random.default_rng(np.array((*seed, *p, j), np.uint32)), max_new_tokens, i)
             for i, p in enumerate(prompts) for j in range(k)]
     rollouts, left = [row.rollout for row in rows], [k] * len(prompts)
     for i in decode(lm, rows, temperature, sample_rows, kv_gib):

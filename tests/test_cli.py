@@ -215,6 +215,7 @@ MISTAKES = {  # name: (script, flags added to a good line, words of the message)
     "the same in the warmup": ("fkl_warmup", "--prompts 9", "--prompts 9 .*8 problems"),
     "mini-batch 0": ("grpo", "--mini-batch 0", "--mini-batch"),
     "negative learning rate": ("opd", "--lr -1", "--lr"),
+    "a seed of 33 bits": ("opd", "--seed 4294967296", r"--seed 4294967296 is not in \[0, 2\^32\)"),
     "prompt limit 1": ("opd", "--max-prompt-tokens 1", "--max-prompt-tokens 1"),
     "device that is not there": ("opd", "--device nothing", "--device nothing"),
     "foreign model as --out": ("opd", "--out {foreign}", "foreign.*--out"),

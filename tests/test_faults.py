@@ -184,14 +184,14 @@ def kill_at_random(rng, counts, saving):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_at_random_lines_is_bit_identical(stage, line_of, whole, tmp_path):
-    """Four kills a stage before some line of our code, up to four in one run.
+    """Three kills a stage before some line of our code, up to three in one run.
 
     Every other one falls into section 8, where checkpoints, metrics and models are written.
     """
     rng, kills, whole = random.Random(stage), 0, whole(stage)
     for i in itertools.count():
         line = line_of(stage, tmp_path / f"out{i}")
-        for n in range(4):
+        for n in range(3):
             got = forked(line, kill_at_random(rng, whole.counts, saving=n % 2 == 1))
             if got.status == 0:  # a resumed run comes to fewer lines
                 break
@@ -200,7 +200,7 @@ def test_killed_at_random_lines_is_bit_identical(stage, line_of, whole, tmp_path
         got = forked(line)
         assert got.status == 0, got.err
         check_equal(tmp_path / f"out{i}", whole.out)
-        if kills >= 4:
+        if kills >= 3:
             break
 
 @pytest.mark.parametrize("stage, n, size", [("opd", 1, 200_000), ("fkl_warmup", 2, 900_000),
