@@ -426,7 +426,7 @@ _WRAPPER = re.compile(rf"(?im)\A({_SENTENCE})+|(?<!\s)\s+({_SENTENCE})+\Z")
 class Problem:
     problem: str
     answer: str
-    prompt: tuple = ()  # token ids, filled in by `tokenize_problems`
+    prompt: tuple = dataclasses.field(default=(), repr=False)  # ids, by `tokenize_problems`
 
 def read_rows(source):
     """Rows (dicts) of a data source; UserError if it cannot be found or read. A source is a .json,

@@ -246,7 +246,7 @@ def test_rows_that_cannot_be_checked_are_counted_by_reason(tmp_path, capsys):
     assert len(evaluate.read_sets(evaluate.Config(data=path))["d"]) == 3
     said = capsys.readouterr().out
     skipped = "7 rows, skipped 2 with no answer, 1 with a proof as answer, 1 with no question; "
-    example = "for example Problem(problem='Problem 0', answer='0'"
+    example = "for example Problem(problem='Problem 0', answer='0')"
     assert said.count(skipped + example) == 2
     with pytest.raises(UserError, match="no row to use: 2 with no answer"):
         load_problems(write_lines(tmp_path / "e.jsonl", rows[4:6]))
