@@ -53,7 +53,7 @@ class StageConfig:
     exclude: str = "math500,aime24,aime25"  # ours: sets whose problems are dropped, or none
     labels: int = 0  # ours: use only so many problems, halves are of these; 0 is all
     split_seed: int = 0  # ours: of --labels and --half; keep it over a whole recipe
-    verifier: str = ""  # ours: FILE.py: deterministic verify(response, answer) -> reward; or maths
+    verifier: str = ""  # ours: FILE.py: deterministic verify(response, answer) -> reward, not maths
     # --- ours
     seed: int = 0  # ours: of prompt order and sampling
     thinking: bool = False  # ours: Qwen3's thinking mode
@@ -269,7 +269,7 @@ def errors_as_one_line(problem):
     except Exception as error:
         if isinstance(error, (torch.OutOfMemoryError, dist.DistError)) or "gloo" in str(error):
             raise  # another process has ended: that one has the message
-        what = error if isinstance(error, UserError) else repr(error)
+        what = error if isinstance(error, UserError) else repr(error.__cause__ or error)
         raise UserError(f"{problem}: {getattr(error, 'strerror', 0) or what!s:.300}") from error
 
 def load_lm(name, cfg, train=False, shard=True):
@@ -411,8 +411,7 @@ CHATS = ("prompt", "messages", "conversations")  # read where no text is a quest
 GOLDS = ("final_answer", "expected_answer", "answer", "ground_truth", "solution")  # surest first
 KNOWN = {*CONTEXTS, *CHATS, *GOLDS, *"problem question response reward_model image images".split()}
 NO_ANSWER = re.compile(r"(?is)none|null|n/a|nan|unknown|not ?found|-?(inf)?|\[['\"].*")
-# Preparers put instructions around a problem; we have one of our own. A sentence of theirs says how
-# to respond and names a form of response; "Express your answer as a common fraction." does not.
+# A preparer's instruction says how to respond and in what form; "Give x as a fraction." does not.
 _SAYS = (r"(please |let's |remember to |you (must|should) |make sure to )?((think|reason) step by "
          r"step|(put|output|return|present|write|give|provide|enclose|box) (your|the) (final )?"
          r"(answer|response))|(and )?(your|the) (final )?answer (must|should|will)|the last line "
@@ -473,11 +472,12 @@ def read_text_rows(path, kind):
     return rows
 
 def read_problems(source, parse, *more):
-    """parse({column in lower case: cell}, *more) of each row of a source, copies once. What it
-    refuses (UserError) is left out, and counted by reason. UserError if nothing is left."""
+    """parse({column in lower case: cell}, *more) of each row of a source; equal rows take one call.
+    What it refuses (UserError) is left out, counted by reason. UserError if nothing is left."""
     rows = data = read_rows(source)
+    names = getattr(data, "column_names", None) or data[0]
     if not isinstance(data, list):  # as batches of Arrow they take a tenth of the time
-        known = data.select_columns([x for x in data.column_names if x.lower() in KNOWN])
+        known = data.select_columns([x for x in names if x.lower() in KNOWN] or names[:1])
         batches = progress(known.with_format("arrow").iter(1000), total=len(data) // 1000, unit="k",
                            desc=f"reading {source}", leave=False, disable=len(data) < 50_000)
         rows = (row for batch in batches for row in batch.to_pylist())
@@ -491,7 +491,7 @@ def read_problems(source, parse, *more):
     found = [item for item in items if not isinstance(item, UserError)]
     skipped = Counter(str(item) for item in items if isinstance(item, UserError)).most_common()
     reasons = ", ".join(f"{n} with {reason}" for reason, n in skipped) or "none"
-    check(found, f"data {source!r} has no row to use: {reasons}; its columns: {', '.join(data[0])}")
+    check(found, f"data {source!r} has no row to use: {reasons}; its columns: {', '.join(names)}")
     print(f"{source}: {len(data)} rows, skipped {reasons}; for example {str(found[0])[-500:]}")
     return found
 
@@ -513,7 +513,8 @@ def find_question(row):
     asks = ("problem", "question") if row.get("problem") or row.get("question") else CHATS
     texts = [_WRAPPER.sub("", find_text(row.get(name)).strip()) for name in (*CONTEXTS, *asks)]
     check(any(texts[len(CONTEXTS):]), "no question")
-    check(not (row.get("image") or row.get("images")), "an image")
+    for name in (*CONTEXTS, "image", "images"):
+        check(not row.get(name) or name in CONTEXTS and find_text(row[name]), f"{name!r} not read")
     return "\n".join(filter(None, dict.fromkeys(texts)))
 
 def find_answer(row, name):
@@ -521,10 +522,10 @@ def find_answer(row, name):
     last line if it has `####`, else the last box; a `solution` without both must be a number."""
     values, cell = [], row.get(name)
     for value in cell if isinstance(cell, list) else [cell]:
-        text = str(value).strip() if type(value) in (str, int, float) else ""
-        line = re.search(r"####(.*)\Z", text)
-        text = line[1].strip() if line else extract_answer(text) if "\\boxed" in text else text
-        worked = name == "solution" and text == value and not re.fullmatch(r"[\d.,/$-]+", text)
+        cell = str(value).strip() if type(value) in (str, int, float) else ""
+        line = re.search(r"####(.*)\Z", cell)
+        text = line[1].strip() if line else extract_answer(cell) if "\\boxed" in cell else cell
+        worked = name == "solution" and text == cell and not re.fullmatch(r"[\d.,/$-]+", text)
         values.append("" if not text or worked or NO_ANSWER.fullmatch(text) else text)
     return ", ".join(values) if all(values) else ""
 
@@ -562,11 +563,10 @@ def deduplicate(problems, exact=False):
     return {key: item for key, item in first.items() if key not in bad}, counts
 
 def load_problems(cfg):
-    """Problems of cfg.data: deduplicated, without contradictions, decontaminated, then halved.
-    Their order, and so the halves, depend on the remaining problems' texts and cfg.split_seed alone
-    (rank of a hash): keep data, exclude and split_seed over a recipe. UserError without any."""
+    """Problems of cfg.data: deduplicated, decontaminated, then halved in order of a hash of their
+    texts and cfg.split_seed: keep data, exclude and split_seed over a recipe. UserError if none."""
     unique, counts = deduplicate(read_problems(cfg.data, to_problem, cfg.verifier), cfg.verifier)
-    for name in [] if cfg.exclude in ("", "none") else cfg.exclude.split(","):
+    for name in sorted({*map(str.strip, cfg.exclude.split(","))} - {"", "none"}):
         with errors_as_one_line(f"--exclude {name} (--exclude none skips this)"):
             texts = read_problems(name, find_question)
         banned = {problem_key(text, cfg.verifier) for text in texts}
@@ -989,6 +989,10 @@ class _Reader:
         return self.call("power", base, exponent)
 
     def call(self, name, *args):  # a function of mpmath; given up if its value is too large
+        exact = {"factorial": math.factorial, "binomial": math.comb}.get(name)
+        whole = [int(x) for x in args if isinstance(x, Fraction) and x.denominator == 1]
+        if exact and len(whole) == len(args) and 0 <= whole[-1] <= whole[0] <= 2_500:
+            return Fraction(exact(*whole))
         mp, args = _local.mp, [_approximate(x) for x in args]
         value = getattr(mp, name)(*args)
         _require(not value or not mp.mag(value) > _MAX_LOG2, _GivenUp)
@@ -1093,7 +1097,7 @@ def _equal(given, gold):
     gaps = [[operator.sub(*map(_approximate, side.parts)) for side in pair] for pair in pairs
             if all(_kind(side) == _EQUATION and len(side.parts) == 2 for side in pair)]
     return len(gaps) > 1 and all(  # two equations are multiples of each other
-        b and _values_equal(a * gaps[0][1] / gaps[0][0], b) for a, b in gaps)
+        gaps[0][0] and b and _values_equal(a * gaps[0][1] / gaps[0][0], b) for a, b in gaps)
 
 def answers_equal(a: str, b: str) -> bool:
     """Returns whether two answers have one value; False where that is not known. Never raises."""
@@ -1515,10 +1519,8 @@ def write_text(path, text, append=False):
 
 def write_json(path, value):
     write_text(path, json.dumps(value, indent=2) + "\n")
-
 def json_line(value):
     return json.dumps(value, ensure_ascii=False) + "\n"
-
 def append_json_line(path, value):
     write_text(path, json_line(value), append=True)
 
@@ -1755,7 +1757,6 @@ class Run:
 
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
-
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -1813,11 +1814,10 @@ def shared_micro_batches(rows, micro_tokens, device):
 
 def sample_shared(lm, prompts, k, cfg, seed, write=None):
     """`sample` with cfg's settings; prompts are divided among groups of lm.parts processes, and all
-    return all rollouts: those of a single process. write(i, rollouts) takes them instead, where
-    memory may not hold all: of a single process as they end, of several at the end of some."""
-    n, (group, part), rollouts = world_size() // lm.parts, divmod(rank(), lm.parts), []
-    alone = world_size() == 1
-    size = max(1, (8 if alone else n) * cfg.sample_rows // k) if write else len(prompts)
+    return all rollouts: those of a single process. Or write(i, rollouts) takes them, where memory
+    may not hold all: a single process calls it as they end, several after a part of the prompts."""
+    alone, n, (group, part) = world_size() == 1, world_size() // lm.parts, divmod(rank(), lm.parts)
+    result, size = [], max(1, (8 if alone else n) * cfg.sample_rows // k if write else len(prompts))
     for start in range(0, len(prompts), size):
         mine = range(start + group, min(start + size, len(prompts)), n)
         with gathered(lm) as full:
@@ -1827,8 +1827,8 @@ def sample_shared(lm, prompts, k, cfg, seed, write=None):
                               lambda i, rollouts: write(mine[i], rollouts)))
         groups = {i: rows[j * k : (j + 1) * k] for j, i in enumerate(mine) if not part}
         for i, rows in sorted(all_gather_dict(groups).items()) if not (alone and write) else ():
-            write(i, rows) if write else rollouts.extend(rows)
-    return rollouts
+            write(i, rows) if write else result.extend(rows)
+    return result
 
 SPLIT_DIM = dict(q_proj=0, k_proj=0, v_proj=0, gate_proj=0, up_proj=0, o_proj=1, down_proj=1)
 
@@ -1841,7 +1841,7 @@ def count_parts(lm, cfg, device):
             sizes.append((*p.shape, 1)[SPLIT_DIM.get(name.split(".")[-2], -1)])
     n = math.gcd(cfg.sample_parts, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), *sizes)
     if cfg.sample_parts > n:
-        print(f"{lm.name}: --sample-parts {n}, because {cfg.sample_parts} cannot share it equally")
+        print(f"{lm.name}: --sample-parts {n}, because {cfg.sample_parts} here cannot share")
     memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else math.inf
     least = cfg.sample_parts or 3 * lm.model.num_parameters() * (2 if lm.bf16 else 4) / memory
     return next(i for i in range(1, n + 1) if i == n or (n % i == 0 and i > least))

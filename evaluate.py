@@ -35,7 +35,7 @@ class Config:
     out: str = ""  # ours: output folder; empty is MODEL/eval, or eval/MODEL for a hub name
     table: str = ""  # ours: print (and write) the table of the evaluated runs in this folder
     regrade: bool = False  # ours: only run the verifier again on the samples stored in --out
-    verifier: str = ""  # ours: FILE.py: deterministic verify(response, answer) -> reward; or maths
+    verifier: str = ""  # ours: FILE.py: deterministic verify(response, answer) -> reward, not maths
     # --- settings
     samples: int = 16  # samples per problem (Tables 2-8: avg@16)
     temperature: float = 1.0  # ours: the trained policy itself; 0 is greedy
@@ -101,12 +101,14 @@ def read_sets(cfg):
     """{set name: problems} of --data. A set has its file's name, with folders where two have one.
     Raises UserError for a set that is missing, empty or there twice."""
     sources, sets = list(filter(None, map(str.strip, cfg.data.split(",")))), {}
-    paths = [Path(re.sub(r"\.(jsonl?|csv|tsv|parquet)(\.gz)?$", "", s)).parts for s in sources]
+    paths = [Path(re.sub(r"(?i)\.(jsonl?|csv|tsv|parquet)(\.gz)?$", "", s)).parts for s in sources]
     for source, path in zip(sources, paths):
         tails = (path[-n:] for n in range(1, 1 + len(path)))
         own = next((x for x in tails if sum(x == p[-len(x):] for p in paths) == 1), None)
         check(own, f"--data {cfg.data}: two sets have one name")
-        sets[re.sub("[:/]", "-", "-".join(own))] = read_problems(source, to_problem, cfg.verifier)
+        name = re.sub("[:/]", "-", "-".join(own))
+        check(name not in sets, f"--data {cfg.data}: two sets are named {name}")
+        sets[name] = read_problems(source, to_problem, cfg.verifier)
     check(sets, f"--data {cfg.data!r} names no set")
     return sets
 

@@ -51,7 +51,7 @@ class Config(StageConfig):  # whose flags all three stages have
     max_prompt_tokens: int = 3072  # longer prompts are skipped (Table 9)
     max_new_tokens: int = 16384  # response limit in tokens (Table 9)
     # --- ours
-    prompts: int = 8  # ours: prompts per step, P: updates * --mini-batch; at 1 the ratio is 1
+    prompts: int = 8  # ours: prompts per step, P: updates * --mini-batch; one has ratio 1
     rollouts: int = 8  # ours: rollouts per prompt, K, the group; Table 10 has 8 too
     temperature: float = 1.0  # ours: of the policy, in sampling and loss alike; Table 10 has 1 too
     aggregation: Literal["token", "sequence", "constant"] = "token"  # ours: what the loss averages

@@ -145,6 +145,11 @@ def test_files_as_people_write_them_are_read(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     assert load_problems(tmp_path / name) == [("a?", "1")]
 
+def test_a_table_without_a_column_that_we_know_is_refused_by_name(tmp_path):
+    path = write_as("parquet", tmp_path, [{"text": "a?", "label": 1}] * 2)
+    with pytest.raises(UserError, match="2 with no question; its columns: text, label"):
+        load_problems(path)
+
 # --- questions in several columns, chats, answers
 
 def read(*rows):
@@ -173,8 +178,11 @@ def chat(*turns, role="role", content="content"):
     ({"problem": "P?", "prompt": chat(("user", PREFIX + "P?" + SUFFIX))}, "P?"),
     ({"problem": "P?", "prompt": chat(("user", "A wrapper that nobody knows: P?"))}, "P?"),
     ({"problem": "P?", "image": None, "choices": []}, "P?"),
-    ({"problem": "P?", "image": {"bytes": "x"}}, "an image"),
-    ({"problem": "P?", "images": [1]}, "an image"),
+    ({"problem": "P?", "image": {"bytes": "x"}}, "'image' not read"),
+    ({"problem": "P?", "images": [1]}, "'images' not read"),
+    ({"problem": "P?", "image": "plot.png"}, "'image' not read"),
+    ({"problem": "P?", "options": {"A": "1", "B": "2"}}, "'options' not read"),
+    ({"question": "P?", "context": {"text": 5}}, "'context' not read"),
     ({"question": "Which?", "choices": ["1", "2"]}, "several texts"),
     ({"context": "Only that."}, "no question"), ({"problem": 5}, "no question"),
     ({"instruction": "Find x.", "input": "2x = 4"}, "no question"),
@@ -215,7 +223,8 @@ def test_a_question_is_read_whole_or_refused_by_name(row, want):
     ({"reward_model": {"ground_truth": ["72"]}}, "72"), ({"reward_model": "rule"}, None),
     ({"reward_model": {"ground_truth": '["-3"]'}}, None), ({"ground_truth": "5"}, "5"),
     ({"Expected_Answer": 5}, "5"), ({"gold": "5"}, None),
-    ({"solution": "By symmetry it is so."}, None), ({"solution": "4"}, "4"), ({"solution": 4}, "4"),
+    ({"solution": "By symmetry it is so."}, None), ({"solution": " By symmetry.\n"}, None),
+    ({"solution": " 4\n"}, "4"), ({"solution": "4"}, "4"), ({"solution": 4}, "4"),
     ({"solution": "First \\boxed{1}, then\n#### 1,234"}, "1,234"),
     ({"solution": "#### Step 1\nWe get \\boxed{7}."}, "7"), ({"solution": "so \\boxed{7"}, None),
     ({"answer": "So it is.\n#### (1,200)"}, "(1,200)"),
@@ -432,6 +441,7 @@ def test_a_missing_evaluation_set_is_an_error_with_the_way_out(tmp_path):
     with pytest.raises(UserError, match="--exclude .*gone.jsonl.*--exclude none"):
         load_problems(path, exclude=str(tmp_path / "gone.jsonl"))
     assert len(load_problems(path, exclude="none")) == len(load_problems(path, exclude="")) == 4
+    assert len(load_problems(path, exclude="none, ")) == 4  # a comma too many
 
 # --- prompts, plain SFT data, batches
 
@@ -511,11 +521,13 @@ def test_incomplete_batches_never_repeat_an_item_nor_starve_one():
     ("table.json", '{"data": [{"problem": "a", "answer": 1}]}', "no question.*data"),
     ("columns.json", '{"problem": ["a", "b"], "answer": ["1", "2"]}', "several texts in one cell"),
     ("bad.parquet", "no parquet", "bad.parquet"),
+    ("folder/a.jsonl", '{"problem": "a"\n', "folder.*JSON parse error"),
 ])
 def test_data_mistake_is_one_readable_line(name, content, message, tmp_path):
     """Each mistake is a UserError of one line that names the file or field."""
-    source = str(tmp_path / name) if "." in name else name
+    source = str(tmp_path / name.partition("/")[0]) if "." in name else name
     if content is not None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message) as caught:
         load_problems(source)

@@ -197,6 +197,16 @@ def test_sets_of_one_name_are_told_apart_by_their_folders(files, names, tmp_path
     with pytest.raises(UserError, match="two sets have one name"):
         evaluate.read_sets(Config(data=f"{tmp_path / files[0]},{tmp_path / files[0]}"))
 
+def test_no_set_takes_the_name_of_another(tmp_path, monkeypatch):
+    """x/a and y/a are told apart as x-a and y-a, which is what x-a is called already."""
+    monkeypatch.chdir(tmp_path)
+    for file in ("x/a.jsonl", "y/a.JSONL", "x-a.jsonl"):
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).write_text(json.dumps({"problem": file, "answer": 1}))
+    assert list(evaluate.read_sets(Config(data="x/a.jsonl, y/a.JSONL,"))) == ["x-a", "y-a"]
+    with pytest.raises(UserError, match="two sets are named x-a"):
+        evaluate.read_sets(Config(data="x/a.jsonl,y/a.JSONL,x-a.jsonl"))
+
 def test_a_smaller_limit_reports_on_that_many_problems(world, copy):
     """--limit 3 on a folder with 12 stored lines is about 3 problems; the stored ones stay."""
     evaluate.main(settings(world, copy, limit=3))

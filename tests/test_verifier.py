@@ -185,7 +185,7 @@ RIGHT = [(line, *pair.split(" == ")) for line, pairs in {
         \binom{2n}{n} == \frac{(2n)!}{n!^2}    \binom{n}{k} == \binom{n}{n-k}
         \frac{\lambda^k e^{-\lambda}}{k!} == e^{-\lambda}\frac{\lambda^k}{k!}
         |-\frac12| == 0.5
-        \binom{23}{10} == \binom{23}{13}""",
+        \binom{2023}{1000} == \binom{2023}{1023}    \frac{2024!}{2022!} == 2024 \cdot 2023""",
     "thousands separators": r"""
         10,000 == 10000    10{,}000 == 10000    10\,000 == 10000    10,\!080 == 10080
         11,\! 111,\! 111,\! 100 == 11111111100    7,425,000 == 7425000    1 000 == 1000
