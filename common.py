@@ -1258,7 +1258,7 @@ class PagedCache:
                 break
             rows.append(waiting.popleft())
         owners = {page: (row, i) for row in rows for i, page in enumerate(row.pages)}
-        free = [page for page in range(1, self.capacity + 1) if page not in owners]
+        free = [page for page in range(1, used + 1) if page not in owners]  # enough of the lowest
         moved = [page for page in owners if page > len(owners) and self.dense]  # fill the gaps
         gaps, free = free[: len(moved)], iter(sorted(free[len(moved) :] + moved))
         for layer in self.pool if gaps else ():  # all layers at once would double the memory
