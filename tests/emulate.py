@@ -20,6 +20,7 @@ import math
 from pathlib import Path
 
 import torch
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -63,6 +64,7 @@ class Graph:
         self.operations, self.replays = [], 0
         recordings.append(self)
 
+    @torch.autocast("cpu", enabled=False)  # it chose the dtypes when they were recorded
     def replay(self):
         self.replays += 1
         for func, args, kwargs, outs in self.operations:
@@ -192,6 +194,7 @@ def fake_cuda(monkeypatch):
                         "get_device_capability": (9, 0)}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda device: None)
     guards[1] = guards[0]
     try:
         with fake, FakeCuda() as mode:
@@ -243,6 +246,8 @@ def random_lm(shape, device, bf16, train=False):
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="ours")
     model.eval().requires_grad_(train)
+    if model.device.type == "cuda":
+        common.fuse_norms(model)
     return common.LM("random", model, None, shape.vocab - 3, [], "float32", bf16=bf16)
 
 def losses(lm, teacher, rows, **flags):

@@ -2,7 +2,9 @@
 runs passes with tensors that have a device and no values. `emulate.py` says what that can show."""
 
 import contextlib
+import copy
 import dataclasses
+import importlib
 import inspect
 import math
 import textwrap
@@ -240,6 +242,32 @@ def make_lm(kind="qwen3", bf16=True, train=True):
 
 ROWS = [Rollout([3, 4, 5], [6, 7, 8, 9], [-1.0] * 4, False), Rollout([3], [1], [-1.0], True)]
 both = pytest.mark.parametrize("bf16", [True, False])
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "olmo2", "gemma", "cohere"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fused_norm_is_the_models_own(family, dtype):
+    """To rounding, its gradients, too, and a copy has its own weight. Others stay as they are."""
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    norm = next(
+        value for name, value in vars(module).items() if name.endswith(("RMSNorm", "LayerNorm")))(64)
+    torch.nn.init.normal_(norm.weight)
+    fused = copy.deepcopy(norm)
+    common.fuse_norms(fused)
+    assert ("forward" in vars(fused)) == (family not in ("gemma", "cohere"))
+    copied, exact, x = copy.deepcopy(fused), copy.deepcopy(norm).double(), torch.randn(9, 64)
+    x = x.to(dtype).float()
+    fused.weight.data.zero_()  # a copy must not compute with it
+    results = []
+    for f in (norm, copied, exact):
+        wide = torch.float64 if f is exact else torch.float32
+        leaf = x.clone().to(wide if f is exact else dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            out = f(leaf)
+        (out.to(wide) * x.to(wide).cos()).sum().backward()
+        results.append((out.detach(), leaf.grad, f.weight.grad))
+    for own, ours, want in zip(*[[x.double() for x in result] for result in results]):
+        error = (ours - want).norm() / want.norm()
+        assert error <= 1.1 * (own - want).norm() / want.norm() + 1e-6
 
 @both
 @pytest.mark.parametrize("kind", SHAPES)

@@ -135,8 +135,8 @@ def test_a_file_rewritten_under_its_name_is_read_anew(kind, tmp_path):
     ("a.jsonl", b'\xef\xbb\xbf{"problem": "a?", "answer": 1}\n'),
     ("a.csv", b"\xef\xbb\xbfproblem,answer\r\na?,1\r\n"),
     ("a.tsv", b"problem\tanswer\na?\t1\n"), ("a.CSV", b"Problem,Final_Answer\na?,1\n"),
-    ("a.jsonl.gz", gzip.compress(b'{"problem": "a?", "answer": 1}\n')),
-    ("a.csv.gz", gzip.compress(b"problem,answer\na?,1\n")),
+    ("a.jsonl.gz", gzip.compress(b'{"problem": "a?", "answer": 1}\n', mtime=0)),
+    ("a.csv.gz", gzip.compress(b"problem,answer\na?,1\n", mtime=0)),
     ("a.json", b'{"problem": "a?", "answer": 1}\n{"problem": "a?", "answer": 1}\n'),
     ("a.json", b'{"prompt": [{"role": "user", "content": "a?"}], "answer": 1}'),
     ("a.jsonl", b'[{"problem": "a?", "answer": 1}]')])

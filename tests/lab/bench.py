@@ -10,7 +10,7 @@ of its own, with the same model, prompts, lengths and dtype, no KL to a referenc
 update alone stands beside its floor, the matrix products of its linear layers.
 
     python tests/lab/bench.py                             # all parts
-    python tests/lab/bench.py --parts sampling --size 8b  # on a GPU
+    python tests/lab/bench.py --size 0.6b                 # on a GPU
     python tests/lab/bench.py --parts steps --model FOLDER --dtype bf16 --repeats 1 --steps 1
 """
 
@@ -125,9 +125,12 @@ def generate(lm, prompts, lengths, slots):
 
 def bench_sampling(args, device):
     cuda = device == "cuda"
-    slots, length, equal, longest = (256, 256, 512, 2048) if cuda else (128, 32, 128, 256)
-    model = make_model(args.size, device, torch.bfloat16 if cuda else torch.float32)
-    lm = LM(args.size, model, None, model.config.vocab_size, [], "bfloat16", cuda)
+    slots, length, equal, longest = (256, 256, 256, 1024) if cuda else (128, 32, 128, 256)
+    lm, plain = (LM(args.size, model, None, model.config.vocab_size, [], "bfloat16", cuda) for model
+                 in (make_model(args.size, device, torch.bfloat16 if cuda else torch.float32)
+                     for _ in range(2)))
+    if cuda:  # as `load_lm` does
+        common.fuse_norms(lm.model)
     rng = np.random.default_rng(1)
     tail, tails = long_tailed(slots, longest), long_tailed(4 * slots, longest)
     for case, k, lengths in (
@@ -137,8 +140,8 @@ def bench_sampling(args, device):
             (f"{slots} rows, long-tailed to {longest}, 8 of a prompt", 8, tail),
             (f"{4 * slots} rows, {slots} at once, long-tailed to {longest}", 1, tails)):
         ids = rng.integers(2, lm.vocab - 1, (len(lengths) // k, length)).tolist()
-        what = lm, [(p, k) for p in ids], lengths, slots
-        functions = {f.__name__: lambda f=f: f(*what) for f in (ours, generate)}
+        what = [(p, k) for p in ids], lengths, slots
+        functions = {"ours": lambda: ours(lm, *what), "generate": lambda: generate(plain, *what)}
         seconds = turns(args.repeats, functions)
         speeds = {name: sum(lengths) / s for name, s in seconds.items()}
         yield row("sampling", case, "tokens/s", **speeds)
@@ -239,10 +242,11 @@ def bench_losses(args, device):
 
 GROUP = 8  # rollouts of a prompt
 
-def small_folder(out):
-    """The small shape as a model folder, with a tokenizer of as many words as it has embeddings."""
-    model = make_model("small", "cpu", torch.float32)
+def model_folder(size, out):
+    """A shape as a model folder, with a tokenizer of as many words as it has embeddings."""
+    model = make_model(size, "cuda" if torch.cuda.is_available() else "cpu", torch.float32)
     words = {f"w{i}": i for i in range(model.config.vocab_size)}
+    words["1+1=?"] = words.pop("w3")  # `end_of_turn` asks it
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
@@ -252,7 +256,7 @@ def small_folder(out):
     return out
 
 def questions(args):
-    words = np.random.default_rng(2).integers(3, 4096, (args.rollouts // GROUP, 16))
+    words = np.random.default_rng(2).integers(4, 4096, (args.rollouts // GROUP, 16))
     return [" ".join(f"w{i}" for i in line) for line in words]
 
 def our_steps(kind, args, out):
@@ -260,7 +264,7 @@ def our_steps(kind, args, out):
     verdicts, describe = itertools.cycle(["correct", "wrong"]), common.describe_lm
     common.grade = lambda text, answer: next(verdicts)  # every row has a gradient
     grpo.describe_lm = opd.describe_lm = lambda name: dataclasses.replace(
-        describe(name), stop_ids=[])
+        describe(name), stop_ids=[-1])  # no token is
     common.Run.finish = lambda run: None
     common.write_json(f"{out}/data.json", [{"problem": q, "answer": 1} for q in questions(args)])
     stage = {"GRPO": grpo, "OPD": opd}[kind]
@@ -357,7 +361,8 @@ def bench_steps(args, device):
     else:
         print("TRL is not installed: its columns are left out")
     with tempfile.TemporaryDirectory() as out:
-        name, args.model = Path(args.model).name or "small", args.model or small_folder(out)
+        name = Path(args.model).name or args.size
+        args.model = args.model or model_folder(args.size, out)
         n = args.rollouts * args.tokens
         case = f"{name}, {args.dtype}, {args.rollouts} rows of {args.tokens}"
         for kind in ("GRPO", "OPD"):
@@ -386,7 +391,7 @@ def main():
     parser.add_argument("--size", choices=SHAPES, default="1.7b" if device == "cuda" else "small",
                         help="model [default: 1.7b on a GPU, else small]")
     parser.add_argument("--repeats", type=int, default=3, help="turns [default: 3]")
-    parser.add_argument("--model", default="", help="folder, of the steps [default: small]")
+    parser.add_argument("--model", default="", help="folder, of the steps [default: of --size]")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16" if device == "cuda" else
                         "fp32", help="of the steps [default: bf16 on a GPU, else fp32]")
     for flag, default, text in (
