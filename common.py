@@ -91,12 +91,10 @@ def field_comments(config_class):
 def parse_args(config_class, doc, argv=None):
     """Command line -> Config. Every field is a flag: `max_new_tokens` is `--max-new-tokens`; the
     default None makes it required. Raises UserError for an unknown flag or a refused value."""
-    def refuse(message):
-        raise UserError(f"{message} (--help lists the flags)")
     comments, groups = field_comments(config_class), {}
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
+    parser.error = lambda message: check(False, f"{message} (--help lists the flags)")
     own = config_class.__annotations__  # the script's own flags come before those of all stages
     for field in sorted(dataclasses.fields(config_class), key=lambda field: field.name not in own):
         check(field.name in comments, f"Config.{field.name} has no `# help text` in its line")
@@ -199,8 +197,7 @@ class LM:
         return hidden[b, t], ids[b, t + 1]
 
     def head(self):
-        """Output embedding of the real vocabulary as a constant in the compute dtype, (V, D); in
-        bf16 with rows of padding up to a multiple of 8, if there are any: GPUs are faster then."""
+        """Output embedding, (V, D), as a constant; bf16 keeps padding to a V of 8s: it is fast."""
         weight = self.model.get_output_embeddings().weight.detach()
         return weight[: -(-self.vocab // 8) * 8].bfloat16() if self.bf16 else weight[: self.vocab]
 
@@ -307,7 +304,7 @@ def load_lm(name, cfg, train=False, shard=True):
     return lm
 
 def fuse_norms(model):
-    """Compute each RMSNorm of Llama's form (others have other names) in one kernel, not in eight."""
+    """Compute each RMSNorm of Llama's form (others have other names) in one kernel, not eight."""
     def norm(module, x):
         dtype = torch.promote_types(x.dtype, module.weight.dtype)  # the kernel takes one
         with torch.autocast(x.device.type, enabled=False):
@@ -366,9 +363,8 @@ def build_prompt(tokenizer, problem, thinking, tokenize=True):
     ours: one user message, no system prompt; the paper states none. Qwen3 thinks unless it is told
     not to; Llama 3 would write today's date. The template writes its own BOS."""
     messages = [{"role": "user", "content": f"{problem}\n{INSTRUCTION}"}]
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=tokenize, return_dict=False,
-        enable_thinking=thinking, date_string="26 Jul 2024")
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=tokenize,
+        return_dict=False, enable_thinking=thinking, date_string="26 Jul 2024")
 
 def end_of_turn(tokenizer):
     """Id of the special token with which the chat template ends an answer, else eos, or None.
@@ -582,8 +578,7 @@ def load_problems(cfg):
     unique, counts = deduplicate(read_problems(cfg.data, to_problem, cfg.verifier), cfg.verifier)
     for name in sorted({*map(str.strip, cfg.exclude.split(","))} - {"", "none"}):
         with errors_as_one_line(f"--exclude {name} (--exclude none skips this)"):
-            texts = read_problems(name, find_question)
-        banned = {problem_key(text, cfg.verifier) for text in texts}
+            banned = {problem_key(x, cfg.verifier) for x in read_problems(name, find_question)}
         counts["in an evaluation set"] += len(banned & unique.keys())
         unique = {key: item for key, item in unique.items() if key not in banned}
     order = sorted(unique, key=lambda k: hashlib.sha256(f"{cfg.split_seed}:{k}".encode()).digest())
@@ -636,10 +631,9 @@ def count_steps(cfg, n_items):
 # a matrix; a number is a Fraction or, if not exact, has 400 digits. Letters get random numbers: two
 # expressions are equal if they are at three points. Nothing is solved, expanded or executed.
 # A unit behind a value may be missing on one side, but not differ. A bare list keeps its counts.
-# Refused are answers outside the grammar, because their meaning would be a guess: words that are no
+# Refused are answers outside the grammar, as what they mean would be a guess: words that are no
 # unit (33 or more), `2 3`, improper mixed numbers, ellipses, sums. They equal only the same text.
 # Given up are answers beyond a limit in characters, tokens, levels, bits or magnitude (10^±200).
-# Several values and extra letters equal no number. Unions of intervals are compared part by part.
 _MAX_RESPONSE, _MAX_CHARS, _MAX_TOKENS, _MAX_DEPTH = 200_000, 2_000, 400, 30
 _MAX_BITS, _MAX_LOG2, _DIGITS, _TOLERANCE = 25_000, 690, 400, 375  # 2^690 = 10^207
 _Refused, _GivenUp = SyntaxError, RecursionError
@@ -824,10 +818,9 @@ def _normalise(text):
     return " ".join(text.split()), sum(map(_unit_words, units), [])
 
 # --- values
-# A number is a Fraction or one of mpmath, any other value a Composite of a kind. Its `form` is what
-# equal values share beside their parts: the words of words, the brackets of a tuple or interval,
-# the separators of a matrix, the signs of a chain f(1) < f(2), the name, if any, on the left of an
-# equation; "set" of a list \{1, 2\}, whose equal parts count once.
+# A Composite's `form` is what equal values share beside their parts: the words of words, the
+# brackets of a tuple or interval, the separators of a matrix, the signs of a chain f(1) < f(2), the
+# name, if any, on the left of an equation; "set" of a list \{1, 2\}: its equal parts count once.
 _NUMBER, _WORDS, _LIST, _TUPLE, _RATIO, _MATRIX, _EQUATION, _CHAIN = range(8)
 Composite = dataclasses.make_dataclass("Composite", ["kind", "parts", ("form", str, "")])
 _local = threading.local()  # its mp: mpmath (the numbers of sympy) at 400 digits, for this thread
@@ -1444,9 +1437,8 @@ def attention(module, query, key, value, attention_mask, scaling, attend=None, *
     """The attention of all layers, causal, or the caller's: (B, H, T, dim) -> (B, T, H, dim)."""
     check(kwargs.get("softcap") is kwargs.get("s_aux") is None, "attention with softcap or s_aux")
     check(key.shape[2] <= (kwargs.get("sliding_window") or math.inf), "longer than sliding_window")
-    if attend is None:
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
-    return attend(module, query, key, value, scaling), None
+    return ((attend(module, query, key, value, scaling), None) if attend else
+            sdpa_attention_forward(module, query, key, value, None, scaling=scaling))
 
 transformers.AttentionInterface.register("ours", attention)
 
@@ -1469,10 +1461,9 @@ def over_chunks(fn, lm, hidden, temperature, chunk, **constants):
     hidden: (N, D), from lm's graph; constants: (N, ...) tensors or None. fn takes a chunk's
     log-probs (n, V) and, by name, its part of each constant that is not None. It returns the
     chunk's part of the loss, a scalar, and a tuple of (n,) tensors to log. (N, V) never exists: a
-    chunk's gradient is taken before the next begins, by autograd down to the logits, then by two
-    products, one of which adds to the head's .grad, if that learns."""
+    chunk's gradient is taken at once, by autograd to the logits, then by products with the head."""
     sums, head, chunk = 0.0, lm.head(), lm.chunk_size(chunk, hidden.shape[-1])
-    states = hidden.detach().to(head.dtype)
+    states, spare = hidden.detach().to(head.dtype), len(head) - lm.vocab
     constants = {k: v.to(hidden.device) for k, v in constants.items() if v is not None}
     grad, weight = torch.empty_like(hidden), lm.model.get_output_embeddings().weight
     if weight.requires_grad and weight.grad is None:
@@ -1485,9 +1476,7 @@ def over_chunks(fn, lm, hidden, temperature, chunk, **constants):
         scale = torch.where(loss.detach().isfinite(), 1 / temperature, math.nan)
         (loss * scale).backward()
         sums = sums + torch.stack([x.detach().sum(dtype=torch.float64) for x in logged])
-        by_head = logits.grad.to(head.dtype)  # by the product of states and head
-        if len(head) > lm.vocab:
-            by_head = F.pad(by_head, (0, len(head) - lm.vocab))
+        by_head = F.pad(logits.grad.bfloat16(), (0, spare)) if spare else logits.grad.to(head.dtype)
         g.copy_(by_head @ head)
         for total, by in zip(head_grad, by_head[:, : lm.vocab].split(4096, 1)):
             total.add_(by.T @ h) if lm.bf16 else total.addmm_(by.T, h)
@@ -1541,8 +1530,7 @@ def append_json_line(path, value):
     write_text(path, json_line(value), append=True)
 
 def read_json_lines(path, limit=None):
-    """The first `limit` objects of a .jsonl file, [] without one. What follows is cut off: a line
-    whose writer was killed, steps that will be made again."""
+    """The first `limit` objects of a .jsonl file, or []; what follows (half a line?) is cut off."""
     data = Path(path).read_bytes() if Path(path).exists() else b""
     lines = [line for line in data.splitlines(True)[:limit] if line.endswith(b"\n")]
     if len(data) > sum(map(len, lines)):
@@ -1587,8 +1575,8 @@ def describe_run(cfg, old):
     if old.get("git", git) != git:
         print(f"warning: the code that began this folder was {old['git']}, is now {git}")
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
-    return {"command": shlex.join(sys.argv), "settings": settings,
-            "versions": {"python": sys.version.split()[0], **versions}, "git": git}
+    return {"command": shlex.join(sys.argv), "settings": settings, "git": git,
+            "versions": {"python": sys.version.split()[0], **versions}}
 
 def differences(old, new):
     """What differs between two dicts of settings, as text; "" if nothing does."""
@@ -1602,9 +1590,8 @@ def progress(*args, disable=False, **kwargs):
 
 def rounded(value):
     """A number with four significant digits; ints stay, what JSON cannot hold becomes None."""
-    if isinstance(value, int):
-        return value
-    return float(f"{value:.4g}") if math.isfinite(value) else None
+    value = value if math.isfinite(value) else None
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 class Run:
     """An output folder while a stage writes to it, and the stage's progress on the screen.
@@ -1616,9 +1603,7 @@ class Run:
         finished the run; UserError for a folder that is another program's or run's, or in use."""
         self.cfg, self.out, self.metrics, self.labels = cfg, Path(cfg.out), [], []
         self.stop_signal, self.seconds_before = 0, 0.0  # in which a teacher's rollouts were sampled
-        self.record = on_rank_0(self.open, parents, data)
-        if not self.record:
-            sys.exit(0)
+        self.record = on_rank_0(self.open, parents, data) or sys.exit(0)
 
     def open(self, parents, data):
         """Lock the folder and write the run's record. Returns it, None if the run has finished."""
@@ -1864,8 +1849,7 @@ def count_parts(lm, cfg, device):
 
 def shard_model(lm, source, device):
     """Shard lm.model, which has shapes only, and fill it from `source`, which only rank 0 has. Each
-    layer is gathered for its own computation. Embedding, head and last norm, which the losses need,
-    stay gathered from the forward pass to the backward pass or model.reshard()."""
+    layer is gathered while it computes; embedding, head and last norm until model.reshard()."""
     model, mesh = lm.model, dist.init_device_mesh(device.type, (world_size(),))
     empty = {id(p): torch.nn.Parameter(torch.empty(0, device=device), requires_grad=False)
              for p in model.parameters()}

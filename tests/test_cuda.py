@@ -248,8 +248,8 @@ both = pytest.mark.parametrize("bf16", [True, False])
 def test_a_fused_norm_is_the_models_own(family, dtype):
     """To rounding, its gradients, too, and a copy has its own weight. Others stay as they are."""
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    norm = next(
-        value for name, value in vars(module).items() if name.endswith(("RMSNorm", "LayerNorm")))(64)
+    norm = next(value for name, value in vars(module).items()
+                if name.endswith(("RMSNorm", "LayerNorm")))(64)
     torch.nn.init.normal_(norm.weight)
     fused = copy.deepcopy(norm)
     common.fuse_norms(fused)

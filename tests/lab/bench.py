@@ -126,7 +126,8 @@ def generate(lm, prompts, lengths, slots):
 def bench_sampling(args, device):
     cuda = device == "cuda"
     slots, length, equal, longest = (256, 256, 256, 1024) if cuda else (128, 32, 128, 256)
-    lm, plain = (LM(args.size, model, None, model.config.vocab_size, [], "bfloat16", cuda) for model
+    lm, plain = (LM(args.size, model, None, model.config.vocab_size, [], "bfloat16", bf16=cuda)
+                 for model
                  in (make_model(args.size, device, torch.bfloat16 if cuda else torch.float32)
                      for _ in range(2)))
     if cuda:  # as `load_lm` does
@@ -182,7 +183,8 @@ class Given(LM):
         embedding = SimpleNamespace(weight=weight)
         model = SimpleNamespace(device=torch.device(device),
                                 get_output_embeddings=lambda: embedding)
-        super().__init__("given", model, None, VOCAB, [], "float32", device == "cuda")
+        super().__init__("given", model, None, VOCAB, [], "float32",
+                         bf16=device == "cuda")
 
     def states(self, rows):
         return self.hidden, torch.tensor([t for r in rows for t in r.tokens], device=self.device)
