@@ -190,7 +190,7 @@ def labels_of(roots, route):
     return labels_used(folder)
 
 def seed_tables(roots, routes):
-    """A table per set: the avg of every seed in %, and the differences of the orderings."""
+    """Headings and tables, one per set: every seed's avg in %, and differences of the orderings."""
     parts, differences = [], compared(routes) + compared(routes, FURTHER)
     for s in sets_of(routes):
         lines = {route: by_set[s] for route, by_set in routes.items()}
@@ -198,8 +198,8 @@ def seed_tables(roots, routes):
             lines[f"({b}) − ({a})" if " − " in a else f"{b} − {a}"] = by_set[s]
         rows = [[name, *("-" if np.isnan(v) else f"{v:.1f}" for v in values)]
                 for name, values in lines.items()]
-        parts.append(f"## Every seed: {s}\n\n" + markdown(["route", *(root.name for root in roots)], rows))
-    return "\n\n".join(parts)
+        parts += [f"## Every seed: {s}", markdown(["route", *(root.name for root in roots)], rows)]
+    return parts
 
 def made_by(roots, routes, command):
     """Where the tables come from: the command, the machine, and the runs' commits and versions."""
@@ -208,7 +208,7 @@ def made_by(roots, routes, command):
     torch = ", ".join(sorted({r["versions"]["torch"] for r in records})) or "-"
     return (f"Written by `{command}` on a machine of {os.cpu_count()} cores "
             f"({platform.machine()}).\nThe runs: git {git}, torch {torch}. "
-            "A folder is a seed of the same routes. Accuracy is avg@n in %; differences are points.")
+            "A folder is a seed of the same routes. Accuracies are in %, differences in points.")
 
 def write_tables(roots, path, command):
     """Print means and verdicts; write them, more differences and every seed's figures to `path`."""
@@ -219,7 +219,7 @@ def write_tables(roots, path, command):
     print("\n\n".join(parts))
     if compared(routes, FURTHER):
         parts += ["## More differences", verdict_table(roots[0], routes, FURTHER)]
-    parts = [f"# What {len(roots)} seeds say", *parts, seed_tables(roots, routes)]
+    parts = [f"# What {len(roots)} seeds say", *parts, *seed_tables(roots, routes)]
     write_text(path, "\n\n".join(parts) + "\n")
 
 # --- pictures: what the tables hold, and training curves
