@@ -134,7 +134,8 @@ def wrong_figures(text):
     (LAB, "### Two orderings that want another world"), (LAB, "### How many labels?"),
     (LAB, "### Between dense and sparse")])
 def test_figures_in_the_prose_are_those_of_the_seeds(text, head):
-    assert wrong_figures(section(text, head)) == []
+    wrong = wrong_figures(section(text, head))
+    assert not wrong, "\n".join(wrong)
 
 def test_a_wrong_figure_is_found():
     """A changed digit, another row's figure, an interval without its mean, an unnamed route."""

@@ -277,7 +277,9 @@ def draw_orderings(figure, routes):
                       color="0.9", zorder=0)
     axes.axvline(0, color="black", linewidth=0.8, zorder=0.5)
     axes.set(xlim=(left, right), ylim=(len(rows) - 0.4, -0.6))
-    axes.set_yticks(range(len(rows)), [f"{name}  {a} {sign} {b}" for name, a, sign, b, _ in rows])
+    names = [f"{name}  {a}" + ("\n" if " − " in a else " ") + f"{sign} {b}"
+             for name, a, sign, b, _ in rows]
+    axes.set_yticks(range(len(rows)), names)
     axes.tick_params(axis="y", length=0)
     for colour, s in zip(COLOURS, sets_of(routes)):
         axes.plot([], [], color=colour, label=s)
