@@ -142,7 +142,7 @@ def side(get, name):
 def compared(routes, orderings=None):
     """(name, first, sign, second, {set: (S,) differences}) of each ordering whose routes were run.
 
-    These are the ORDERINGS and, ours, the GAIN and O2 at each number of labels.
+    By default the ORDERINGS and, ours, the GAIN and O2 at each number of labels.
     """
     budgets = sorted({n for name, n in map(split_series, routes) if name == "bridge" and n})
     fewer = [("O2", f"cold-grpo-{n:g}", "<", f"bridge-{n:g}") for n in budgets]
