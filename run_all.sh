@@ -127,9 +127,9 @@ beyond() { # not in the paper: other numbers of labels than 128; between OPD and
         bridge bridge-$n teacher-rl-$n $some
         grpo cold-grpo-$n $student $rl_student $some
     done
-    for weight in 0.25 0.5 0.75 1; do # 0 is the bridge
-        distil lambda-$weight opd.py teacher-rl bridge-warmup $opd --sparse-weight $weight
-    done
+    grpo cold-grpo-2h $student $rl_student --half 2 # as fresh-2h, without the bridge
+    for x in 0.25 0.5 0.75 1; do # 0 is the bridge
+        distil lambda-$x opd.py teacher-rl bridge-warmup $opd --sparse-weight $x; done
 }
 side_by_side() { # A B: two at once, each a process group, B with a log; a stop reaches them
     set -m; trap 'kill -- -$first -$second 2> /dev/null || true; wait; exit 130' INT TERM

@@ -1,6 +1,7 @@
 """Both READMEs and the help texts stay true: commands, flags, line numbers, tables, links, budgets.
 
-    PYTHONPATH=. python tests/test_readme.py    # writes today's line numbers into the README
+    PYTHONPATH=. python tests/test_readme.py    # writes today's line numbers, and the figures of
+                                                # tests/seeds.md, into tables of the README
 """
 
 import doctest
@@ -61,6 +62,93 @@ def with_right_lines(text):
 def test_equation_table_points_at_the_lines():
     """Each row names file:line of a definition, which names the equation."""
     assert set(with_right_lines(README).splitlines()) - set(README.splitlines()) == set()
+
+def seeds_table(head):
+    """{first cell: the others} of the table below a heading of tests/seeds.md."""
+    table = (ROOT / "tests/seeds.md").read_text().split(f"## {head}\n\n")[1].split("\n\n")[0]
+    rows = [line.strip("|").split("|") for line in table.splitlines()[2:]]
+    return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
+
+ROUTES = seeds_table("Routes")
+PAPERS = seeds_table("Orderings of the paper")
+DIFFERENCES = PAPERS | seeds_table("More differences")
+PRINCIPLE = {  # the README's words for rows of tests/seeds.md
+    "bridge from the base teacher < cold GRPO": "O1: raw-bridge < cold-grpo",
+    "cold GRPO < bridge from the RL'd teacher": "O2: cold-grpo < bridge",
+    "bridge from the base teacher < from the SFT'd teacher": "O3: raw-bridge < sft-teacher-bridge",
+    "bridge from the SFT'd teacher < from the RL'd teacher": "O3: sft-teacher-bridge < bridge",
+    "SFT on the teacher's samples < OPD without warmup, as many updates":
+        "O4: sft < opd-only-long",
+    "OPD without warmup, as many updates < bridge": "O4: opd-only-long < bridge",
+    "bridge on 1H < the same, then GRPO on fresh labels": "O5: bridge-1h < fresh-2h",
+    "bridge on 1H, then GRPO on 1H again < then GRPO on fresh labels": "O6: replay-1h < fresh-2h",
+    "bridge on 1H ≈ the same, then GRPO on 1H again": "O7: bridge-1h ≈ replay-1h",
+    "cold GRPO < bridge from that model into a fresh student": "O8: cold-grpo < same-size-bridge",
+    "half of the labels kept for stage 3 ≤ all to the teacher": "O9: fresh-2h ≤ bridge",
+    "what GRPO on 2H gains: the cold student < the bridge on 1H":
+        "gain: cold-grpo-2h − base-student < fresh-2h − bridge-1h"}
+
+def section(text, head):
+    return re.split("\n##+ ", text.split(f"\n{head}\n")[1])[0]
+
+def with_figures_of_the_seeds(text):
+    """The README with the figures on `test` of tests/seeds.md in the table of its principle."""
+    for words, name in PRINCIPLE.items():
+        on_test, *_, paper = DIFFERENCES[name]
+        said, figures = re.fullmatch(r"(.+): (.+), \d+ of \d+|-", on_test).groups("-")
+        row = f"| {name.split(':')[0]} | {words} | {figures} | {said} | {paper} |"
+        text, found = re.subn(rf"^\| \w+ \| {re.escape(words)} \|.*$", row, text, flags=re.M)
+        assert found == 1, words
+    return text
+
+def test_the_principles_table_has_the_figures_of_the_seeds():
+    assert set(with_figures_of_the_seeds(README).splitlines()) - set(README.splitlines()) == set()
+    table = re.findall(r"^\| \w+ \| .*[<≈≤].*$", section(README, "## The principle seen"), re.M)
+    assert len(table) == len(PRINCIPLE)
+
+def wrong_figures(text):
+    """What prose says of several seeds and tests/seeds.md does not, of either set: `+1.0 (+0.0 to
+    +1.9)`, the mean of a difference and its interval, must be that of a row which its paragraph
+    names, by `O7` or by its routes in backquotes; `93.4 %` the mean of a route named so."""
+    wrong, number = [], r"([+-]?\d+\.\d)"
+    for paragraph in re.split(r"\n\n|\n- ", text.replace("−", "-")):
+        if paragraph.startswith(("|", "#", "```")):
+            continue
+        plain = paragraph.replace("\n", " ")
+        named = set(re.findall(r"`([^`]+)`", plain)) | set(re.findall(r"O\d|R\d|Table \d", plain))
+        cells = [cell for name, row in DIFFERENCES.items() for cell in row[:2]
+                 if name.split(": ")[0] in named
+                 or set(re.split(" [<≈≤−] ", name.split(": ")[1])) <= named]
+        for *found, end in re.findall(rf"(?:{number} \()?{number} to {number}(\)?)", plain):
+            figures = "{} ({} to {})".format(*(x and f"{float(x):+.1f}" for x in found))
+            if not (found[0] and end and any(figures in cell for cell in cells)):
+                wrong.append(f"{figures} is none of {cells}")
+        cells = [cell for route in named & ROUTES.keys() for cell in ROUTES[route][:2]]
+        for mean in re.findall(r"(\d+\.\d) %", plain):
+            if not any(cell.startswith(f"{mean} ±") for cell in cells):
+                wrong.append(f"{mean} % is none of {cells}")
+    return wrong
+
+@pytest.mark.parametrize("text, head", [
+    (README, "## The principle seen"), (LAB, "### Does the paper's ordering appear?"),
+    (LAB, "### Two orderings that want another world"), (LAB, "### How many labels?"),
+    (LAB, "### Between dense and sparse")])
+def test_figures_in_the_prose_are_those_of_the_seeds(text, head):
+    wrong = wrong_figures(section(text, head))
+    assert not wrong, "\n".join(wrong)
+
+def test_a_wrong_figure_is_found():
+    """A changed digit, another row's figure, an interval without its mean, an unnamed route."""
+    on_test, on_hard, _ = PAPERS["O7: bridge-1h ≈ replay-1h"]
+    figures = [re.search(r"[+-].*\)", cell)[0] for cell in (on_test, on_hard)]
+    mean = ROUTES["teacher-rl"][0].split(" ±")[0]
+    right = f"O7: {figures[0]}, {figures[1].replace('-', '−')}; `teacher-rl` {mean} %"
+    assert wrong_figures(right) == []
+    digit = str((int(figures[0][1]) + 1) % 10)
+    for old, new in (("O7", "O8"), (figures[0][1], digit), (" (", ", "), (")", ""), ("`", ""),
+                     (figures[0][:6], "("), (f"{mean} %", f"9{mean} %")):
+        assert wrong_figures(right.replace(old, new, 1)), new
+    assert wrong_figures(f"`bridge-1h` and `replay-1h`: {figures[0]}") == []
 
 def test_every_knob_says_where_its_value_comes_from():
     for script in SCRIPTS:
@@ -125,4 +213,4 @@ def test_examples_in_docstrings_run(name):
     assert result.failed == 0
 
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(with_right_lines(README))
+    (ROOT / "README.md").write_text(with_figures_of_the_seeds(with_right_lines(README)))

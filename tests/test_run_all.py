@@ -109,8 +109,9 @@ def test_the_full_world_runs_all_of_table_1_and_beyond_matched(run_all, world):
     assert status == 0, errors
     found = stages(commands)
     assert CORE | OTHERS <= set(found)
-    for name in ("sft", "opd-only", "sft-teacher"):
-        assert not difference(found, f"{name}-fresh-2h", "fresh-2h")
+    for name in ("sft-fresh-2h", "opd-only-fresh-2h", "sft-teacher-fresh-2h", "cold-grpo-2h"):
+        assert not difference(found, name, "fresh-2h")
+    assert found["cold-grpo-2h"][1].model == found["cold-grpo"][1].model
     assert not difference(found, "sft-teacher-replay-1h", "replay-1h")
     for name in ("sft-teacher-bridge-1h", "bridge-1h"):
         assert not difference(found, name, "bridge", but={"half"})

@@ -1,19 +1,22 @@
 """What several seeds of one setting say together: means, verdicts on orderings, pictures.
 
     python tests/lab/evidence.py runs/world runs/world-seed1 runs/world-seed2
-    python tests/lab/evidence.py runs/world,runs/world-seed1 --pictures tests/pictures
+    python tests/lab/evidence.py runs/world,runs/world-seed1 --pictures pictures --tables seeds.md
 
-Each folder is one seed of the same runs, as run_all.sh makes them. Several folders give two tables,
-which are printed, and written to seeds.md in the first folder with the figures of every seed below:
-the mean of each route over the seeds, and for each ordering of the paper a verdict from the
-differences inside each seed. Pictures (orderings, curves, labels, density) need matplotlib; each is
-drawn if its runs exist. One folder gives the pictures that need no second seed, and no table:
-`evaluate.py --table` has that.
+Each folder is one seed of the same runs, as run_all.sh makes them. Several folders give tables: the
+mean of each route over the seeds, and for each ordering of the paper a verdict from the differences
+inside each seed. They are printed, and written to seeds.md in the first folder (or --tables), with
+more differences that are ours and the figures of every seed. Pictures (orderings, curves, labels,
+density) need matplotlib; each is drawn if its runs exist. One folder gives the pictures that need
+no second seed, and no table: `evaluate.py --table` has that.
 """
 
 import argparse
 import math
+import os
+import platform
 import re
+import shlex
 import sys
 from functools import cache
 from pathlib import Path
@@ -26,7 +29,7 @@ from common import UserError, read_json_lines, read_record, write_text
 from evaluate import PAPER, evaluated_runs, labels_used, markdown, paper_row
 
 # What the paper orders (Tables 3 to 6): `<` the second above the first, `≈` about equal, `≤`
-# the second at least the first.
+# the second at least the first. A side is a route, or in `b − a` the gain of b over a.
 ORDERINGS = (
     ("O1", "raw-bridge", "<", "cold-grpo"), ("O2", "cold-grpo", "<", "bridge"),
     ("O3", "raw-bridge", "<", "sft-teacher-bridge"), ("O3", "sft-teacher-bridge", "<", "bridge"),
@@ -39,6 +42,17 @@ ORDERINGS = (
     ("O9", "fresh-2h", "≤", "bridge"), ("Table 5", "sft-teacher-fresh-2h", "<", "fresh-2h"),
     ("Table 6", "sft-fresh-2h", "<", "opd-only-fresh-2h"),
     ("Table 6", "opd-only-fresh-2h", "<", "fresh-2h"))
+GAIN = "gain", "cold-grpo-2h − base-student", "<", "fresh-2h − bridge-1h"  # the same steps, labels
+FURTHER = (  # ours: what else the texts say
+    ("R5", "cold-grpo", "<", "fresh-2h"),
+    ("teachers", "sft-teacher", "<", "teacher-rl"),
+    ("labels", "teacher-rl-32", "<", "teacher-rl-512"),
+    ("labels", "cold-grpo-256", "<", "cold-grpo-512"), ("labels", "bridge-256", "<", "bridge-512"),
+    ("labels", "bridge-32 − cold-grpo-32", "<", "bridge-512 − cold-grpo-512"),
+    ("labels", "bridge-64 − cold-grpo-64", "<", "bridge − cold-grpo"),
+    ("labels", "bridge-256 − cold-grpo-256", "<", "bridge-512 − cold-grpo-512"),
+    *(("density", "bridge", "<", f"lambda-{weight}") for weight in ("0.25", "0.5", "0.75")),
+    ("density", "lambda-1", "<", "bridge"))
 MARGIN = 2.0  # ours: points of accuracy that `≈` and `≤` let pass
 
 def split_series(route):
@@ -114,23 +128,30 @@ def verdict(sign, d):
     if n < 3:
         return "needs more seeds"
     if sign == "≈":
-        apart = "differs" if low > 0 or high < 0 else "not separated"
+        apart = "differs" if low > 0 or high < 0 else "open"
         return "holds" if -MARGIN < low and high < MARGIN else apart
     if high < 0:
         return "reversed"
-    return "holds" if low > (0 if sign == "<" else -MARGIN) else "not separated"
+    return "holds" if low > (0 if sign == "<" else -MARGIN) else "open"
 
-def compared(routes):
+def side(get, name):
+    """A side of an ordering: what `get` has of a route, or in `b − a` of b less that of a."""
+    route, _, start = name.partition(" − ")
+    return get(route) - get(start) if start else get(route)
+
+def compared(routes, orderings=None):
     """(name, first, sign, second, {set: (S,) differences}) of each ordering whose routes were run.
 
-    These are the ORDERINGS and, ours, O2 at each number of labels.
+    By default the ORDERINGS and, ours, the GAIN and O2 at each number of labels.
     """
     budgets = sorted({n for name, n in map(split_series, routes) if name == "bridge" and n})
     fewer = [("O2", f"cold-grpo-{n:g}", "<", f"bridge-{n:g}") for n in budgets]
-    return [(name, a, sign, b, {s: routes[b][s] - routes[a][s] for s in routes[a]})
-            for name, a, sign, b in (*ORDERINGS, *fewer) if a in routes and b in routes]
+    return [(name, a, sign, b, {s: side(lambda r: routes[r][s], b) - side(lambda r: routes[r][s], a)
+                                for s in sets_of(routes)})
+            for name, a, sign, b in orderings or (*ORDERINGS, GAIN, *fewer)
+            if routes.keys() >= {*a.split(" − "), *b.split(" − ")}]
 
-def verdict_table(root, routes):
+def verdict_table(root, routes, orderings=None):
     """A row per ordering. Each set has the verdict, the mean difference with its 95 % interval, and
     the number of seeds that agree; the last column is the paper's difference on MATH-500."""
     def cell(sign, d):
@@ -139,11 +160,14 @@ def verdict_table(root, routes):
         inside = f" ({mean - half:+.1f} to {mean + half:+.1f})" if n > 2 else ""
         return f"{verdict(sign, d)}: {mean:+.1f}{inside}, {agree} of {n}" if n else "-"
 
+    def paper(route):
+        return (paper_row(root / route) or [math.nan])[0]
+
     rows = []
-    for name, a, sign, b, by_set in compared(routes):
-        papers = [paper_row(root / route)[:1] for route in (a, b)]
-        paper = f"{papers[1][0] - papers[0][0]:+.1f}" if all(papers) else "-"
-        rows.append([f"{name}: {a} {sign} {b}", *(cell(sign, d) for d in by_set.values()), paper])
+    for name, a, sign, b, by_set in compared(routes, orderings):
+        d = side(paper, b) - side(paper, a)
+        rows.append([f"{name}: {a} {sign} {b}", *(cell(sign, d) for d in by_set.values()),
+                     "-" if math.isnan(d) else f"{d:+.1f}"])
     head = ["ordering",
             *(f"{s}: difference, points (95 %), seeds that agree" for s in sets_of(routes))]
     return markdown([*head, "paper, MATH"], rows)
@@ -166,24 +190,37 @@ def labels_of(roots, route):
     return labels_used(folder)
 
 def seed_tables(roots, routes):
-    """A table per set: the avg of every seed in %, and the differences of the orderings."""
-    parts = []
+    """Headings and tables, one per set: every seed's avg in %, and differences of the orderings."""
+    parts, differences = [], compared(routes) + compared(routes, FURTHER)
     for s in sets_of(routes):
         lines = {route: by_set[s] for route, by_set in routes.items()}
-        lines |= {f"{b} − {a}": by_set[s] for _, a, _, b, by_set in compared(routes)}
+        for _, a, _, b, by_set in differences:
+            lines[f"({b}) − ({a})" if " − " in a else f"{b} − {a}"] = by_set[s]
         rows = [[name, *("-" if np.isnan(v) else f"{v:.1f}" for v in values)]
                 for name, values in lines.items()]
-        parts.append(f"{s}:\n\n" + markdown(["route", *(root.name for root in roots)], rows))
-    return "\n\n".join(parts)
+        parts += [f"## Every seed: {s}", markdown(["route", *(root.name for root in roots)], rows)]
+    return parts
 
-def write_tables(roots):
-    """Print means and verdicts; write them, and every seed's figures, to seeds.md in roots[0]."""
+def made_by(roots, routes, command):
+    """Where the tables come from: the command, the machine, and the runs' commits and versions."""
+    records = [r for root in roots for route in routes if "git" in (r := read_record(root / route))]
+    git = ", ".join(sorted({r["git"].split()[0] for r in records})) or "-"
+    torch = ", ".join(sorted({r["versions"]["torch"] for r in records})) or "-"
+    return (f"Written by `{command}` on a machine of {os.cpu_count()} cores "
+            f"({platform.machine()}).\nThe runs: git {git}, torch {torch}. "
+            "A folder is a seed of the same routes. Accuracies are in %, differences in points.")
+
+def write_tables(roots, path, command):
+    """Print means and verdicts; write them, more differences and every seed's figures to `path`."""
     routes = averages(roots)
-    tables = means_table(roots, routes)
+    parts = [made_by(roots, routes, command), "## Routes", means_table(roots, routes)]
     if compared(routes):
-        tables += "\n\n" + verdict_table(roots[0], routes)
-    write_text(roots[0] / "seeds.md", f"{tables}\n\n{seed_tables(roots, routes)}\n")
-    print(tables)
+        parts += ["## Orderings of the paper", verdict_table(roots[0], routes)]
+    print("\n\n".join(parts))
+    if compared(routes, FURTHER):
+        parts += ["## More differences", verdict_table(roots[0], routes, FURTHER)]
+    parts = [f"# What {len(roots)} seeds say", *parts, *seed_tables(roots, routes)]
+    write_text(path, "\n\n".join(parts) + "\n")
 
 # --- pictures: what the tables hold, and training curves
 
@@ -219,8 +256,10 @@ def draw(roots, out):
                 small.save(out / f"{name}.png", optimize=True)
 
 def draw_orderings(figure, routes):
-    """The mean difference of each ordering with its 95 % interval; grey: allowed by `≈` and `≤`."""
-    rows = [row for row in compared(routes) if any(over_seeds(d).n > 2 for d in row[-1].values())]
+    """The mean difference of each ordering of two routes with its 95 % interval; grey: allowed by
+    `≈` and `≤`. (The gain is far out on this scale.)"""
+    rows = [row for row in compared(routes)
+            if row[1] in routes and any(over_seeds(d).n > 2 for d in row[-1].values())]
     if not rows:
         return
     markers = {"holds": "o", "reversed": "X", "differs": "X"}
@@ -336,11 +375,14 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", help="a folder of runs for each seed")
     parser.add_argument("--pictures", type=Path, help="their folder [default: the first folder]")
+    parser.add_argument("--tables", type=Path, help="their file [default: seeds.md in the first]")
     args = parser.parse_args(argv)
     roots = [Path(folder) for argument in args.folders for folder in argument.split(",")]
     try:
         if len(roots) > 1:
-            write_tables(roots)
+            flags = shlex.join(sys.argv[1:] if argv is None else argv)
+            write_tables(roots, args.tables or roots[0] / "seeds.md",
+                         f"python tests/lab/evidence.py {flags}")
         draw(roots, args.pictures or roots[0])
     except UserError as error:
         sys.exit(f"error: {error}")
