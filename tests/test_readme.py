@@ -77,9 +77,10 @@ PRINCIPLE = {  # the README's words for rows of tests/seeds.md
     "cold GRPO < bridge from the RL'd teacher": "O2: cold-grpo < bridge",
     "bridge from the base teacher < from the SFT'd teacher": "O3: raw-bridge < sft-teacher-bridge",
     "bridge from the SFT'd teacher < from the RL'd teacher": "O3: sft-teacher-bridge < bridge",
-    "SFT on the teacher's samples < OPD without warmup, as many updates":
+    "SFT on the teacher's samples < OPD alone, with the bridge's total of updates":
         "O4: sft < opd-only-long",
-    "OPD without warmup, as many updates < bridge": "O4: opd-only-long < bridge",
+    "OPD alone, with the updates of the bridge's OPD stage < bridge": "O4: opd-only < bridge",
+    "OPD alone, with the bridge's total of updates < bridge": "O4: opd-only-long < bridge",
     "bridge on 1H < the same, then GRPO on fresh labels": "O5: bridge-1h < fresh-2h",
     "bridge on 1H, then GRPO on 1H again < then GRPO on fresh labels": "O6: replay-1h < fresh-2h",
     "bridge on 1H ≈ the same, then GRPO on 1H again": "O7: bridge-1h ≈ replay-1h",
@@ -100,6 +101,20 @@ def with_figures_of_the_seeds(text):
         text, found = re.subn(rf"^\| \w+ \| {re.escape(words)} \|.*$", row, text, flags=re.M)
         assert found == 1, words
     return text
+
+def with_figures_of_the_distances(text):
+    """The README with the figures of tests/distance.md in the table of the warmup's worth."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")]
+             for line in (ROOT / "tests/distance.md").read_text().splitlines()[2:]]
+    for distance in dict.fromkeys(d for _, d, *_ in cells):
+        rows = [row for row in cells if row[1] == distance]
+        figures = " | ".join([distance, rows[0][3], *(cell for row in rows for cell in row[-2:])])
+        text, found = re.subn(rf"^\| {distance} \|.*\|$", f"| {figures} |", text, flags=re.M)
+        assert found == 1, distance
+    return text
+
+def test_the_table_of_distances_has_the_figures_of_its_sweep():
+    assert with_figures_of_the_distances(README) == README
 
 def test_the_principles_table_has_the_figures_of_the_seeds():
     assert set(with_figures_of_the_seeds(README).splitlines()) - set(README.splitlines()) == set()
@@ -213,4 +228,5 @@ def test_examples_in_docstrings_run(name):
     assert result.failed == 0
 
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(with_figures_of_the_seeds(with_right_lines(README)))
+    right = with_figures_of_the_distances(with_figures_of_the_seeds(with_right_lines(README)))
+    (ROOT / "README.md").write_text(right)
