@@ -77,10 +77,10 @@ PRINCIPLE = {  # the README's words for rows of tests/seeds.md
     "cold GRPO < bridge from the RL'd teacher": "O2: cold-grpo < bridge",
     "bridge from the base teacher < from the SFT'd teacher": "O3: raw-bridge < sft-teacher-bridge",
     "bridge from the SFT'd teacher < from the RL'd teacher": "O3: sft-teacher-bridge < bridge",
-    "SFT on the teacher's samples < OPD alone, with the bridge's total of updates":
+    "SFT on the teacher's samples < OPD alone, as many updates as the bridge":
         "O4: sft < opd-only-long",
-    "OPD alone, with the updates of the bridge's OPD stage < bridge": "O4: opd-only < bridge",
-    "OPD alone, with the bridge's total of updates < bridge": "O4: opd-only-long < bridge",
+    "OPD alone, as many updates as the bridge's OPD < bridge": "O4: opd-only < bridge",
+    "OPD alone, as many updates as the bridge < bridge": "O4: opd-only-long < bridge",
     "bridge on 1H < the same, then GRPO on fresh labels": "O5: bridge-1h < fresh-2h",
     "bridge on 1H, then GRPO on 1H again < then GRPO on fresh labels": "O6: replay-1h < fresh-2h",
     "bridge on 1H ≈ the same, then GRPO on 1H again": "O7: bridge-1h ≈ replay-1h",
