@@ -129,7 +129,7 @@ def wrong_figures(text):
     for paragraph in re.split(r"\n\n|\n- ", text.replace("−", "-")):
         if paragraph.startswith(("|", "#", "```")):
             continue
-        plain = paragraph.replace("\n", " ")
+        plain = " ".join(paragraph.split())
         named = set(re.findall(r"`([^`]+)`", plain)) | set(re.findall(r"O\d|R\d|Table \d", plain))
         cells = [cell for name, row in DIFFERENCES.items() for cell in row[:2]
                  if name.split(": ")[0] in named
