@@ -197,7 +197,7 @@ class LM:
         return hidden[b, t], ids[b, t + 1]
 
     def head(self):
-        """Output embedding, (V, D), as a constant; in bf16 V is rounded up to 8s, if rows are left."""
+        """Output embedding, (V, D), a constant; in bf16 V is rounded up to 8s, if rows are left."""
         weight = self.model.get_output_embeddings().weight.detach()
         return weight[: -(-self.vocab // 8) * 8].bfloat16() if self.bf16 else weight[: self.vocab]
 
