@@ -293,8 +293,7 @@ def load_lm(name, cfg, train=False, shard=True):
         else:
             lm.model = read_weights(lm.name, dtype).to(device)
         lm.model.eval().requires_grad_(train)
-        if device.type == "cuda":
-            fuse_norms(lm.model)
+        fuse_norms(lm.model, device)
         if train and cfg.gradient_checkpointing:  # it works in train mode only; without dropout
             lm.recompute, old_name = True, getattr(lm.model, "gradient_checkpointing_enable", None)
             getattr(lm.model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
@@ -303,14 +302,15 @@ def load_lm(name, cfg, train=False, shard=True):
         check_architecture(lm, sampled=train or not shard)
     return lm
 
-def fuse_norms(model):
-    """Compute each RMSNorm of Llama's form (others have other names) in one kernel, not eight."""
+def fuse_norms(model, device):
+    """On CUDA, let one kernel in place of eight compute each RMSNorm of Llama's form (others have
+    other names)."""
     def norm(module, x):
         dtype = torch.promote_types(x.dtype, module.weight.dtype)  # the kernel takes one
         with torch.autocast(x.device.type, enabled=False):
             x, weight = x.to(dtype), module.weight.to(dtype)
             return F.rms_norm(x, weight.shape, weight, module.variance_epsilon)
-    for module in model.modules():
+    for module in model.modules() if device.type == "cuda" else ():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             module.forward = functools.partial(norm, module)
 

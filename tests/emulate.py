@@ -246,8 +246,7 @@ def random_lm(shape, device, bf16, train=False):
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="ours")
     model.eval().requires_grad_(train)
-    if model.device.type == "cuda":
-        common.fuse_norms(model)
+    common.fuse_norms(model, model.device)
     return common.LM("random", model, None, shape.vocab - 3, [], "float32", bf16=bf16)
 
 def losses(lm, teacher, rows, **flags):

@@ -63,11 +63,15 @@ def test_equation_table_points_at_the_lines():
     """Each row names file:line of a definition, which names the equation."""
     assert set(with_right_lines(README).splitlines()) - set(README.splitlines()) == set()
 
+def table_rows(text):
+    """The cells of each row of the table that a text begins with, without its head."""
+    lines = text.split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
 def seeds_table(head):
     """{first cell: the others} of the table below a heading of tests/seeds.md."""
-    table = (ROOT / "tests/seeds.md").read_text().split(f"## {head}\n\n")[1].split("\n\n")[0]
-    rows = [line.strip("|").split("|") for line in table.splitlines()[2:]]
-    return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
+    text = (ROOT / "tests/seeds.md").read_text().split(f"## {head}\n\n")[1]
+    return {name: cells for name, *cells in table_rows(text)}
 
 ROUTES = seeds_table("Routes")
 PAPERS = seeds_table("Orderings of the paper")
@@ -104,8 +108,7 @@ def with_figures_of_the_seeds(text):
 
 def with_figures_of_the_distances(text):
     """The README with the figures of tests/distance.md in the table of the warmup's worth."""
-    cells = [[cell.strip() for cell in line.strip("|").split("|")]
-             for line in (ROOT / "tests/distance.md").read_text().splitlines()[2:]]
+    cells = table_rows((ROOT / "tests/distance.md").read_text())
     for distance in dict.fromkeys(d for _, d, *_ in cells):
         rows = [row for row in cells if row[1] == distance]
         figures = " | ".join([distance, rows[0][3], *(cell for row in rows for cell in row[-2:])])

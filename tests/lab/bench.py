@@ -130,8 +130,7 @@ def bench_sampling(args, device):
                  for model
                  in (make_model(args.size, device, torch.bfloat16 if cuda else torch.float32)
                      for _ in range(2)))
-    if cuda:  # as `load_lm` does
-        common.fuse_norms(lm.model)
+    common.fuse_norms(lm.model, lm.device)  # as `load_lm` does
     rng = np.random.default_rng(1)
     tail, tails = long_tailed(slots, longest), long_tailed(4 * slots, longest)
     for case, k, lengths in (
