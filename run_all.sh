@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole recipe. What is finished is skipped: after a stop, the same command goes on.
+# The whole recipe. What the same command has finished is skipped: after a stop, give it again.
 #   bash run_all.sh               the embedded world: two CPU cores, no download, minutes
 #   bash run_all.sh world-full    all routes, label budgets and reward densities on the world
 #   bash run_all.sh world-gpu     a world of longer chains and larger models, for one GPU
@@ -14,7 +14,8 @@ set -euo pipefail; cd "$(dirname "$0")"
 setting=${1:-world} SEED=${SEED:-0}
 
 folder() { if [ $2 = 0 ]; then echo runs/$1; else echo runs/$1-seed$2; fi; } # NAME SEED
-if [ $setting = world-full ] && [ -n "${SEEDS:-}" ]; then # several worlds, each with a log
+if [ -n "${SEEDS:-}" ]; then # several worlds, each with a log
+    [ "$setting" = world-full ] || { echo "SEEDS is for world-full" >&2; exit 2; }
     mkdir -p runs/logs; printf '%s\n' $SEEDS | SEEDS= xargs -P "${JOBS:-2}" -I{} bash -c '
         echo "=== world of seed {}, in runs/logs/seed{}.txt"
         SEED={} bash run_all.sh world-full > runs/logs/seed{}.txt 2>&1 ||
@@ -67,15 +68,15 @@ fi
 
 # A stage has a name, models (such names, or hub names with a /) and flags; it is also evaluated.
 at() { case $1 in */*) echo $1 ;; *) echo $runs/$1 ;; esac; }
-finished() { grep -qs '"finished": true' $runs/$1/config.json; }
-run() { # NAME SCRIPT FLAGS...
-    finished $1 || { echo "--- $1"; python ${@:2} ${FLAGS:-} --out $runs/$1; }
-    [[ $1 = *-warmup ]] || report $1 $1
+once() { # NAME COMMAND...: unless just this has finished there; the script judges anything else
+    local made=$runs/$1/config.json line="${*:2} --out $runs/$1"
+    grep -qs '"finished": true' $made && grep -qF "\"command\": \"$line\"" $made && return
+    echo "--- $1"; python $line
 }
+run() { once $1 ${@:2} ${FLAGS:-}; [[ $1 = *-warmup ]] || report $1 $1; } # NAME SCRIPT FLAGS...
 report() { # NAME MODEL: evaluate, then show the table as it has grown
-    finished $1/eval || python evaluate.py --model $(at $2) --data $sets --seed $SEED $length \
-        $scoring ${EVAL_FLAGS:-} --out $runs/$1/eval --table $runs
-}
+    once $1/eval evaluate.py --model $(at $2) --data $sets --seed $SEED $length $scoring \
+        ${EVAL_FLAGS:-} --table $runs; }
 base() { # SIZE MODEL FLAGS...: the world trains its base models, on documents (plain SFT)
     [[ $setting = world* ]] || { report base-$1 $2; return; }
     run base-$1 fkl_warmup.py --targets data --rollouts 1 --student $runs/init-$1 \
@@ -92,9 +93,8 @@ bridge() { # forward-KL warmup, then OPD, into the base student
 
 base_teacher() { base teacher $teacher ${base_teacher:-}; }
 base_student() { base student $student ${base_student:-}; }
-teachers() { # stage 1
-    grpo teacher-rl-1h $teacher $rl_teacher --half 1; grpo teacher-rl $teacher $rl_teacher
-}
+teachers() { grpo teacher-rl-1h $teacher $rl_teacher --half 1 # stage 1
+    grpo teacher-rl $teacher $rl_teacher; }
 baselines() { grpo cold-grpo $student $rl_student # R1
     bridge raw-bridge $teacher; } # the bridge from the teacher without RL
 all_labels() {

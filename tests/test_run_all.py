@@ -22,12 +22,12 @@ import evaluate
 
 STAND_IN = r"""#!/usr/bin/env bash
 echo "$(printf '%q ' "$@")" >> "$COMMANDS"
-script=$1; out=
+script=$1 line=$*; out=
 while [ $# -gt 0 ]; do [ "$1" = --out ] && out=$2; shift; done
 [ "$script" = "${FAIL:-}" ] && exit 1
 [ "$script" = "${HANG:-}" ] && exec sleep 60
 [ -n "$out" ] && mkdir -p "$out"
-[ -n "$out" ] && echo '{"run": {"finished": true}}' > "$out/config.json"
+[ -n "$out" ] && printf '{"command": "%s",\n"finished": true}' "$line" > "$out/config.json"
 exit 0
 """
 
@@ -186,6 +186,17 @@ def test_the_second_run_does_nothing_and_a_failure_stops_with_a_message(run_all)
     status, commands, _ = run_all("world")
     assert status == 0 and [script for script, _ in commands] == ["evaluate.py"]
 
+def test_what_another_command_has_finished_is_judged_by_its_script(run_all):
+    """Other flags, models, sets and seeds are asked for again; the script refuses them."""
+    def asked(**other):
+        return [cfg.out for _, cfg in run_all("tiny", **other)[1][:-1]]  # the last is the table
+
+    every = asked()
+    trained = [out for out in every if not out.endswith("/eval")]
+    assert asked() == [] and asked(FLAGS="--lr 9") == trained
+    for other in ({"SETS": "aime24"}, {"SEED": "1", "RUNS": "runs/tiny"}):
+        assert asked(**other) == every
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_both_lines(number, start, tmp_path):
     """Also what runs in the background, where a shell ignores Ctrl-C."""
@@ -198,6 +209,8 @@ def test_a_signal_stops_both_lines(number, start, tmp_path):
     left = subprocess.run(["ps", "-o", "stat=", "-s", str(process.pid)], capture_output=True)
     assert all(state.startswith(b"Z") for state in left.stdout.split()), "something still runs"
 
-def test_an_unknown_setting_is_refused(run_all):
-    status, commands, errors = run_all("worlds")
-    assert status == 2 and not commands and errors.startswith("usage:")
+@pytest.mark.parametrize("setting, seeds, message", [
+    ("worlds", "", "usage:"), ("a b", "", "usage:"), ("world", "0 1", "SEEDS is for world-full")])
+def test_what_it_does_not_know_is_refused(setting, seeds, message, run_all):
+    status, commands, errors = run_all(setting, SEEDS=seeds)
+    assert status == 2 and not commands and errors.startswith(message)
