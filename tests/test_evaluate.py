@@ -250,8 +250,8 @@ def fake_run(root, name, parents=(), labels=(), seconds=0.0, sets=None, targets=
         json.dumps(n) + "\n" for n in set(labels).union(*before)))
     if sets:
         (folder / "eval").mkdir()
-        figures = {s: {"avg": a, "se": e, "samples": 16, "pass": {"16": 1.0}} for s, (a, e)
-                   in sets.items()}
+        figures = {s: {"avg": a, "se": e, "problems": 9, "samples": 16, "pass": {"16": 1.0}}
+                   for s, (a, e) in sets.items()}
         (folder / "eval" / "summary.json").write_text(json.dumps({"sets": figures}))
     return folder
 

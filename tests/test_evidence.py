@@ -134,6 +134,20 @@ def test_a_gain_is_compared_with_a_gain(tmp_path):
     further = cells(written.split("## More differences\n\n")[1].split("\n\n")[0])[1]
     assert list(further) == ["R5: cold-grpo < fresh-2h"]
 
+@pytest.mark.parametrize("which, changed, message", [
+    ([0, 1, 0], {}, "a folder is named twice"),
+    ([0, 1, 2], {"problems": 8}, "world-seed1/bridge: hard has 8 problems of 16 samples, elsewhere "
+                                 "9 problems of 16 samples"),
+    ([0, 1, 2], {"samples": 4}, "hard has 9 problems of 4 samples, elsewhere 9 problems of 16")])
+def test_what_cannot_be_compared_is_refused(which, changed, message, tmp_path):
+    folders = fake_seeds(tmp_path, {"cold-grpo": (0.2, 0.4, 0.6), "bridge": (0.3, 0.5, 0.7)})
+    path = folders[1] / "bridge/eval/summary.json"
+    summary = json.loads(path.read_text())
+    summary["sets"]["hard"] |= changed
+    path.write_text(json.dumps(summary))
+    with pytest.raises(SystemExit, match=message):
+        evidence.main([str(folders[i]) for i in which])
+
 def test_seeds_that_agree_are_counted_by_the_sign(tmp_path):
     """`<` counts those above 0, `≈` those inside ±2, `≤` those not below 0."""
     folders = fake_seeds(tmp_path, {
@@ -226,10 +240,21 @@ def test_a_folder_without_evaluations_is_one_readable_line(tmp_path):
     with pytest.raises(SystemExit, match="error: no evaluated run in"):
         evidence.main([str(tmp_path)])
 
+def test_a_problems_solution_is_right(world):
+    rows = common.read_json_lines(world / "pool.jsonl") + common.read_json_lines(
+        world / "hard.jsonl")
+    for row in rows:
+        chain, results = re.findall(r"[a-h]([-+*]\d)", row["problem"]), row["problem"][0]
+        *lines, box = row["solution"].split(",", len(chain))
+        for line, step in zip(lines, chain, strict=True):
+            results += str(eval(results[-1] + step) % 10)
+            assert line[1:] == f"{results[-2]}{step}={results[-1]}"
+        assert box == f"\\boxed{{{row['answer']}}}" == f"\\boxed{{({','.join(results[1:])})}}"
+
 # --- the student's distance from its teacher
 
 def test_a_worlds_distance_changes_the_students_form_and_nothing_else(tmp_path):
-    """Own form undone, all files are those of the world of 0, which is older than the flag. The
+    """Own form undone, all files are those of the world of 0, and those of every machine. The
     documents in the student's own form are a half of those at 1; there, no other form is left."""
     small = functools.partial(world_module.build, seed=5, documents=400, test=12, valid=8, hard=4)
     folders = {d: small(tmp_path / f"{d:g}", distance=d) for d in (0.0, 0.5, 1.0)}
@@ -241,7 +266,7 @@ def test_a_worlds_distance_changes_the_students_form_and_nothing_else(tmp_path):
         for name in ("corpus-teacher", "train", "pool", "valid", "test", "hard"):
             digest.update((folder / f"{name}.jsonl").read_bytes())
         digest.update((folder / "init-student" / "tokenizer.json").read_bytes())
-        assert digest.hexdigest() == "f15a449e49a396285d2b3b7c85814f0c"
+        assert digest.hexdigest() == "b422eed9c8450f5a3ac4f64d7db02744"
     assert not found[0] and found[0.5] < found[1] and 100 < len(found[1]) < 160
     assert 0.4 < len(found[0.5]) / len(found[1]) < 0.6
     assert not re.search(r"[a-h]\d[-+*]\d=\d,", text)
@@ -253,7 +278,8 @@ def test_a_worlds_distance_changes_the_students_form_and_nothing_else(tmp_path):
 @pytest.mark.parametrize("flags, message", [
     ("--distance 1.5", "--distance 1.5 is not in"), ("--distance -0.1", "is not in"),
     ("--distance 0.5", "holds the world of {'seed': 0}, not of {'seed': 0, 'distance': 0.5}"),
-    ("--seed 3", "holds the world of {'seed': 0}, not of {'seed': 3}"), ("--seed 0", "")])
+    ("--seed 3", "holds the world of {'seed': 0}, not of {'seed': 3}"), ("--seed 0", ""),
+    ("--scale large", "holds the world of {'seed': 0}, not of {'seed': 0, 'scale': 'large'}")])
 def test_a_folder_keeps_its_world(flags, message, world, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["world.py", "--out", str(world), *flags.split()])
     with pytest.raises(SystemExit, match=message) if message else contextlib.nullcontext():
@@ -285,6 +311,18 @@ def test_the_sweep_is_matched_and_skips_what_is_done(tmp_path, monkeypatch, caps
         monkeypatch.setattr(module, "main", lambda cfg: pytest.fail(f"{cfg.out} runs again"))
     distance.main(flags)
     assert capsys.readouterr().out == printed and "\n| 3 | 1 | " in printed
+    monkeypatch.setattr(distance, "RL", {**distance.RL, "steps": 2})
+    with pytest.raises(pytest.fail.Exception, match="0/teacher-rl runs again"):
+        distance.main(flags)
+
+def test_a_sweep_that_is_in_use_is_one_line(tmp_path, monkeypatch):
+    def used(task):
+        raise common.UserError("it is in use")
+
+    monkeypatch.setenv("JOBS", "1")
+    monkeypatch.setattr(distance, "work", used)
+    with pytest.raises(SystemExit, match="error: it is in use"):
+        distance.main(["--out", str(tmp_path)])
 
 def test_the_sweeps_table_has_paired_differences(tmp_path):
     """Three seeds by hand: the bridge is 10, 11, 12 above OPD alone, whose own spread is larger."""
@@ -293,7 +331,7 @@ def test_the_sweeps_table_has_paired_differences(tmp_path):
     figures = {0.5: {name: np.array(values) for name, values in near.items()}}
     assert distance.table(figures, [9]).splitlines()[2] == (
         "| 9 | 0.5 | 0.20 | 2.00 | 5.0 ± 0.0 | 41.0 ± 12.1 | 30.0 ± 11.5 | 41.0 ± 12.1 | "
-        "+11.0 (+8.5 to +13.5) | +0.0 (+0.0 to +0.0) |")
+        "+11.0 (+8.5 to +13.5) | +0.0 (+0.0 to +0.0) | 1.00 1.00 4.00 | +10.0 +11.0 +12.0 |")
     pytest.importorskip("matplotlib")
     distance.draw(figures, [9], tmp_path / "distance.png")
     assert (tmp_path / "distance.png").read_bytes().startswith(b"\x89PNG")

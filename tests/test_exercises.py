@@ -80,7 +80,7 @@ def test_a_copy_differs_in_the_planted_edit_only(number, tmp_path):
     assert differ == [exercise.file]
     planted, text = (folder / exercise.file).read_text(), (ROOT / exercise.file).read_text()
     assert planted.replace(exercise.new, exercise.old) == text
-    with pytest.raises(SystemExit, match="not empty"):
+    with pytest.raises(SystemExit, match="not an empty folder"):
         exercises.main("plant", "random", str(folder))
 
 def test_an_edit_that_no_longer_fits_says_so():
@@ -102,7 +102,8 @@ def test_the_list_has_every_symptom_and_no_answer_and_commands_that_parse():
         module = importlib.import_module(script.removesuffix(".py"))
         common.parse_args(module.Config, module.__doc__, flags)
 
-@pytest.mark.parametrize("words", ["", "answer 0", "plant 1", "answer 1 there", "show 1"])
+@pytest.mark.parametrize("words", ["", "answer 0", "plant 1", "answer 1 there", "show 1",
+                                   "plant 1 here there"])
 def test_other_words_get_the_usage(words):
     with pytest.raises(SystemExit, match="plant 3 /tmp/three"):
         exercises.main(*words.split())

@@ -122,7 +122,8 @@ def test_it_prints_three_tables_and_draws_three_pictures(run, tmp_path, capsys):
 
 def test_mistakes_are_one_line(run, capsys):
     (run / "bridge" / "model.safetensors").unlink()
-    for flags, message in (([], "no finished bridge in"), (["--batches", "7"], "at least 8")):
+    for flags, message in (([], "no finished bridge in"), (["--batches", "7"], "at least 8"),
+                           (["--rollouts", "1"], "at least 2")):
         with pytest.raises(SystemExit):
             why.main([str(run), *flags])
         assert message in capsys.readouterr().err

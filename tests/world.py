@@ -16,11 +16,12 @@ by one, and a reward at the end of a chain says little about which one was wrong
     python tests/world.py --out runs/world --seed 0
 
 writes train.jsonl (128 labelled problems), valid.jsonl (200) and test.jsonl (500), all with chains
-of 2, 2, 3, 3, 4 steps in turn, and hard.jsonl (200, all of 4 steps). For the question how many
-labels it takes, pool.jsonl goes on where train.jsonl ends, to 512. Then corpus-teacher.jsonl and
-corpus-student.jsonl and two folders with random weights, init-teacher (335 k parameters) and
-init-student (85 k), that any tool can load. All problem sets are drawn before the corpora, which
-leave their problems out. Everything is a function of the seed.
+of 2, 2, 3, 3, 4 steps in turn, and hard.jsonl (200, all of 4 steps); each problem has its careful
+work as `solution`, which no route reads. For the question how many labels it takes, pool.jsonl goes
+on where train.jsonl ends, to 512. Then corpus-teacher.jsonl and corpus-student.jsonl and two
+folders with random weights, init-teacher (335 k parameters) and init-student (85 k), that any tool
+can load. All problem sets are drawn before the corpora, which leave their problems out. Everything
+is a function of the seed.
 
 --distance D (0 to 1) sets the base student's habits apart from its teacher's: it writes a share
 D of its careful and sloppy documents in a form of its own, `(a6-0=6)(b6-8=8)(c8-6=2)` before the
@@ -157,7 +158,9 @@ def make_set(rng, n, taken, steps):
         problem = make_problem(rng, steps[len(rows) % len(steps)])
         if write(problem) not in taken:
             taken.add(write(problem))
-            rows.append({"problem": write(problem), "answer": write_box(work(problem)[1])})
+            lines, values = work(problem)
+            rows.append({"problem": write(problem), "answer": (box := write_box(values)),
+                         "solution": f"{lines}\\boxed{{{box}}}"})
     return rows
 
 def build(out, seed=0, scale="small", distance=0.0, *, valid=200, test=500, hard=200, **changes):
@@ -166,8 +169,9 @@ def build(out, seed=0, scale="small", distance=0.0, *, valid=200, test=500, hard
         raise SystemExit(f"error: --distance {distance} is not in [0, 1]")
     out, rng, taken = Path(out), random.Random(seed), set()
     forms = random.Random(f"forms {seed}")  # of its own: nothing else depends on the distance
-    scale = replace(SCALES[scale], **changes)
     record = {"seed": seed} | ({"distance": distance} if distance else {})
+    record |= {"scale": scale} if scale != "small" else {}
+    scale = replace(SCALES[scale], **changes)
     if (out / "world.json").exists():
         found = json.loads((out / "world.json").read_text())
         if found != record:

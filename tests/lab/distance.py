@@ -6,13 +6,15 @@
 The base student of `tests/world.py --distance D` writes a share D of its worked documents in a form
 of its own; all else is equal. From it, with the settings of run_all.sh and in as many updates: the
 bridge (a third is warmup), OPD alone, the warmup alone. --out gets distance.md: avg@4 on `test`,
-differences inside each seed with 95 % intervals (Student's t), and the KL per token between base
-student and RL'd teacher; and, with matplotlib, distance.png. A stopped sweep goes on if run again.
+differences inside each seed with 95 % intervals (Student's t), and the KL, nats a token, between
+base student and RL'd teacher; the last columns have the seeds one by one. With matplotlib it gets
+distance.png, too. A stopped sweep goes on if run again.
 """
 
 import argparse
 import itertools
 import os
+import shlex
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout, suppress
@@ -27,9 +29,9 @@ import fkl_warmup
 import grpo
 import opd
 import world
-from common import (load_lm, load_problems, read_json, read_record, sample, tokenize_problems,
-                    write_json, write_text)
-from evidence import COLOURS, over_seeds
+from common import (UserError, load_lm, load_problems, read_json, read_record, sample,
+                    tokenize_problems, write_json, write_text)
+from evidence import COLOURS, made_by, over_seeds
 from why import state_kls
 
 ROUTES = ("bridge", "opd-only", "warmup-only")
@@ -55,8 +57,10 @@ class Cell:
         score = {"model": out, "data": str(self.world / "test.jsonl"), "samples": 4,
                  "max_new_tokens": LENGTH, "seed": self.seed}
         for module, folder, flags in (module, out, settings), (evaluate, f"{out}/eval", score):
-            if not read_record(folder).get("finished"):
-                module.main(module.Config(out=folder, **flags))
+            made = read_record(folder)
+            had = made.get("settings", {})
+            if not made.get("finished") or any(had.get(k, v) != v for k, v in flags.items()):
+                module.main(module.Config(out=folder, **flags))  # or it refuses
         return out
 
     def base(self, size):
@@ -102,7 +106,8 @@ def work(task):
     cell, first = (Cell(out, seed, d) for d in (distance, 0.0))
     with open(cell.folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
         teacher = first.train(grpo, "teacher-rl", model=first.base("teacher"), **RL, **first.labels)
-        cell.routes(teacher, updates)
+        if updates:
+            cell.routes(teacher, updates)
     print(f"seed {seed}, distance {distance:g}, updates {updates}: done", flush=True)
 
 def table(figures, updates):
@@ -113,11 +118,13 @@ def table(figures, updates):
         means = [over_seeds(x) for x in (of["base-student"], bridge, *others)]
         ahead = [over_seeds(bridge - x) for x in others]
         rows.append([f"{n}", f"{d:g}", f"{of['s‖t'].mean():.2f}", f"{of['t‖s'].mean():.2f}",
-                     *(f"{x.mean:.1f} ± {x.se:.1f}" for x in means), *(f"{x.mean:+.1f} "
-                     f"({x.mean - x.half:+.1f} to {x.mean + x.half:+.1f})" for x in ahead)])
+                     *(f"{x.mean:.1f} ± {x.se:.1f}" for x in means), *(x.interval() for x in ahead),
+                     " ".join(f"{x:.2f}" for x in of["t‖s"]),
+                     " ".join(f"{x:+.1f}" for x in bridge - others[0])])
     head = ["updates", "distance", "KL(s‖t)", "KL(t‖s)", "base student", *ROUTES,
-            *(f"bridge − {r}, points (95 %)" for r in ROUTES[1:])]
-    return evaluate.markdown(head, rows).replace(" ± nan", "").replace(" (+nan to +nan)", "")
+            *(f"bridge − {r}, points (95 %)" for r in ROUTES[1:]), "KL(t‖s) of each seed",
+            "bridge − opd-only of each seed"]
+    return evaluate.markdown(head, rows).replace(" ± nan", "")
 
 def draw(figures, updates, path):
     from matplotlib.figure import Figure
@@ -146,12 +153,22 @@ def main(argv=None):
         parser.error("--updates: the bridge takes at least 3")
     with ProcessPoolExecutor(jobs := int(os.environ.get("JOBS", 1)), get_context("spawn")) as pool:
         every = pool.map if jobs > 1 else map
-        list(every(work, [(out, [], seed, 0.0) for seed in seeds]))  # the teachers
-        list(every(work, [(out, updates, seed, d) for d in distances for seed in seeds]))
-    cells = {d: [Cell(out, seed, d).figures() for seed in seeds] for d in distances}
-    figures = {d: {name: np.array([of[name] for of in every]) for name in every[0]}
-               for d, every in cells.items()}
-    write_text(out / "distance.md", table(figures, updates) + "\n")
+        try:
+            list(every(work, [(out, [], seed, 0.0) for seed in seeds]))  # the teachers
+            list(every(work, [(out, updates, seed, d) for d in distances for seed in seeds]))
+        except UserError as error:
+            sys.exit(f"error: {error}")
+    cells = {d: [Cell(out, seed, d) for seed in seeds] for d in distances}
+    figures = {}
+    for d, every in ((d, [cell.figures() for cell in of]) for d, of in cells.items()):
+        names = set.intersection(*map(set, every))  # a seed may have been run alone, with others
+        figures[d] = {name: np.array([of[name] for of in every]) for name in names}
+    command = ["python", "tests/lab/distance.py", *(sys.argv[1:] if argv is None else argv)]
+    made = made_by([cell.folder / f"{route}-{n}" for of in cells.values() for cell in of
+                    for route in ROUTES for n in updates], shlex.join(command))
+    write_text(out / "distance.md", "# Bridge, OPD alone and warmup alone at several distances\n\n"
+               f"{made} avg@4 on `test` in %, differences in points, KL in nats a token.\n\n"
+               f"{table(figures, updates)}\n")
     print((out / "distance.md").read_text())
     with suppress(ImportError):
         draw(figures, updates, out / "distance.png")

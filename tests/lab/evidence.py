@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import UserError, read_json_lines, read_record, write_text
+from common import UserError, check, read_json_lines, read_record, write_text
 from evaluate import PAPER, evaluated_runs, labels_used, markdown, paper_row
 
 # What the paper orders (Tables 3 to 6): `<` the second above the first, `≈` about equal, `≤`
@@ -73,12 +73,20 @@ def route_order(route):
 def averages(roots):
     """{route: {set: (S,) avg in %}} of S folders; nan where a folder lacks the route or the set.
 
-    Raises UserError for a folder without an evaluated run.
+    Raises UserError for a folder that is named twice or has no evaluated run, and if those of a set
+    have not the same number of problems and of samples each.
     """
+    check(len({root.resolve() for root in roots}) == len(roots), "a folder is named twice")
     seeds = [{f.name: figures for f, figures in evaluated_runs(root).items()} for root in roots]
-    sets = dict.fromkeys(s for runs in seeds for figures in runs.values() for s in figures)
+    sizes = {}
+    for root, runs in zip(roots, seeds):
+        for route, sets in runs.items():
+            for s, figures in sets.items():
+                size = "{problems} problems of {samples} samples".format(**figures)
+                other = sizes.setdefault(s, size)
+                check(size == other, f"{root / route}: {s} has {size}, elsewhere {other}")
     return {route: {s: np.array([100 * runs[route][s]["avg"] if s in runs.get(route, {}) else np.nan
-                                 for runs in seeds]) for s in sets}
+                                 for runs in seeds]) for s in sizes}
             for route in sorted(set().union(*seeds), key=route_order)}
 
 def sets_of(routes):
@@ -108,6 +116,11 @@ class OverSeeds(NamedTuple):
     se: float  # standard error of the mean
     half: float  # half of its 95 % interval
     n: int  # seeds
+
+    def interval(self):
+        """+3.5 (+0.8 to +6.3): the mean and, of more than two seeds, its 95 % interval."""
+        inside = f" ({self.mean - self.half:+.1f} to {self.mean + self.half:+.1f})"
+        return f"{self.mean:+.1f}{inside if self.n > 2 else ''}"
 
 def over_seeds(values):
     """OverSeeds of values (S,); those that are nan do not count."""
@@ -155,10 +168,8 @@ def verdict_table(root, routes, orderings=None):
     """A row per ordering. Each set has the verdict, the mean difference with its 95 % interval, and
     the number of seeds that agree; the last column is the paper's difference on MATH-500."""
     def cell(sign, d):
-        mean, _, half, n = over_seeds(d)
-        agree = {"<": d > 0, "≤": d >= 0, "≈": abs(d) <= MARGIN}[sign].sum()
-        inside = f" ({mean - half:+.1f} to {mean + half:+.1f})" if n > 2 else ""
-        return f"{verdict(sign, d)}: {mean:+.1f}{inside}, {agree} of {n}" if n else "-"
+        seeds, agree = over_seeds(d), {"<": d > 0, "≤": d >= 0, "≈": abs(d) <= MARGIN}[sign].sum()
+        return f"{verdict(sign, d)}: {seeds.interval()}, {agree} of {seeds.n}" if seeds.n else "-"
 
     def paper(route):
         return (paper_row(root / route) or [math.nan])[0]
@@ -201,19 +212,20 @@ def seed_tables(roots, routes):
         parts += [f"## Every seed: {s}", markdown(["route", *(root.name for root in roots)], rows)]
     return parts
 
-def made_by(roots, routes, command):
-    """Where the tables come from: the command, the machine, and the runs' commits and versions."""
-    records = [r for root in roots for route in routes if "git" in (r := read_record(root / route))]
+def made_by(folders, command):
+    """Where tables come from: the command, the machine, the commits and versions of run folders."""
+    records = [record for record in map(read_record, folders) if "git" in record]
     git = ", ".join(sorted({r["git"].split()[0] for r in records})) or "-"
     torch = ", ".join(sorted({r["versions"]["torch"] for r in records})) or "-"
     return (f"Written by `{command}` on a machine of {os.cpu_count()} cores "
-            f"({platform.machine()}).\nThe runs: git {git}, torch {torch}. "
-            "A folder is a seed of the same routes. Accuracies are in %, differences in points.")
+            f"({platform.machine()}).\nThe runs: git {git}, torch {torch}.")
 
 def write_tables(roots, path, command):
     """Print means and verdicts; write them, more differences and every seed's figures to `path`."""
     routes = averages(roots)
-    parts = [made_by(roots, routes, command), "## Routes", means_table(roots, routes)]
+    made = made_by([root / route for root in roots for route in routes], command)
+    parts = [f"{made} A folder is a seed of the same routes. Accuracies are in %, differences in "
+             "points.", "## Routes", means_table(roots, routes)]
     if compared(routes):
         parts += ["## Orderings of the paper", verdict_table(roots[0], routes)]
     print("\n\n".join(parts))
@@ -225,7 +237,7 @@ def write_tables(roots, path, command):
 # --- pictures: what the tables hold, and training curves
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 
 def draw(roots, out):
     """Write orderings.png, curves.png, labels.png, density.png into `out`, each if its runs exist.

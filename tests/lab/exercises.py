@@ -134,19 +134,19 @@ def answer(exercise):
     diff = difflib.unified_diff(*texts, exercise.file, exercise.file, n=1, lineterm="")
     return "\n".join([*diff, "", exercise.why, f"caught by {exercise.test}"])
 
-def main(command="", number="", folder=""):
+def main(command="", number="", folder="", *more):
     symptoms = [f"{i}. {e.symptom}\n   {e.measured}\n   python {e.line} --out ckpt/{i}\n"
                 for i, e in enumerate(EXERCISES, 1)]
     if command == "list":
         return "\n".join(symptoms)
     numbers = {str(i + 1): i for i in range(len(EXERCISES))}
     i = random.randrange(len(EXERCISES)) if number == "random" else numbers.get(number)
-    if command not in ("plant", "answer") or i is None or (command == "plant") != bool(folder):
+    if more or (command, bool(folder)) not in (("plant", True), ("answer", False)) or i is None:
         sys.exit(__doc__)
     if command == "answer":
         return f"{symptoms[i]}\n{answer(EXERCISES[i])}"
-    if Path(folder).exists() and list(Path(folder).iterdir()):
-        sys.exit(f"error: {folder} is not empty")
+    if Path(folder).is_file() or list(Path(folder).glob("*")):
+        sys.exit(f"error: {folder} is not an empty folder")
     plant(EXERCISES[i], Path(folder))
     return f"planted in {folder}; run here and there:\n   python {EXERCISES[i].line} --out ckpt/run"
 

@@ -2,7 +2,7 @@
 of them where matplotlib is installed.
 
     python tests/lab/why.py runs/world
-    python tests/lab/why.py runs/world-seed1 --seed 1 --pictures /tmp/pictures
+    python tests/lab/why.py runs/world-seed1 --seed 1 --pictures runs/pictures
 
 a  KL(student || teacher) in every state that the student itself visits, at the start of on-policy
    distillation: of the base student, and of the same after the forward-KL warmup. "1st" is the
@@ -31,7 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import grpo
 import opd
-from common import load_lm, load_problems, micro_batches, sample, tokenize_problems
+from common import UserError, load_lm, load_problems, micro_batches, sample, tokenize_problems
 from evaluate import markdown
 
 STUDENTS = {"base-student": "without warmup", "bridge-warmup": "after warmup"}  # at OPD's start
@@ -245,19 +245,21 @@ def main(argv=None):
     parser.add_argument("--batches", type=int, default=32, help="M [default: 32]")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="[default: 48]")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn [default: 0]")
-    parser.add_argument("--pictures", type=Path, default=Path(__file__).parents[1] / "pictures",
-                        help="folder of the pictures [default: tests/pictures]")
+    parser.add_argument("--pictures", type=Path, help="their folder [default: that of the run]")
     args = parser.parse_args(argv)
     if args.batches < 8:
         parser.error("--batches: a bootstrap needs at least 8")
+    if args.rollouts < 2:
+        parser.error("--rollouts: a group has at least 2")
     for name in (*STUDENTS, *GROUPS, TEACHER):
         if not (args.run / name / "model.safetensors").is_file():
             parser.error(f"no finished {name} in {args.run}")
-    found = measure(args)
     try:
-        draw(args.pictures, *found)
+        draw(args.pictures or args.run, *measure(args))
     except ImportError:
         print("\nno matplotlib, no pictures")
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 if __name__ == "__main__":
     main()
