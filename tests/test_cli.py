@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, STAGES, forked, metrics
 from safetensors.torch import load_file
+from test_readme import GLOSSARY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
@@ -63,6 +64,7 @@ def check_folder(folder, line, parent):
     rows = common.read_json_lines(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1]
     assert all(row["seconds"] > 0 for row in rows)
+    assert {k for k in rows[0] if not k.startswith("seconds_")} - {"step"} <= GLOSSARY
     # no figure may be NaN (which JSON has not; it would be stored as null)
     assert all(value is not None and math.isfinite(value) for row in rows for value in row.values())
     run = common.read_record(folder)
