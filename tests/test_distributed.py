@@ -138,7 +138,8 @@ def test_a_run_goes_on_with_another_number_of_processes(first, then, before, ste
     assert 0 not in [got.status for got in found]
     text = "\n".join(got.err for got in found)
     assert len(re.findall(message, text)) == 1 or not message, text
-    assert "Traceback" not in text
+    # who heard torchrun's SIGTERM before it missed the other process says that it is gone
+    assert not re.search(r"Traceback (?!RuntimeError.*Connection closed by peer)", text), text
     assert checkpoints(parts) == ([f"state-{steps:08d}"] if steps else checkpoints(parts))
     found = run(line, then)
     assert (f"continuing after {steps} steps" in found[0].out) == bool(steps)
