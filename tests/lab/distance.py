@@ -160,9 +160,10 @@ def main(argv=None):
             sys.exit(f"error: {error}")
     cells = {d: [Cell(out, seed, d) for seed in seeds] for d in distances}
     figures = {}
-    for d, every in ((d, [cell.figures() for cell in of]) for d, of in cells.items()):
+    for d, of in cells.items():
+        every = [cell.figures() for cell in of]
         names = set.intersection(*map(set, every))  # a seed may have been run alone, with others
-        figures[d] = {name: np.array([of[name] for of in every]) for name in names}
+        figures[d] = {name: np.array([x[name] for x in every]) for name in names}
     command = ["python", "tests/lab/distance.py", *(sys.argv[1:] if argv is None else argv)]
     made = made_by([cell.folder / f"{route}-{n}" for of in cells.values() for cell in of
                     for route in ROUTES for n in updates], shlex.join(command))

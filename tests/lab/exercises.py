@@ -1,7 +1,7 @@
 """Exercises: bugs that this field really has, each planted alone, to be found by its figures.
 
     python tests/lab/exercises.py list                 what each of them does to the figures
-    python tests/lab/exercises.py plant 3 /tmp/three   a copy of the project with bug 3 (or: random)
+    python tests/lab/exercises.py plant 3 runs/three   a copy of the project with bug 3 (or: random)
     python tests/lab/exercises.py answer 3             the edit, why it is wrong, a test that fails
 
 No run stops at them: the curves look like learning, or like bad luck. `plant` prints the command
